@@ -1,0 +1,3 @@
+import sys
+from fluid_npu.cli import main
+sys.exit(main())
