@@ -1,0 +1,30 @@
+"""An automatic decision together with the reason for it, so that it can be printed once and questioned."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+_announced: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Choice(Generic[T]):
+    """A value chosen automatically and why; unpacks as ``value, reason = choice``."""
+
+    value: T
+    reason: str
+
+    def __iter__(self):  # type: ignore[no-untyped-def]  # the two fields differ in type
+        return iter((self.value, self.reason))
+
+    def announce(self, what: str) -> Choice[T]:
+        """Print ``what: value (reason)`` once per process, and on rank 0 only; returns itself."""
+        line = f"{what}: {self.value} ({self.reason})"
+        if line not in _announced and os.environ.get("RANK", "0") in ("", "0"):
+            print(line, flush=True)
+        _announced.add(line)
+        return self

@@ -1,0 +1,49 @@
+"""An Ascend NPU as a device: HCCL, NPU events. torch_npu is imported only when an NPU is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+import torch
+
+from fluid_npu.device.base import AcceleratorDevice, DeviceUnavailable
+from fluid_npu.device.choice import Choice
+
+
+class NpuDevice(AcceleratorDevice):
+    """The NPUs that torch_npu sees."""
+
+    name = "npu"
+    backend = "hccl"
+    default_dtype = torch.bfloat16
+
+    @property
+    def _module(self) -> Any:
+        load_torch_npu()
+        return torch.npu  # torch_npu adds it
+
+
+def load_torch_npu() -> Any:
+    """The torch_npu module; DeviceUnavailable names what is missing."""
+    try:
+        return importlib.import_module("torch_npu")
+    except Exception as error:  # a CANN that is not set up raises many kinds
+        raise DeviceUnavailable(
+            f"--device npu: torch_npu cannot be imported ({type(error).__name__}: {error}); install it with "
+            "`pip install 'fluid-npu[npu]'` and source CANN's set_env.sh, or use --device cpu"
+        ) from error
+
+
+def probe_npu() -> Choice[bool]:
+    """Whether an NPU can be used here, and why; imports torch_npu only if it is installed."""
+    if importlib.util.find_spec("torch_npu") is None:
+        return Choice(False, "torch_npu is not installed")
+    try:
+        load_torch_npu()
+    except DeviceUnavailable as error:
+        return Choice(False, f"torch_npu is installed but cannot be imported: {error.__cause__}")
+    if not torch.npu.is_available():
+        return Choice(False, "torch_npu is installed but torch.npu.is_available() is False")
+    return Choice(True, f"torch_npu sees {torch.npu.device_count()} NPU(s)")
