@@ -1,0 +1,1 @@
+"""Replacements that let megatron-core run without CUDA; the rows that use them are in ``patches/``."""

@@ -1,0 +1,114 @@
+"""CUDA device literals and streams, as a CPU sees them."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like", "ones_like")
+
+
+def current_device() -> torch.device:
+    """Stands for ``torch.cuda.current_device``: every buffer that asks for it lands in host memory."""
+    return torch.device("cpu")
+
+
+def nothing(*_args: Any, **_kwargs: Any) -> None:
+    """Stands for ``torch.cuda.synchronize`` and ``empty_cache``: the CPU has nothing in flight."""
+
+
+def to_cuda(tensor: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+    """Stands for ``Tensor.cuda``."""
+    return tensor
+
+
+class HostEvent:
+    """Stands for a CUDA event: whatever it marks has already happened."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+
+class HostStream:
+    """Stands for ``torch.cuda.Stream``: operations on a CPU are in program order already."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None: ...
+
+    def wait_stream(self, _stream: Any) -> None:
+        """Nothing to order."""
+
+    def wait_event(self, _event: Any) -> None:
+        """Nothing to order."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def record_event(self, _event: Any = None) -> HostEvent:
+        """An event that has happened."""
+        return HostEvent()
+
+
+_STREAM = HostStream()
+
+
+def current_stream(*_args: Any, **_kwargs: Any) -> HostStream:
+    """Stands for ``torch.cuda.current_stream`` and ``default_stream``."""
+    return _STREAM
+
+
+def stream(_stream: Any) -> contextlib.AbstractContextManager[None]:
+    """Stands for ``torch.cuda.stream``."""
+    return contextlib.nullcontext()
+
+
+def _on_host(factory: Callable[..., Any]) -> Callable[..., Any]:
+    def make(*args: Any, **kwargs: Any) -> Any:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return make
+
+
+class _HostTorch(ModuleType):
+    """The torch module as one Megatron module sees it: ``device='cuda'`` literals mean the CPU there."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        for name in _FACTORIES:
+            setattr(self, name, _on_host(getattr(torch, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+host_torch = _HostTorch()
+
+
+def typed_as_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``Tensor.type``: Megatron's optimizers compare it with ``'torch.cuda.FloatTensor'``.
+
+    Only they are answered so; every other caller gets the true type.
+    """
+
+    def type_name(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        name = original(tensor, *args, **kwargs)
+        if (
+            args
+            or kwargs
+            or not sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core.optimizer")
+        ):
+            return name
+        return name.replace("torch.", "torch.cuda.", 1) if "cuda" not in name else name
+
+    return type_name
+
+
+def eager() -> contextlib.AbstractContextManager[Any]:
+    """Runs what Megatron compiled with ``jit_fuser`` eagerly: compiling takes 11 to 31 s and needs a compiler."""
+    return torch.compiler.set_stance("force_eager")
