@@ -105,5 +105,5 @@ def _load_kernels(kind: str, tensor: torch.Tensor) -> Kernels:
 
 def _no_implementation(tensor: torch.Tensor) -> DeviceUnavailable:
     return DeviceUnavailable(
-        f"tensor.device is {tensor.device}: fluid_npu has kernels for cpu, cuda and npu; move the tensor there"
+        f"tensor.device is {tensor.device}: there are kernels for cpu, cuda and npu; move the tensor there"
     )

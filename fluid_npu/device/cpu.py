@@ -69,7 +69,12 @@ class CpuDevice(Device):
         """
 
     def describe(self) -> str:
-        return f"{_processor_name()}, {len(os.sched_getaffinity(0))} cores usable"
+        return f"{_processor_name()}, {_usable_cores()} cores usable"
+
+
+def _usable_cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _processor_name() -> str:

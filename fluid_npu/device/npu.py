@@ -21,8 +21,7 @@ class NpuDevice(AcceleratorDevice):
 
     @property
     def _module(self) -> Any:
-        load_torch_npu()
-        return torch.npu  # torch_npu adds it
+        return load_torch_npu().npu
 
 
 def load_torch_npu() -> Any:
@@ -41,9 +40,9 @@ def probe_npu() -> Choice[bool]:
     if importlib.util.find_spec("torch_npu") is None:
         return Choice(False, "torch_npu is not installed")
     try:
-        load_torch_npu()
+        npu = load_torch_npu().npu
     except DeviceUnavailable as error:
         return Choice(False, f"torch_npu is installed but cannot be imported: {error.__cause__}")
-    if not torch.npu.is_available():
+    if not npu.is_available():
         return Choice(False, "torch_npu is installed but torch.npu.is_available() is False")
-    return Choice(True, f"torch_npu sees {torch.npu.device_count()} NPU(s)")
+    return Choice(True, f"torch_npu sees {npu.device_count()} NPU(s)")
