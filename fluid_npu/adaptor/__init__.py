@@ -55,9 +55,7 @@ def megatron_line() -> str:
     try:
         installed = version("megatron-core")
     except PackageNotFoundError as error:
-        raise PatchError(
-            "megatron-core is not installed; pip install 'megatron-core>=0.16.1,<0.17'"
-        ) from error
+        raise PatchError("megatron-core is not installed; pip install 'megatron-core>=0.16.1,<0.17'") from error
     return ".".join(installed.split(".")[:2])
 
 
@@ -68,9 +66,7 @@ def select(features: Sequence[str]) -> list[Patch]:
             raise PatchError(f"adapt(features=...): {feature!r} is unknown; allowed: {', '.join(FEATURES)}")
     name = f"megatron_core-{megatron_line()}"
     if name not in manifest_names():
-        lines = ", ".join(
-            n.removeprefix("megatron_core-") for n in manifest_names() if n.startswith("megatron_core")
-        )
+        lines = ", ".join(n.removeprefix("megatron_core-") for n in manifest_names() if n.startswith("megatron_core"))
         raise PatchError(f"megatron-core {megatron_line()} has no manifest; supported lines: {lines}")
     rows = load_manifest("torch") + load_manifest(name)
     return [row for row in rows if row.feature in features]

@@ -17,9 +17,7 @@ def load_manifest(name: str) -> list[Patch]:
     """The rows of ``patches/<name>.toml`` in file order. Raises PatchError for a missing or broken manifest."""
     source = resources.files("fluid_npu.patches").joinpath(f"{name}.toml")
     if not source.is_file():
-        raise PatchError(
-            f"no manifest {name}.toml in fluid_npu.patches; available: {', '.join(manifest_names())}"
-        )
+        raise PatchError(f"no manifest {name}.toml in fluid_npu.patches; available: {', '.join(manifest_names())}")
     table = tomllib.loads(source.read_text(encoding="utf-8"))
     rows = []
     for row in table.get("patch", []):

@@ -49,9 +49,7 @@ class Patch:
         try:
             return getattr(import_module(module_name), attribute)
         except (ImportError, AttributeError) as error:
-            raise PatchError(
-                f"{self.name}: replacement {self.replacement!r} cannot be loaded: {error}"
-            ) from error
+            raise PatchError(f"{self.name}: replacement {self.replacement!r} cannot be loaded: {error}") from error
 
 
 def resolve(target: str) -> tuple[Any, str]:
@@ -66,16 +64,12 @@ def resolve(target: str) -> tuple[Any, str]:
         try:
             holder: Any = import_module(module_name)
         except ModuleNotFoundError as error:
-            if error.name is not None and (
-                module_name == error.name or module_name.startswith(error.name + ".")
-            ):
+            if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
                 continue
             raise PatchError(f"{target}: importing {module_name} failed: {error}") from error
         for part in parts[cut:-1]:
             if not hasattr(holder, part):
-                raise PatchError(
-                    f"{target}: {module_name} has no {part!r}; was it renamed or removed upstream?"
-                )
+                raise PatchError(f"{target}: {module_name} has no {part!r}; was it renamed or removed upstream?")
             holder = getattr(holder, part)
         return holder, parts[-1]
     raise PatchError(f"{target}: no module of that name can be imported; is the package installed?")

@@ -73,9 +73,7 @@ class Registry:
         foreign = [entry.patch.name for entry in self._applied if not self._is_ours(entry)]
         if foreign:
             raise PatchError(
-                "cannot roll back: someone else patched on top of "
-                + "; ".join(foreign)
-                + ". Undo that first."
+                "cannot roll back: someone else patched on top of " + "; ".join(foreign) + ". Undo that first."
             )
         self._undo_to(0)
 
@@ -92,13 +90,9 @@ class Registry:
             holder, attribute = resolve(patch.target)
             exists = _visible(holder, attribute) is not _MISSING
             if patch.kind == "add" and exists:
-                raise PatchError(
-                    f"{patch.name}: kind 'add' but the target already exists; upstream grew its own"
-                )
+                raise PatchError(f"{patch.name}: kind 'add' but the target already exists; upstream grew its own")
             if patch.kind != "add" and not exists:
-                raise PatchError(
-                    f"{patch.name}: the target does not exist; was it renamed or removed upstream?"
-                )
+                raise PatchError(f"{patch.name}: the target does not exist; was it renamed or removed upstream?")
 
     def _install(self, patch: Patch) -> _Applied:
         replacement = patch.load_replacement()

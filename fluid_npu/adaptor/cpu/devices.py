@@ -98,11 +98,7 @@ def typed_as_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def type_name(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         name = original(tensor, *args, **kwargs)
-        if (
-            args
-            or kwargs
-            or not sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core.optimizer")
-        ):
+        if args or kwargs or not sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core.optimizer"):
             return name
         return name.replace("torch.", "torch.cuda.", 1) if "cuda" not in name else name
 

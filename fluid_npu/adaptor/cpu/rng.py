@@ -28,9 +28,7 @@ class HostRNGStatesTracker(CudaRNGStatesTracker):
     def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
         """Runs the body on the named state. Raises RuntimeError when it was never added."""
         if name not in self.states_:
-            raise RuntimeError(
-                f"random state {name!r} was not added; call model_parallel_cuda_manual_seed first"
-            )
+            raise RuntimeError(f"random state {name!r} was not added; call model_parallel_cuda_manual_seed first")
         outer = torch.get_rng_state()
         torch.set_rng_state(self.states_[name])
         try:

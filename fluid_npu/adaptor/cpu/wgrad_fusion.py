@@ -14,9 +14,7 @@ def _accumulate(x: torch.Tensor, dy: torch.Tensor, main_grad: torch.Tensor) -> N
         main_grad.add_(dy.t() @ x)
 
 
-module = ModuleType(
-    "fused_weight_gradient_mlp_cuda", "fluid_npu's stand-in for the Apex extension of this name."
-)
+module = ModuleType("fused_weight_gradient_mlp_cuda", "fluid_npu's stand-in for the Apex extension of this name.")
 module.wgrad_gemm_accum_fp32 = _accumulate  # type: ignore[attr-defined]
 module.wgrad_gemm_accum_fp16 = _accumulate  # type: ignore[attr-defined]
 
