@@ -1,0 +1,1 @@
+"""Real text on disk: corpus, tokenizer, Megatron IndexedDataset, deterministic batches."""
