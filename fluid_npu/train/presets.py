@@ -177,9 +177,7 @@ def _check(p: Preset) -> None:
             raise PresetError(f"{flag_of(name)} {value}: must be at least {least}")
     if p.head_dim is None and p.hidden % p.heads:
         fit = _nearest_divisor(p.hidden, p.heads)
-        raise PresetError(
-            f"--heads {p.heads}: must divide --hidden {p.hidden}; use --heads {fit} or give --head-dim"
-        )
+        raise PresetError(f"--heads {p.heads}: must divide --hidden {p.hidden}; use --heads {fit} or give --head-dim")
     if p.heads % p.kv_heads:
         fit = _nearest_divisor(p.heads, p.kv_heads)
         raise PresetError(f"--kv-heads {p.kv_heads}: must divide --heads {p.heads}; use --kv-heads {fit}")

@@ -89,9 +89,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = DEFAULT_VOCAB) -> To
     Raises DataError when the size is below 258 or the text is too small to give that many.
     """
     if vocab_size < LEAST_VOCAB:
-        raise DataError(
-            f"--vocab-size {vocab_size}: must be at least {LEAST_VOCAB} (256 bytes and two special tokens)"
-        )
+        raise DataError(f"--vocab-size {vocab_size}: must be at least {LEAST_VOCAB} (256 bytes and two special tokens)")
     tokenizers = _library()
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -117,5 +115,7 @@ def _library() -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        raise DataError("the package 'tokenizers' is missing; install it with: pip install 'tokenizers>=0.20'") from error
+        raise DataError(
+            "the package 'tokenizers' is missing; install it with: pip install 'tokenizers>=0.20'"
+        ) from error
     return tokenizers
