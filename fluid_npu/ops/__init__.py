@@ -1,0 +1,1 @@
+"""Differentiable operators, one per file; hardware is chosen in ``fluid_npu.device`` only."""

@@ -1,0 +1,1 @@
+"""The maths of each device behind one interface (``base.Kernels``)."""

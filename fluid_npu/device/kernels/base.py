@@ -1,0 +1,83 @@
+"""The one hardware seam of the maths: what every device computes, without autograd.
+
+Shapes: T tokens, H hidden, F ffn, L local experts (groups), R or N rows, K inner and N outer width of a matmul.
+Callers have already validated what they pass; ``counts_L`` are the rows of each group and sum to R.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+
+class RowLayout(Protocol):
+    """What permute and unpermute need to know (``ops.permute.PermuteLayout`` is one)."""
+
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def pairs_per_token(self) -> int | None:
+        """K when every token has exactly K rows, else None."""
+
+    @property
+    def token_of_row(self) -> Tensor:
+        """int64 [N]: the token that each row copies."""
+
+    @property
+    def row_of_pair(self) -> Tensor:
+        """int64 [N]: rows sorted by token, ascending within a token."""
+
+    @property
+    def bag_offsets(self) -> Tensor:
+        """int64 [T]: where each token's rows start in ``row_of_pair``."""
+
+    @property
+    def experts_TK(self) -> Tensor | None:
+        """int64 [T, K]: the experts of each token, ascending, when K is uniform and rows are not padded."""
+
+
+class Kernels(ABC):
+    """Implementations return fresh tensors, except those whose name ends in an underscore."""
+
+    @abstractmethod
+    def grouped_mm(self, x_RK: Tensor, w_LKN: Tensor, counts_L: Sequence[int], trans_w: bool = False) -> Tensor:
+        """[R, N]: each group's rows times its weight; with ``trans_w`` the weight is given as [L, N, K]."""
+
+    @abstractmethod
+    def grouped_dw(self, x_RK: Tensor, dy_RN: Tensor, counts_L: Sequence[int]) -> Tensor:
+        """[L, K, N] in the dtype of x: x^T dy of each group, zero for an empty one."""
+
+    @abstractmethod
+    def grouped_dw_add_(self, main_grad_LKN: Tensor, x_RK: Tensor, dy_RN: Tensor, counts_L: Sequence[int]) -> None:
+        """Adds ``grouped_dw`` to ``main_grad_LKN`` (fp32) in place."""
+
+    @abstractmethod
+    def dense_dw_add_(self, main_grad_NK: Tensor, x_RK: Tensor, dy_RN: Tensor) -> None:
+        """Adds dy^T x to ``main_grad_NK`` (fp32, layout of nn.Linear) in place."""
+
+    @abstractmethod
+    def permute(self, x_TH: Tensor, layout: RowLayout) -> Tensor:
+        """[N, H]: the token of each row."""
+
+    @abstractmethod
+    def unpermute(self, x_NH: Tensor, layout: RowLayout) -> Tensor:
+        """[T, H]: the sum of each token's rows in ascending row order, without atomics."""
+
+    @abstractmethod
+    def swiglu_probs(self, h_R2F: Tensor, p_R: Tensor) -> Tensor:
+        """[R, F] in the dtype of h: silu(h[:, :F]) * h[:, F:] * p."""
+
+    @abstractmethod
+    def swiglu_probs_grad(self, da_RF: Tensor, h_R2F: Tensor, p_R: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients (dh in the dtype of h, dp in the dtype of p)."""
+
+    @abstractmethod
+    def rms_norm(self, x: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """(y in the dtype of x, rstd [..., 1] in fp32 or better) over the last dimension."""
+
+    @abstractmethod
+    def rms_norm_grad(self, dy: Tensor, x: Tensor, gamma: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients (dx in the dtype of x, dgamma in the dtype of gamma)."""

@@ -1,0 +1,152 @@
+"""Kernels of an Ascend NPU through torch_npu. Each choice between operators is a function named after its rule.
+
+Rules of the operators that shape this file (CANN 8.1 to 8.5, Atlas A2 and A3):
+
+* ``npu_grouped_matmul``: group_list is an int64 tensor on the device; its length must not be 1; at most 1024
+  groups with one 3-D weight; no autograd formula.
+* ``npu_grouped_matmul_add_``: fp16 or bf16 operands, fp32 result, no empty tensor, and group_list is always read
+  as a running total: on these chips ``group_list_type`` is silently ignored.
+* ``npu_swiglu``: contiguous input, even width, not empty.
+* ``npu_moe_token_permute``: every token has the same number of experts, at most 512; its ``sorted_indices`` is
+  the row of each (token, choice) pair, which the layout already has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluid_npu.device.kernels.base import RowLayout
+from fluid_npu.device.kernels.torch_kernels import TorchKernels, _loop_grouped_dw, _loop_grouped_mm
+from fluid_npu.device.npu import load_torch_npu
+
+_HALVES = (torch.bfloat16, torch.float16)
+_MAX_GROUPS = 1024
+_MAX_TOPK = 512
+_MAX_PAIRS = 16777215
+
+
+class NpuKernels(TorchKernels):
+    """torch_npu's fused operators inside their contracts, plain torch outside them.
+
+    Args:
+        torch_npu: the module to call; the installed one by default. Tests pass a recording stand-in.
+    """
+
+    def __init__(self, torch_npu: Any = None) -> None:
+        self._npu = load_torch_npu() if torch_npu is None else torch_npu
+
+    def grouped_mm(self, x_RK: Tensor, w_LKN: Tensor, counts_L: Sequence[int], trans_w: bool = False) -> Tensor:
+        if trans_w:
+            w_LKN = w_LKN.transpose(1, 2)  # a view: the operator reads transposed weights in place
+        if not groups_fit(x_RK, counts_L):
+            return _loop_grouped_mm(x_RK, w_LKN, counts_L)
+        return self._grouped_matmul(x_RK, w_LKN, counts_L, group_type=0)
+
+    def grouped_dw(self, x_RK: Tensor, dy_RN: Tensor, counts_L: Sequence[int]) -> Tensor:
+        if not groups_fit(x_RK, counts_L):
+            return _loop_grouped_dw(x_RK, dy_RN, counts_L)
+        return self._grouped_matmul(x_RK.t(), dy_RN, counts_L, group_type=2)
+
+    def grouped_dw_add_(self, main_grad_LKN: Tensor, x_RK: Tensor, dy_RN: Tensor, counts_L: Sequence[int]) -> None:
+        if x_RK.shape[0] == 0:
+            return  # nothing to add, and the operator refuses empty tensors
+        if dw_add_fits(main_grad_LKN, x_RK, dy_RN, counts_L):
+            ends = running_total(counts_L, x_RK.device)
+            self._npu.npu_grouped_matmul_add_(main_grad_LKN, x_RK, dy_RN, ends)
+        else:
+            main_grad_LKN.add_(self.grouped_dw(x_RK, dy_RN, counts_L))
+
+    def permute(self, x_TH: Tensor, layout: RowLayout) -> Tensor:
+        experts_TK = layout.experts_TK
+        if experts_TK is None or not permute_fits(x_TH, experts_TK):
+            return super().permute(x_TH, layout)
+        return self._npu.npu_moe_token_permute(x_TH, experts_TK.int())[0]
+
+    def unpermute(self, x_NH: Tensor, layout: RowLayout) -> Tensor:
+        experts_TK = layout.experts_TK
+        if experts_TK is None or not permute_fits(x_NH, experts_TK):
+            return _sum_rows_in_order(x_NH, layout)
+        rows = layout.row_of_pair.int()
+        if layout.pairs_per_token == 1:
+            return x_NH.index_select(0, rows)  # without probs the operator cannot tell K from the indices
+        ones_TK = x_NH.new_ones(experts_TK.shape)
+        return self._npu.npu_moe_token_unpermute(x_NH, rows, probs=ones_TK)
+
+    def swiglu_probs(self, h_R2F: Tensor, p_R: Tensor) -> Tensor:
+        if h_R2F.numel() == 0:
+            return super().swiglu_probs(h_R2F, p_R)
+        return self._npu.npu_swiglu(h_R2F.contiguous(), dim=-1).mul_(p_R.unsqueeze(-1))
+
+    def swiglu_probs_grad(self, da_RF: Tensor, h_R2F: Tensor, p_R: Tensor) -> tuple[Tensor, Tensor]:
+        if h_R2F.numel() == 0:
+            return super().swiglu_probs_grad(da_RF, h_R2F, p_R)
+        h_R2F = h_R2F.contiguous()
+        plain = self._npu.npu_swiglu(h_R2F, dim=-1)
+        dp = (plain.to(p_R.dtype) * da_RF).sum(-1)
+        scaled = (da_RF * p_R.unsqueeze(-1)).to(h_R2F.dtype)
+        return self._npu.npu_swiglu_backward(scaled, h_R2F, dim=-1), dp.to(p_R.dtype)
+
+    def rms_norm(self, x: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        if not norm_fits(x, gamma):
+            return super().rms_norm(x, gamma, eps)
+        return self._npu.npu_rms_norm(x, gamma, epsilon=eps)
+
+    def rms_norm_grad(self, dy: Tensor, x: Tensor, gamma: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+        if not norm_fits(x, gamma):
+            return super().rms_norm_grad(dy, x, gamma, rstd)
+        dx, dgamma = self._npu.npu_rms_norm_backward(dy.contiguous(), x, gamma, rstd)
+        return dx, dgamma.to(gamma.dtype)
+
+    def _grouped_matmul(self, a: Tensor, b: Tensor, counts_L: Sequence[int], group_type: int) -> Tensor:
+        ends = running_total(counts_L, a.device)
+        return self._npu.npu_grouped_matmul(
+            [a], [b], group_list=ends, split_item=3, group_type=group_type, group_list_type=0
+        )[0]
+
+
+def running_total(counts_L: Sequence[int], device: torch.device) -> Tensor:
+    """int64 [L]: where each group ends. Never counts: the adding operator would read them as ends."""
+    return torch.tensor(list(accumulate(counts_L)), dtype=torch.int64, device=device)
+
+
+def groups_fit(x_RK: Tensor, counts_L: Sequence[int]) -> bool:
+    """npu_grouped_matmul wants 2 to 1024 groups, rows, and fp16, bf16 or fp32."""
+    supported = x_RK.dtype in (*_HALVES, torch.float32)
+    return supported and x_RK.numel() > 0 and 1 < len(counts_L) <= _MAX_GROUPS
+
+
+def dw_add_fits(main_grad: Tensor, x_RK: Tensor, dy_RN: Tensor, counts_L: Sequence[int]) -> bool:
+    """npu_grouped_matmul_add_ wants fp16 or bf16 into contiguous fp32, rows, and more than one group."""
+    halves = x_RK.dtype in _HALVES and dy_RN.dtype == x_RK.dtype
+    buffer = main_grad.dtype == torch.float32 and main_grad.is_contiguous()
+    return halves and buffer and groups_fit(x_RK, counts_L)
+
+
+def permute_fits(x: Tensor, experts_TK: Tensor) -> bool:
+    """npu_moe_token_permute wants at most 512 experts a token, fewer than 2^24 - 1 pairs, and rows."""
+    supported = x.dtype in (*_HALVES, torch.float32)
+    return supported and x.numel() > 0 and experts_TK.shape[1] <= _MAX_TOPK and experts_TK.numel() < _MAX_PAIRS
+
+
+def norm_fits(x: Tensor, gamma: Tensor) -> bool:
+    """npu_rms_norm wants 2 to 8 dimensions and gamma in fp32 or in the dtype of x."""
+    supported = x.dtype in (*_HALVES, torch.float32)
+    return supported and 2 <= x.dim() <= 8 and gamma.dtype in (x.dtype, torch.float32)
+
+
+def _sum_rows_in_order(x_NH: Tensor, layout: RowLayout) -> Tensor:
+    """Each token's rows by a difference-free, atomic-free sum: one pass for every row a token may have."""
+    sorted_NH = x_NH.index_select(0, layout.row_of_pair)
+    starts_T = layout.bag_offsets
+    ends_T = torch.cat([starts_T[1:], starts_T.new_full((1,), x_NH.shape[0])]) if len(starts_T) else starts_T
+    longest = int((ends_T - starts_T).max()) if len(starts_T) else 0
+    out_TH = x_NH.new_zeros(layout.num_tokens, x_NH.shape[1])
+    for step in range(longest):
+        tokens = (starts_T + step < ends_T).nonzero().view(-1)
+        out_TH[tokens] += sorted_NH.index_select(0, starts_T.index_select(0, tokens) + step)
+    return out_TH

@@ -1,0 +1,171 @@
+"""Permute tokens to the rows of their experts and sum the rows back, by index and without atomics.
+
+Shapes: T tokens, E experts, H hidden, K experts per token, N rows (T*K when dropless). Rows are ordered by expert,
+within an expert by token, exactly as in Megatron-Core's own ``permute``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluid_npu.device import kernels_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class PermuteLayout:
+    """Where each row comes from and which rows each token sums. Index tensors are int64."""
+
+    num_tokens: int
+    num_experts: int
+    pairs_per_token: int | None
+    """K when every token has exactly K rows, else None."""
+    padded: bool
+    """Rows may belong to tokens that were not routed there (capacity with padding)."""
+    token_of_row: Tensor
+    """[N]: the token that each row copies."""
+    row_of_pair: Tensor
+    """[N]: rows sorted by token, ascending within a token."""
+    bag_offsets: Tensor
+    """[T]: where each token's rows start in ``row_of_pair``."""
+    pair_index: Tensor
+    """[N]: position of each row's (token, expert) in a flattened [T, E] tensor."""
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return self.token_of_row.shape[0]
+
+    @cached_property
+    def experts_TK(self) -> Tensor | None:
+        """[T, K]: experts of each token, ascending; None when K varies or rows are padded."""
+        if self.pairs_per_token is None or self.padded:
+            return None
+        experts = self.pair_index.index_select(0, self.row_of_pair) % self.num_experts
+        return experts.view(self.num_tokens, self.pairs_per_token)
+
+    @staticmethod
+    def from_routing_map(map_TE: Tensor, uniform_topk: int | None = None) -> PermuteLayout:
+        """Layout of a bool map [T, E]: one row for each True.
+
+        ``uniform_topk`` is K when each token is known to have exactly K experts (not checked): fewer operators,
+        and no host synchronisation on an accelerator. Leave it None when tokens were dropped.
+        """
+        num_tokens, num_experts = map_TE.shape
+        expert_of_row, token_of_row = _true_positions(map_TE.t(), uniform_topk)
+        sorted_tokens, row_of_pair = torch.sort(token_of_row, stable=True)
+        return PermuteLayout(
+            num_tokens=num_tokens,
+            num_experts=num_experts,
+            pairs_per_token=uniform_topk,
+            padded=False,
+            token_of_row=token_of_row,
+            row_of_pair=row_of_pair,
+            bag_offsets=_bag_offsets(sorted_tokens, num_tokens, uniform_topk),
+            pair_index=torch.add(expert_of_row, token_of_row, alpha=num_experts),
+        )
+
+    @staticmethod
+    def from_capacity(map_TE: Tensor, capacity: int) -> PermuteLayout:
+        """Layout in which every expert has exactly ``capacity`` rows, as Megatron's ``drop_and_pad``.
+
+        An expert with fewer tokens is padded with the first tokens not routed to it; their probability is what
+        the [T, E] probabilities hold there, 0 after Megatron's router. Raises ValueError if capacity exceeds T.
+        """
+        num_tokens, num_experts = map_TE.shape
+        if capacity > num_tokens:
+            raise ValueError(
+                f"capacity is {capacity} and there are {num_tokens} tokens; an expert cannot hold a token twice; "
+                "lower moe_expert_capacity_factor"
+            )
+        order_ET = map_TE.t().to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+        tokens_EC = order_ET[:, :capacity]
+        experts_E1 = torch.arange(num_experts, device=map_TE.device).unsqueeze(-1)
+        token_of_row = tokens_EC.reshape(-1)
+        sorted_tokens, row_of_pair = torch.sort(token_of_row, stable=True)
+        return PermuteLayout(
+            num_tokens=num_tokens,
+            num_experts=num_experts,
+            pairs_per_token=None,
+            padded=True,
+            token_of_row=token_of_row,
+            row_of_pair=row_of_pair,
+            bag_offsets=_bag_offsets(sorted_tokens, num_tokens, None),
+            pair_index=torch.add(experts_E1, tokens_EC, alpha=num_experts).view(-1),
+        )
+
+
+def permute_tokens(x_TH: Tensor, layout: PermuteLayout) -> Tensor:
+    """[N, H]: the token of each row; the gradient of a token is the sum over its rows."""
+    return _Permute.apply(x_TH, layout)
+
+
+def unpermute_tokens(x_NH: Tensor, layout: PermuteLayout) -> Tensor:
+    """[T, H]: the sum of each token's rows in ascending expert order; zero for a token without rows."""
+    return _Unpermute.apply(x_NH, layout)
+
+
+def permuted_probs(probs_TE: Tensor, layout: PermuteLayout) -> Tensor:
+    """[N]: the probability of each row, from the [T, E] probabilities of the router."""
+    return _PermutedProbs.apply(probs_TE, layout)
+
+
+def _true_positions(map_ET: Tensor, uniform_topk: int | None) -> tuple[Tensor, Tensor]:
+    """(expert, token) of every True, by expert and then token."""
+    num_tokens = map_ET.shape[1]
+    if map_ET.device.type == "cpu" or uniform_topk is None:
+        expert, token = map_ET.nonzero().unbind(1)
+        return expert, token.contiguous()
+    # The number of rows is known, so a stable sort replaces nonzero, whose size the host would wait for.
+    order = torch.sort(map_ET.reshape(-1).to(torch.int8), descending=True, stable=True)[1]
+    flat = order[: num_tokens * uniform_topk]
+    return torch.div(flat, num_tokens, rounding_mode="floor"), flat % num_tokens
+
+
+def _bag_offsets(sorted_tokens: Tensor, num_tokens: int, uniform_topk: int | None) -> Tensor:
+    device = sorted_tokens.device
+    if uniform_topk is not None:
+        return torch.arange(0, num_tokens * uniform_topk, uniform_topk, device=device)
+    return torch.searchsorted(sorted_tokens, torch.arange(num_tokens, device=device))
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, layout: PermuteLayout) -> Tensor:
+        ctx.layout = layout
+        return kernels_of(x_TH).permute(x_TH, layout)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy_NH: Tensor) -> tuple[Tensor, None]:
+        return kernels_of(dy_NH).unpermute(dy_NH.contiguous(), ctx.layout), None
+
+
+class _Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_NH: Tensor, layout: PermuteLayout) -> Tensor:
+        ctx.layout = layout
+        return kernels_of(x_NH).unpermute(x_NH, layout)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor, None]:
+        return kernels_of(dy_TH).permute(dy_TH, ctx.layout), None
+
+
+class _PermutedProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, probs_TE: Tensor, layout: PermuteLayout) -> Tensor:
+        ctx.layout, ctx.shape = layout, probs_TE.shape
+        return torch.take(probs_TE, layout.pair_index)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dp_N: Tensor) -> tuple[Tensor, None]:
+        # Every (token, expert) has at most one row: a plain write, no sum.
+        flat = dp_N.new_zeros(ctx.shape[0] * ctx.shape[1])
+        return flat.scatter_(0, ctx.layout.pair_index, dp_N).view(ctx.shape), None
