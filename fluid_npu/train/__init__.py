@@ -1,0 +1,1 @@
+"""A complete small trainer on megatron-core: presets, data, loop, checkpoints, faults."""

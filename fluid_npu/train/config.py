@@ -1,0 +1,206 @@
+"""What a training run is: one frozen dataclass, checked before any process starts. Standard library only.
+
+A ``TrainConfig`` round-trips through JSON; the launcher hands it to the ranks as a file. Every error names the
+flag, the value received, what is allowed and the fix.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from fluid_npu.train.presets import CUT_FIELDS, Preset, flag_of, get_preset
+
+DEVICES = ("auto", "cpu", "cuda", "npu")
+DTYPES = ("fp32", "bf16", "fp16")
+OVERLAPS = ("off", "dw", "auto")
+IMPLS = ("fluid", "stock")
+NOT_BUILT = {"full": "the pipelined schedule behind --overlap full"}
+
+#: Fields that may differ between a checkpoint and the run that resumes it; all others must be equal.
+RESUME_MAY_DIFFER = frozenset(
+    {"device", "steps", "overlap", "timeout", "out", "resume", "checkpoint_every", "plant_delay_ms", "data", "twin_every"}
+)
+
+
+class ConfigError(ValueError):
+    """A flag's value cannot be; the text names flag, value, rule and fix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run. Sizes of the model come from ``preset`` and its ``cut`` (figure name to value).
+
+    ``dtype`` None is the device's own; ``data`` None the default corpus; ``lr_decay_steps`` None is ``steps``.
+    ``plant_delay_ms`` delays every AllToAll, for tests and demonstrations.
+    """
+
+    preset: str = "mixtral-tiny"
+    cut: Mapping[str, int] = field(default_factory=dict)
+    device: str = "auto"
+    data: str | None = None
+    nproc: int = 2
+    ep: int = 2
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    steps: int = 300
+    micro_batches: int = 1
+    dtype: str | None = None
+    overlap: str = "auto"
+    timeout: float = 60.0
+    out: str = ""
+    resume: bool = False
+    seed: int = 1234
+    lr: float = 2e-3
+    min_lr: float = 2e-4
+    warmup_steps: int = 20
+    lr_decay_steps: int | None = None
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+    distributed_optimizer: bool = False
+    checkpoint_every: int = 100
+    twin_every: int = 10
+    plant_delay_ms: float = 0.0
+    impl: str = "fluid"
+
+    def model(self) -> Preset:
+        """The preset with its cut. Raises PresetError."""
+        return get_preset(self.preset).cut(**self.cut)
+
+    @property
+    def decay_steps(self) -> int:
+        """Steps over which the learning rate falls."""
+        return self.steps if self.lr_decay_steps is None else self.lr_decay_steps
+
+    @property
+    def data_parallel(self) -> int:
+        """Ranks that see different samples."""
+        return self.nproc // (self.tp * self.pp * self.cp)
+
+    def to_json(self) -> str:
+        """The same object as text."""
+        return json.dumps({**asdict(self), "cut": dict(self.cut)}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainConfig:
+        """What ``to_json`` wrote. Raises ConfigError for unknown or missing fields."""
+        try:
+            return cls(**json.loads(text))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ConfigError(f"config: not a configuration of this version ({error}); start the run anew") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> TrainConfig:
+        """Reads a file that holds ``to_json``."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def validate(config: TrainConfig) -> TrainConfig:
+    """Returns the configuration if it can run. Raises ConfigError or PresetError for the first rule it breaks."""
+    _check_choices(config)
+    _check_numbers(config)
+    _check_parallel(config)
+    _check_sizes(config, config.model())
+    return config
+
+
+def differing_flag(saved: Mapping[str, Any], config: TrainConfig) -> str | None:
+    """How the configuration differs from a checkpoint's, as an error text; None when it may resume it."""
+    for item in fields(config):
+        if item.name in RESUME_MAY_DIFFER or item.name not in saved:
+            continue
+        ours = config.decay_steps if item.name == "lr_decay_steps" else getattr(config, item.name)
+        theirs = saved[item.name]
+        if item.name == "lr_decay_steps" and theirs is None:
+            theirs = saved["steps"]
+        if ours == theirs:
+            continue
+        if item.name == "cut":
+            return _differing_cut(theirs, dict(ours))
+        flag = flag_of(item.name)
+        return f"{flag} {ours}: the checkpoint was written with {flag} {theirs}; resume with {flag} {theirs}"
+    return None
+
+
+def _differing_cut(theirs: Mapping[str, int], ours: Mapping[str, int]) -> str:
+    name = next(name for name in CUT_FIELDS if theirs.get(name) != ours.get(name))
+    flag, saved, given = flag_of(name), theirs.get(name), ours.get(name)
+    if saved is None:
+        return f"{flag} {given}: the checkpoint was written without {flag}; resume without it"
+    return f"{flag} {given or '(not given)'}: the checkpoint was written with {flag} {saved}; resume with {flag} {saved}"
+
+
+def _check_choices(c: TrainConfig) -> None:
+    for name, allowed in (("device", DEVICES), ("impl", IMPLS)):
+        if getattr(c, name) not in allowed:
+            raise ConfigError(f"{flag_of(name)} {getattr(c, name)!r}: allowed are {', '.join(allowed)}")
+    if c.dtype is not None and c.dtype not in DTYPES:
+        raise ConfigError(f"--dtype {c.dtype!r}: allowed are {', '.join(DTYPES)}")
+    if c.overlap in NOT_BUILT:
+        raise ConfigError(f"--overlap {c.overlap}: {NOT_BUILT[c.overlap]} is not built yet; use --overlap dw or auto")
+    if c.overlap not in OVERLAPS:
+        raise ConfigError(f"--overlap {c.overlap!r}: allowed are {', '.join(OVERLAPS)}")
+    if c.cp > 1:
+        raise ConfigError(f"--cp {c.cp}: context parallelism is not built yet; use --cp 1")
+    if c.impl == "stock" and c.overlap == "dw":
+        raise ConfigError("--overlap dw: stock Megatron (--impl stock) has no overlap; use --overlap off or --impl fluid")
+
+
+def _check_numbers(c: TrainConfig) -> None:
+    for name in ("nproc", "ep", "tp", "pp", "cp", "steps", "micro_batches", "checkpoint_every", "twin_every"):
+        if getattr(c, name) < 1:
+            raise ConfigError(f"{flag_of(name)} {getattr(c, name)}: must be at least 1; use {flag_of(name)} 1")
+    for name in ("warmup_steps", "plant_delay_ms", "weight_decay", "min_lr", "clip_grad", "seed"):
+        if getattr(c, name) < 0:
+            raise ConfigError(f"{flag_of(name)} {getattr(c, name)}: must not be negative; use {flag_of(name)} 0")
+    for name in ("timeout", "lr"):
+        if not getattr(c, name) > 0:
+            raise ConfigError(f"{flag_of(name)} {getattr(c, name)}: must be above 0; leave it out for the default")
+    if c.min_lr > c.lr:
+        raise ConfigError(f"--min-lr {c.min_lr}: must be at most --lr {c.lr}; use --min-lr {c.lr / 10:g}")
+    if c.decay_steps < 1:
+        raise ConfigError(f"--lr-decay-steps {c.lr_decay_steps}: must be at least 1; leave it out for --steps")
+
+
+def _check_parallel(c: TrainConfig) -> None:
+    model_parallel = c.tp * c.pp * c.cp
+    if c.nproc % model_parallel:
+        raise ConfigError(
+            f"--nproc {c.nproc}: must be a multiple of tp*pp*cp = {c.tp}*{c.pp}*{c.cp} = {model_parallel}; "
+            f"use --nproc {_round_up(c.nproc, model_parallel)}"
+        )
+    # Expert parallelism takes the place of data and tensor parallelism inside one pipeline stage.
+    ranks = c.nproc // c.pp
+    if ranks % c.ep:
+        fit = max(d for d in range(1, ranks + 1) if ranks % d == 0 and d <= max(c.ep, 1))
+        raise ConfigError(
+            f"--ep {c.ep}: must divide the {ranks} ranks of a pipeline stage (nproc / pp = {c.nproc} / {c.pp}); "
+            f"use --ep {fit} or --nproc {_round_up(c.nproc, c.ep * c.pp)}"
+        )
+
+
+def _check_sizes(c: TrainConfig, p: Preset) -> None:
+    rules = (
+        ("ep", "experts", p.experts),
+        ("tp", "heads", p.heads),
+        ("tp", "kv_heads", p.kv_heads),
+        ("tp", "hidden", p.hidden),
+        ("tp", "ffn", p.ffn),
+        ("tp", "seq_length", p.seq_length),
+        ("pp", "layers", p.layers),
+    )
+    for name, figure, size in rules:
+        parts = getattr(c, name)
+        if size % parts:
+            fit = max(d for d in range(1, parts + 1) if size % d == 0)
+            raise ConfigError(
+                f"--{name} {parts}: must divide {flag_of(figure)} {size} of preset {p.name}; use --{name} {fit}"
+            )
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

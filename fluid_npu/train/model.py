@@ -1,0 +1,158 @@
+"""From a preset to Megatron's configuration and GPTModel.
+
+Megatron's ``use_cpu_initialization`` stays False on every device: True gives all expert-parallel ranks the same
+experts. Without Transformer Engine the local layer specs are used; attention is Megatron's DotProductAttention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+from fluid_npu.train.config import TrainConfig
+from fluid_npu.train.presets import Preset
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_model_config(config: TrainConfig, dtype: str) -> TransformerConfig:
+    """Megatron's configuration of the run's model. ``dtype`` is a key of ``TORCH_DTYPES``."""
+    preset = config.model()
+    arguments = {**_sizes(preset), **_router(preset), **_parallel(config), **_precision(dtype), **_FIXED}
+    if preset.mla is not None:
+        return MLATransformerConfig(**arguments, **_mla(preset))
+    return TransformerConfig(**arguments)
+
+
+def build_model(config: TrainConfig, model_config: TransformerConfig, overlap: str) -> GPTModel:
+    """This rank's part of the model. ``overlap`` is 'off' or 'dw'; stock Megatron ignores it."""
+    preset = config.model()
+    return GPTModel(
+        model_config,
+        _layer_spec(config, model_config, overlap),
+        vocab_size=padded_vocab(preset.vocab_size, config.tp),
+        max_sequence_length=preset.seq_length,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        position_embedding_type="rope",
+        rotary_base=int(preset.rope_theta),
+        rotary_percent=preset.rotary_percent,
+        share_embeddings_and_output_weights=preset.tie_embeddings,
+    )
+
+
+def padded_vocab(entries: int, tp: int) -> int:
+    """Vocabulary rounded up to what tensor parallelism can split."""
+    return -(-entries // tp) * tp
+
+
+def moe_layers(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The model's MoE layers in order."""
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    return (module for module in model.modules() if isinstance(module, MoELayer))
+
+
+def _layer_spec(config: TrainConfig, model_config: TransformerConfig, overlap: str) -> Any:
+    if config.impl == "fluid":
+        from fluid_npu.mcore.layer_spec import get_fluid_moe_block_spec
+
+        return get_fluid_moe_block_spec(model_config, overlap=overlap)
+    return get_gpt_decoder_block_spec(
+        model_config, use_transformer_engine=False, normalization=model_config.normalization
+    )
+
+
+_FIXED: dict[str, Any] = {
+    "gated_linear_unit": True,
+    "activation_func": F.silu,
+    "add_bias_linear": False,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "use_cpu_initialization": False,
+    "gradient_accumulation_fusion": True,
+    "persist_layer_norm": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "masked_softmax_fusion": False,
+    "apply_rope_fusion": False,
+    "moe_permute_fusion": False,
+    "moe_token_dispatcher_type": "alltoall",
+    "deterministic_mode": False,
+}
+
+
+def _sizes(p: Preset) -> dict[str, Any]:
+    return {
+        "num_layers": p.layers,
+        "hidden_size": p.hidden,
+        "ffn_hidden_size": p.ffn,
+        "moe_ffn_hidden_size": p.moe_ffn,
+        "num_attention_heads": p.heads,
+        "num_query_groups": p.kv_heads,
+        "kv_channels": p.channels,
+        "normalization": p.normalization,
+        "layernorm_epsilon": p.norm_epsilon,
+        "add_qkv_bias": p.qkv_bias,
+        "qk_layernorm": p.qk_layernorm or p.mla is not None,
+        "moe_shared_expert_intermediate_size": p.shared_expert_ffn,
+        "moe_layer_freq": [0] * p.first_dense_layers + [1] * p.moe_layers,
+    }
+
+
+def _router(p: Preset) -> dict[str, Any]:
+    return {
+        "num_moe_experts": p.experts,
+        "moe_router_topk": p.topk,
+        "moe_router_score_function": p.score_function,
+        "moe_router_enable_expert_bias": p.expert_bias,
+        "moe_router_num_groups": p.router_groups,
+        "moe_router_group_topk": p.group_topk,
+        "moe_router_topk_scaling_factor": p.topk_scaling_factor,
+        "moe_router_pre_softmax": p.pre_softmax,
+        "moe_router_load_balancing_type": "aux_loss" if p.aux_loss_coeff else "none",
+        "moe_aux_loss_coeff": p.aux_loss_coeff,
+        "moe_router_dtype": "fp32",
+    }
+
+
+def _parallel(config: TrainConfig) -> dict[str, Any]:
+    return {
+        "tensor_model_parallel_size": config.tp,
+        "pipeline_model_parallel_size": config.pp,
+        "context_parallel_size": config.cp,
+        "expert_model_parallel_size": config.ep,
+        "expert_tensor_parallel_size": 1,
+        "sequence_parallel": config.tp > 1,
+    }
+
+
+def _precision(dtype: str) -> dict[str, Any]:
+    chosen = TORCH_DTYPES[dtype]
+    return {
+        "params_dtype": chosen,
+        "pipeline_dtype": chosen,
+        "bf16": dtype == "bf16",
+        "fp16": dtype == "fp16",
+    }
+
+
+def _mla(p: Preset) -> dict[str, Any]:
+    assert p.mla is not None
+    return {
+        "multi_latent_attention": True,
+        "q_lora_rank": p.mla.q_lora_rank,
+        "kv_lora_rank": p.mla.kv_lora_rank,
+        "qk_head_dim": p.mla.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": p.mla.qk_rope_head_dim,
+        "v_head_dim": p.mla.v_head_dim,
+        "rope_type": "rope",
+        "rotary_base": p.rope_theta,
+    }

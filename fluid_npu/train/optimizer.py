@@ -1,0 +1,79 @@
+"""Megatron's optimizer and learning-rate schedule, and which Adam is behind them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from fluid_npu.device import Choice
+from fluid_npu.train.config import TrainConfig
+from fluid_npu.train.model import TORCH_DTYPES
+
+
+def build_optimizer(config: TrainConfig, model: torch.nn.Module, dtype: str) -> MegatronOptimizer:
+    """Adam with gradient clipping; fp32 main parameters for bf16 and fp16, dynamic loss scaling for fp16."""
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        bf16=dtype == "bf16",
+        fp16=dtype == "fp16",
+        params_dtype=TORCH_DTYPES[dtype],
+        initial_loss_scale=2.0**16,
+        loss_scale_window=200,
+        clip_grad=config.clip_grad,
+        use_distributed_optimizer=config.distributed_optimizer,
+    )
+    return get_megatron_optimizer(settings, [model])
+
+
+def build_scheduler(config: TrainConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Linear warm-up, then a cosine to ``min_lr``; it counts steps."""
+    decay = config.decay_steps
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=min(config.warmup_steps, decay - 1),
+        lr_decay_steps=decay,
+        lr_decay_style="cosine",
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=decay,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=True,
+    )
+
+
+def adam_in_use() -> Choice[str]:
+    """Which Adam Megatron took: 'te', 'apex' or 'torch', and why."""
+    from megatron.core import optimizer as megatron_optimizer
+
+    module = getattr(megatron_optimizer, "Adam", torch.optim.AdamW).__module__
+    if module.startswith("transformer_engine"):
+        return Choice("te", "Transformer Engine is installed")
+    if module.startswith("apex"):
+        return Choice("apex", "NVIDIA Apex is installed, Transformer Engine is not")
+    return Choice("torch", f"Transformer Engine is not usable, and {_apex_state()}")
+
+
+def _apex_state() -> str:
+    """Why Apex is not used. PyPI's 'apex' is another project (a Pyramid toolkit) of the same name."""
+    if importlib.util.find_spec("apex") is None:
+        return "NVIDIA Apex is not installed"
+    try:
+        apex: Any = importlib.import_module("apex")
+        if hasattr(apex, "amp") or importlib.util.find_spec("apex.optimizers") is not None:
+            return "NVIDIA Apex is installed but its FusedAdam cannot be imported"
+    except Exception as error:
+        return f"a package 'apex' is installed but cannot be imported ({type(error).__name__})"
+    return "the installed 'apex' is PyPI's unrelated package, not NVIDIA's"
