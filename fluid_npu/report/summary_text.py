@@ -73,6 +73,8 @@ def _overlap(summary: Mapping[str, Any]) -> str | None:
     if value is None:
         return None
     why = f" because {reason}" if reason else ""
+    if value == "off" and not reason:
+        return "off, as asked"
     if value in ("off", "plain"):
         return f"overlap chose plain{why}; see fluid-npu bench overlap --link"
     return f"overlap chose {value}{why}"

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 MEMORY = "from memory, not checked against the published file"
+_OWN = "fluid_npu's own choice"
 
 
 class PresetError(ValueError):
@@ -38,6 +39,7 @@ class Preset:
 
     `head_dim` None means hidden / heads. `shared_expert_ffn` is the total over all shared experts.
     `pre_softmax` True: the router's softmax runs over all experts and the chosen weights are not renormalised.
+    With `mla`, `qk_layernorm` normalises the latents.
     `source` maps a figure's name to where it comes from; `"*"` covers the figures not named.
     """
 
@@ -89,6 +91,8 @@ class Preset:
 
     def source_of(self, figure: str) -> str:
         """Where a figure comes from."""
+        if figure == "micro_batch_size":
+            return self.source.get(figure, _OWN + ", not part of the model")
         return self.source.get(figure, self.source.get("*", MEMORY))
 
     def cut(self, **changes: Any) -> Preset:
@@ -147,9 +151,8 @@ class Preset:
 
 def _mla_params(hidden: int, heads: int, mla: MLA) -> int:
     q_head = mla.qk_nope_head_dim + mla.qk_rope_head_dim
-    if mla.q_lora_rank is None:
-        q = hidden * heads * q_head
-    else:
+    q = hidden * heads * q_head
+    if mla.q_lora_rank is not None:  # down projection, its norm, up projection
         q = mla.q_lora_rank * (hidden + 1 + heads * q_head)
     kv_down = hidden * (mla.kv_lora_rank + mla.qk_rope_head_dim) + mla.kv_lora_rank
     kv_up = mla.kv_lora_rank * heads * (mla.qk_nope_head_dim + mla.v_head_dim)
@@ -158,9 +161,9 @@ def _mla_params(hidden: int, heads: int, mla: MLA) -> int:
 
 # What `cut` may change, in the order of the command line's help.
 CUT_FIELDS = (
-    "layers hidden ffn moe_ffn heads kv_heads head_dim experts topk vocab_size seq_length "
-    "shared_expert_ffn first_dense_layers router_groups group_topk micro_batch_size"
-).split()
+    *("layers", "hidden", "ffn", "moe_ffn", "heads", "kv_heads", "head_dim", "experts", "topk", "vocab_size"),
+    *("seq_length", "shared_expert_ffn", "first_dense_layers", "router_groups", "group_topk", "micro_batch_size"),
+)
 
 
 def flag_of(figure: str) -> str:
@@ -241,7 +244,6 @@ def _published(total: float, active: float) -> Mapping[str, float]:
     return MappingProxyType({"total": total, "active": active})
 
 
-_OWN = "fluid_npu's own choice"
 _RECIPE_4K = "4,096 tokens: the length of the 4k pre-training recipes; the model itself reads longer text"
 
 _ALL = (
@@ -282,6 +284,7 @@ _ALL = (
         published=_published(46.7e9, 12.9e9),
         source=_from(
             "config.json of mistralai/Mixtral-8x7B-v0.1, as quoted in huggingface/candle models/mixtral.rs (v0_1_8x7b)",
+            heads="a MixtralConfig of mistralai/Mixtral-8x7B-Instruct-v0.1 printed in public code",
             aux_loss_coeff="MindSpeed-LLM 2.1.0 pretrain_mixtral_8x7b_ptd.sh",
             published="mistral.ai announcement: 46.7B total, 12.9B per token (" + MEMORY + ")",
         ),
@@ -322,6 +325,7 @@ _ALL = (
         vocab_size=102400,
         seq_length=4096,
         norm_epsilon=1e-6,
+        qk_layernorm=True,
         shared_expert_ffn=2816,
         first_dense_layers=1,
         topk_scaling_factor=1.0,
@@ -336,6 +340,7 @@ _ALL = (
             pre_softmax="norm_topk_prob false in config.json of deepseek-ai/DeepSeek-V2-Lite (" + MEMORY + ")",
             aux_loss_coeff="aux_loss_alpha of config.json of deepseek-ai/DeepSeek-V2-Lite (" + MEMORY + ")",
             published="DeepSeek-V2 paper: 15.7B total, 2.4B per token, embeddings not counted (" + MEMORY + ")",
+            qk_layernorm="the latent of k and v is normalised: modeling_deepseek (" + MEMORY + ")",
             limits="YaRN scaling of the positions beyond 4,096 is not part of the preset",
         ),
     ),
@@ -352,6 +357,7 @@ _ALL = (
         vocab_size=129280,
         seq_length=4096,
         norm_epsilon=1e-6,
+        qk_layernorm=True,
         shared_expert_ffn=2048,
         first_dense_layers=3,
         score_function="sigmoid",
@@ -364,6 +370,7 @@ _ALL = (
         published=_published(671e9, 37e9),
         source=_from(
             "zyzshishui/slime scripts/models/deepseek-v3.sh (Megatron flags of DeepSeek-V3)",
+            pre_softmax="has no meaning with a sigmoid router",
             seq_length="MindSpeed-LLM deepseek3 671b 4k script",
             aux_loss_coeff="DeepSeek-V3 paper: sequence-wise balance factor 0.0001 (" + MEMORY + ")",
             published="DeepSeek-V3 paper: 671B total, 37B per token (" + MEMORY + ")",
@@ -442,6 +449,7 @@ _ALL = (
             "a published copy of config.json of databricks/dbrx-instruct (d_model, n_heads, n_layers, ffn_config ...)",
             vocab_size="transformers' DbrxConfig as copied by public code: 100,352",
             normalization="LayerNorm without bias in transformers' modeling_dbrx (" + MEMORY + ")",
+            norm_epsilon=MEMORY,
             pre_softmax="moe_normalize_expert_weights 1 in the same config.json: weights sum to one",
             published="model card: 132B total, 36B per token, as quoted by NVIDIA's API reference",
             limits="clip_qkv 8 is left out; Megatron's LayerNorm has a bias",
@@ -526,8 +534,9 @@ _ALL = (
         aux_loss_coeff=0.001,
         published=_published(106e9, 12e9),
         source=_from(
-            "config.json of zai-org/GLM-4.5-Air, as quoted in Megatron-Bridge's test of its GLM-4.5 bridge",
-            layers="the GLM-4-MoE conversion script (CONFIG_100B) and other public code",
+            "config.json of zai-org/GLM-4.5-Air, as quoted in Megatron-Bridge's GLM-4.5 test and in a GLM-4-MoE "
+            "conversion script (CONFIG_100B)",
+            layers="the same conversion script, and a public profile of GLM-4.5-Air: 46, the first dense",
             seq_length=_RECIPE_4K,
             rope_theta="config.json of zai-org/GLM-4.5-Air (" + MEMORY + "; the conversion script has 10,000)",
             score_function="transformers' Glm4Moe router (" + MEMORY + ")",
@@ -573,7 +582,7 @@ FIGURES = tuple(f.name for f in fields(Preset) if f.name not in ("name", "source
 
 def table() -> list[dict[str, Any]]:
     """One row per preset: name, sizes, total and active parameters (counts), and the source of the figures."""
-    short = "layers hidden moe_ffn heads kv_heads experts topk vocab_size seq_length".split()
+    short = ("layers", "hidden", "moe_ffn", "heads", "kv_heads", "experts", "topk", "vocab_size", "seq_length")
     return [
         {
             "name": preset.name,
