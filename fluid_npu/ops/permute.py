@@ -95,7 +95,7 @@ class PermuteLayout:
             token_of_row=token_of_row,
             row_of_pair=row_of_pair,
             bag_offsets=_bag_offsets(sorted_tokens, num_tokens, None),
-            pair_index=torch.add(experts_E1, tokens_EC, alpha=num_experts).view(-1),
+            pair_index=torch.add(experts_E1, tokens_EC, alpha=num_experts).reshape(-1),
         )
 
 

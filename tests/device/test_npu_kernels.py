@@ -1,0 +1,213 @@
+"""NpuKernels against a stand-in for torch_npu that enforces the documented contracts and computes on the CPU."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fluid_npu.device.kernels.npu_kernels import NpuKernels
+from fluid_npu.device.kernels.torch_kernels import TorchKernels
+from fluid_npu.ops import reference
+from fluid_npu.ops.permute import PermuteLayout
+from fluid_npu.ops.reference import relative_error
+
+
+class FakeTorchNpu:
+    """Records every call; raises where the real operator refuses."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.calls]
+
+    def npu_grouped_matmul(self, x, weight, *, group_list, split_item, group_type, group_list_type):
+        self.calls.append(("npu_grouped_matmul", dict(group_list=group_list, group_type=group_type, weight=weight)))
+        assert len(x) == len(weight) == 1 and split_item == 3 and group_list_type == 0
+        assert group_list.dtype == torch.int64 and 1 < len(group_list) <= 1024
+        counts = counts_of_ends(group_list)
+        if group_type == 0:
+            return [reference.grouped_matmul(x[0], weight[0], counts).to(x[0].dtype)]
+        assert group_type == 2 and x[0].stride(0) == 1  # x^T is a view, never a copy
+        return [reference.grouped_dw(x[0].t(), weight[0], counts).to(x[0].dtype)]
+
+    def npu_grouped_matmul_add_(
+        self,
+        self_,
+        x,
+        weight,
+        group_list,
+        *,
+        transpose_x=True,
+        transpose_weight=False,
+        group_type=2,
+        group_list_type=0,
+    ):
+        self.calls.append(("npu_grouped_matmul_add_", dict(group_list=group_list)))
+        assert self_.dtype == torch.float32 and x.dtype == weight.dtype in (torch.bfloat16, torch.float16)
+        assert transpose_x and not transpose_weight and group_type == 2
+        assert x.numel() and weight.numel() and group_list.dtype == torch.int64
+        # The real operator ignores group_list_type here: the list is always read as ends.
+        self_.add_(reference.grouped_dw(x, weight, counts_of_ends(group_list)).float())
+
+    def npu_moe_token_permute(self, tokens, indices, num_out_tokens=None, padded_mode=False):
+        self.calls.append(("npu_moe_token_permute", dict(indices=indices)))
+        assert indices.dtype in (torch.int32, torch.int64) and indices.shape[1] <= 512 and not padded_mode
+        order = torch.argsort(indices.reshape(-1), stable=True)
+        return tokens[order // indices.shape[1]], torch.argsort(order).int()
+
+    def npu_moe_token_unpermute(self, permuted, sorted_indices, probs=None, padded_mode=False, restore_shape=None):
+        self.calls.append(("npu_moe_token_unpermute", dict(sorted_indices=sorted_indices)))
+        assert sorted_indices.dtype == torch.int32 and probs is not None
+        tokens, topk = probs.shape
+        return (permuted[sorted_indices.long()].view(tokens, topk, -1) * probs.unsqueeze(-1)).sum(1)
+
+    def npu_swiglu(self, x, dim=-1):
+        self.calls.append(("npu_swiglu", {}))
+        assert x.is_contiguous() and x.numel() and dim == -1
+        x0, x1 = x.chunk(2, -1)
+        return F.silu(x0) * x1
+
+    def npu_swiglu_backward(self, grad, x, dim=-1):
+        self.calls.append(("npu_swiglu_backward", {}))
+        assert grad.dtype == x.dtype and x.is_contiguous()
+        leaf = x.detach().requires_grad_()
+        with torch.enable_grad():
+            x0, x1 = leaf.chunk(2, dim)
+            return torch.autograd.grad(F.silu(x0) * x1, leaf, grad)[0]
+
+    def npu_rms_norm(self, x, gamma, epsilon=1e-6):
+        self.calls.append(("npu_rms_norm", dict(epsilon=epsilon)))
+        return TorchKernels().rms_norm(x, gamma, epsilon)
+
+    def npu_rms_norm_backward(self, dy, x, gamma, rstd):
+        self.calls.append(("npu_rms_norm_backward", {}))
+        dx, dgamma = TorchKernels().rms_norm_grad(dy, x, gamma, rstd)
+        return dx, dgamma.float()
+
+
+def counts_of_ends(ends: torch.Tensor) -> list[int]:
+    given = ends.tolist()
+    counts = [end - start for start, end in zip([0, *given], given, strict=False)]
+    assert all(count >= 0 for count in counts), "group_list must not decrease: were counts passed?"
+    return counts
+
+
+@pytest.fixture
+def fake():
+    return FakeTorchNpu()
+
+
+@pytest.fixture
+def kernels(fake):
+    return NpuKernels(torch_npu=fake)
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 5, 2], [0, 4], [7, 0]], ids=str)
+def test_grouped_mm_passes_running_totals_and_weight_views(kernels, fake, counts):
+    x, weight = torch.randn(sum(counts), 8), torch.randn(len(counts), 12, 8)
+    y = kernels.grouped_mm(x, weight, counts, trans_w=True)
+    assert relative_error(y, reference.grouped_matmul(x, weight.transpose(1, 2), counts)) <= 1e-6
+    ((_, call),) = fake.calls
+    assert call["group_list"].tolist() == list(accumulate(counts))
+    assert call["weight"][0].data_ptr() == weight.data_ptr()  # a view, not a copy
+
+
+@pytest.mark.parametrize("counts", [[5], [0, 0, 0], [0]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_group_or_no_rows_never_reach_the_grouped_operators(kernels, fake, counts, dtype):
+    x, weight = torch.randn(sum(counts), 8).to(dtype), torch.randn(len(counts), 8, 12).to(dtype)
+    dy, main_grad = torch.randn(sum(counts), 12).to(dtype), torch.zeros(len(counts), 8, 12)
+    tolerance = 1e-6 if dtype == torch.float32 else 6e-3
+    assert (
+        relative_error(kernels.grouped_mm(x, weight, counts), reference.grouped_matmul(x, weight, counts)) <= tolerance
+    )
+    kernels.grouped_dw_add_(main_grad, x, dy, counts)
+    assert relative_error(main_grad, reference.grouped_dw(x, dy, counts)) <= tolerance
+    assert fake.calls == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_dw_uses_the_adding_operator_with_running_totals(kernels, fake, dtype):
+    counts = [4, 0, 1, 6]
+    x, dy, main_grad = torch.randn(11, 8).to(dtype), torch.randn(11, 12).to(dtype), torch.zeros(4, 8, 12)
+    for _ in range(2):
+        kernels.grouped_dw_add_(main_grad, x, dy, counts)
+    assert fake.names() == ["npu_grouped_matmul_add_"] * 2
+    assert fake.calls[0][1]["group_list"].tolist() == [4, 4, 5, 11]
+    assert relative_error(main_grad, 2 * reference.grouped_dw(x, dy, counts)) <= 1e-6
+
+
+def test_fp32_dw_is_outside_the_adding_contract(kernels, fake):
+    counts = [4, 0, 1, 6]
+    x, dy, main_grad = torch.randn(11, 8), torch.randn(11, 12), torch.ones(4, 8, 12)
+    kernels.grouped_dw_add_(main_grad, x, dy, counts)
+    assert fake.names() == ["npu_grouped_matmul"] and fake.calls[0][1]["group_type"] == 2
+    assert relative_error(main_grad, 1 + reference.grouped_dw(x, dy, counts)) <= 1e-6
+
+
+def test_a_strided_main_grad_is_outside_the_adding_contract(kernels, fake):
+    x, dy = torch.randn(5, 8).bfloat16(), torch.randn(5, 12).bfloat16()
+    main_grad = torch.zeros(2, 12, 8).transpose(1, 2)
+    kernels.grouped_dw_add_(main_grad, x, dy, [2, 3])
+    assert fake.names() == ["npu_grouped_matmul"]
+    assert relative_error(main_grad, reference.grouped_dw(x, dy, [2, 3])) <= 6e-3
+
+
+def routing_map(tokens: int, experts: int, topk: int) -> torch.Tensor:
+    scores = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(0))
+    return torch.zeros(tokens, experts, dtype=torch.bool).scatter_(1, scores.topk(topk).indices, True)
+
+
+@pytest.mark.parametrize("topk", [1, 2, 3])
+def test_permute_and_unpermute_use_the_fused_operators_when_topk_is_uniform(kernels, fake, topk):
+    layout = PermuteLayout.from_routing_map(routing_map(9, 5, topk), topk)
+    x = torch.randn(9, 8)
+    rows = kernels.permute(x, layout)
+    assert torch.equal(rows, x[layout.token_of_row])
+    assert torch.allclose(kernels.unpermute(rows, layout), topk * x)
+    expected = ["npu_moe_token_permute"] + ["npu_moe_token_unpermute"] * (topk > 1)
+    assert fake.names() == expected
+    # What the permute operator would return as sorted_indices is what the layout already holds.
+    order = fake.npu_moe_token_permute(x, layout.experts_TK)[1]
+    assert torch.equal(order.long(), layout.row_of_pair)
+
+
+@pytest.mark.parametrize("kind", ["ragged", "capacity", "empty"])
+def test_other_layouts_are_summed_row_by_row_without_the_fused_operators(kernels, fake, kind):
+    mask = routing_map(9, 5, 2)
+    if kind == "capacity":
+        layout = PermuteLayout.from_capacity(mask, 3)
+    else:
+        mask[2] = False
+        layout = PermuteLayout.from_routing_map(mask if kind == "ragged" else mask[:0])
+    x = torch.randn(layout.num_tokens, 8)
+    rows = kernels.permute(x, layout) * torch.rand(layout.num_rows, 1)
+    wanted = torch.zeros_like(x).index_add_(0, layout.token_of_row, rows)
+    assert torch.equal(kernels.unpermute(rows, layout), wanted)
+    assert fake.calls == []
+
+
+@pytest.mark.parametrize("rows", [0, 6])
+def test_swiglu_is_scaled_by_the_probabilities_and_avoids_empty_tensors(kernels, fake, rows):
+    h, p, da = torch.randn(rows, 16), torch.rand(rows), torch.randn(rows, 8)
+    a, (dh, dp) = kernels.swiglu_probs(h, p), kernels.swiglu_probs_grad(da, h, p)
+    h64, p64 = h.double().requires_grad_(), p.double().requires_grad_()
+    a64 = reference.swiglu_probs(h64, p64)
+    a64.backward(da.double())
+    for got, wanted in ((a, a64.detach()), (dh, h64.grad), (dp, p64.grad)):
+        assert relative_error(got, wanted) <= 1e-6
+    assert fake.names() == ([] if rows == 0 else ["npu_swiglu", "npu_swiglu", "npu_swiglu_backward"])
+
+
+@pytest.mark.parametrize("gamma_dtype, fused", [(torch.bfloat16, True), (torch.float32, True), (torch.float16, False)])
+def test_rms_norm_is_fused_for_the_documented_dtype_pairs(kernels, fake, gamma_dtype, fused):
+    x, gamma = torch.randn(4, 8).bfloat16(), torch.rand(8).to(gamma_dtype)
+    y, rstd = kernels.rms_norm(x, gamma, 1e-5)
+    dx, dgamma = kernels.rms_norm_grad(torch.ones_like(y), x, gamma, rstd)
+    assert (y.dtype, rstd.dtype, dx.dtype, dgamma.dtype) == (x.dtype, torch.float32, x.dtype, gamma_dtype)
+    assert fake.names() == (["npu_rms_norm", "npu_rms_norm_backward"] if fused else [])
