@@ -249,12 +249,19 @@ def _make_parent(prefix: Path) -> None:
 
 @contextlib.contextmanager
 def _lock(prefix: Path) -> Iterator[None]:
-    """Hold the lock of `prefix`; the kernel frees it when its holder dies. The empty file stays behind."""
-    try:
-        file = open(prefix.parent / f".{prefix.name}.lock", "w")  # noqa: SIM115
-    except OSError as error:
-        raise _cannot_write(prefix, error) from error
-    with file:
+    """Hold the lock of a data set's prefix; raises DataError where no lock file can be made."""
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(file_lock(prefix.parent / f".{prefix.name}.lock"))
+        except OSError as error:
+            raise _cannot_write(prefix, error) from error
+        yield
+
+
+@contextlib.contextmanager
+def file_lock(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold an exclusive lock on a file, which stays behind empty; the kernel frees it when its holder dies."""
+    with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

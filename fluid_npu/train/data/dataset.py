@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fluid_npu.train.data.build import DataInfo, info, load_tokenizer
+from fluid_npu.train.data.build import DataInfo, file_lock, info, load_tokenizer
 from fluid_npu.train.data.errors import DataError
 
 # Part of the documents for (training, validation, test), where a split is asked for.
 SPLIT_WEIGHTS = (94, 5, 1)
+# Beyond this size of PREFIX.bin its digest is left to `fluid-npu data info`: all ranks would wait for it.
+CHECKSUM_LIMIT = 1 << 30
 
 
 class Datasets(NamedTuple):
@@ -38,19 +41,26 @@ def build_datasets(
     seq_length: int,
     samples: tuple[int, int, int] = (1, 1, 0),
     seed: int = 1234,
+    cache: str | os.PathLike[str] | None = None,
 ) -> Datasets:
     """The splits of a data set through Megatron's BlendedMegatronDatasetBuilder.
 
     `samples` only says which splits are wanted (0: not built); how many samples a run draws changes neither their
     order nor their number. In a process group every rank must call this: rank 0 writes the sample indices below
-    PREFIX.cache, the others read them, so all ranks must see the same file system. A failure on rank 0 is raised
-    as the same DataError on every rank. Raises DataError when the data set is missing, corrupt or too small.
+    `cache` (default PREFIX.cache), the others read them, so all ranks must see the same file system. A failure on
+    rank 0 is raised as the same DataError on every rank.
+
+    Raises DataError when the data set is missing, corrupt or too small or the indices cannot be written, and
+    ValueError when no split is wanted.
     """
-    failure = _on_rank_0(lambda: _build(prefix, seq_length, samples, seed, prepare=True))
+    if len(samples) != 3 or not any(samples):
+        raise ValueError(f"samples {tuple(samples)}: three numbers, at least one of them above 0")
+    plan = _Plan(prefix=str(prefix), seq_length=seq_length, samples=samples, seed=seed, cache=cache)
+    failure = _on_rank_0(plan.prepare)
     if failure is not None:
         raise DataError(failure)
     try:
-        return _build(prefix, seq_length, samples, seed, prepare=False)
+        return plan.load()
     except FileNotFoundError as error:
         raise DataError(
             f"--data {prefix}: rank {_rank()} does not see {error.filename}, which rank 0 wrote; "
@@ -140,46 +150,69 @@ def causal_mask(seq_length: int) -> Tensor:
     return torch.ones(seq_length, seq_length, dtype=torch.bool).triu_(1).view(1, 1, seq_length, seq_length)
 
 
-def _build(
-    prefix: str | os.PathLike[str], seq_length: int, samples: Sequence[int], seed: int, *, prepare: bool
-) -> Datasets:
-    """Build the splits; with `prepare` on this rank alone, checking the data and writing the indices."""
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What to build; the same on every rank."""
 
-    described = info(prefix, checksum=prepare)
-    cache = _cache_dir(prefix, described)
-    weights = [weight if wanted else 0 for weight, wanted in zip(SPLIT_WEIGHTS, samples, strict=True)]
-    if not any(weights):
-        raise ValueError(f"samples {tuple(samples)}: at least one split must be wanted")
-    config = GPTDatasetConfig(
-        random_seed=seed,
-        sequence_length=seq_length,
-        blend=([str(prefix)], None),
-        split=",".join(map(str, weights)),
-        path_to_cache=str(cache),
-        tokenizer=load_tokenizer(prefix),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-    )
-    builder = BlendedMegatronDatasetBuilder(GPTDataset, [None, None, None], lambda: True, config)
-    if not prepare:
+    prefix: str
+    seq_length: int
+    samples: Sequence[int]
+    seed: int
+    cache: str | os.PathLike[str] | None
+
+    def prepare(self) -> None:
+        """Check the data and write the indices, on this rank alone."""
+        described = info(self.prefix, checksum=False)
+        if described.sizes[".bin"] <= CHECKSUM_LIMIT:
+            info(self.prefix)
+        builder, cache = self._builder(described)
+        splits = builder.config.split_matrix
+        _check_sizes(self.prefix, splits, self.seq_length)
+        cache.mkdir(parents=True, exist_ok=True)
+        with file_lock(cache / ".lock"):
+            _drop_broken_indices(cache)
+            try:
+                # Without Megatron's barriers: only this rank is here, and its failure must reach the others.
+                builder._build_megatron_dataset_splits(self.prefix, splits, [None] * 3, synchronize_ranks=False)
+            except BaseException:
+                _drop_broken_indices(cache)
+                raise
+
+    def load(self) -> Datasets:
+        """Open the splits; the indices are there already."""
+        builder, _ = self._builder(info(self.prefix, checksum=False))
         return Datasets(*builder.build())
-    _check_sizes(prefix, config.split_matrix, seq_length)
-    _drop_broken_indices(cache)
-    # Without Megatron's barriers: only this rank is here, and its failure must reach the others.
-    return Datasets(
-        *builder._build_megatron_dataset_splits(str(prefix), config.split_matrix, [None] * 3, synchronize_ranks=False)
-    )
+
+    def _builder(self, described: DataInfo) -> tuple[Any, Path]:
+        from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+        from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+        # Named after the contents: Megatron's own key holds only the path, and a rebuilt data set has the same.
+        key = described.sha256[".bin"][:8] + described.sha256[".idx"][:8]
+        cache = Path(self.cache if self.cache is not None else f"{self.prefix}.cache") / key
+        weights = [weight if wanted else 0 for weight, wanted in zip(SPLIT_WEIGHTS, self.samples, strict=True)]
+        config = GPTDatasetConfig(
+            random_seed=self.seed,
+            sequence_length=self.seq_length,
+            blend=([self.prefix], None),
+            split=",".join(map(str, weights)),
+            path_to_cache=str(cache),
+            tokenizer=load_tokenizer(self.prefix),
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        # No sizes: one pass over each split.
+        return BlendedMegatronDatasetBuilder(GPTDataset, [None] * 3, lambda: True, config), cache
 
 
 def _check_sizes(prefix: str | os.PathLike[str], splits: Sequence[tuple[float, float] | None], seq_length: int) -> None:
     """Raise DataError when a split would not hold one sample of seq_length + 1 tokens."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    lengths_D = IndexedDataset(str(prefix), mmap=False).sequence_lengths
+    indexed = IndexedDataset(str(prefix), mmap=False)  # must outlive its arrays: they point into its mapped file
+    lengths_D = indexed.sequence_lengths
     for name, part in zip(("training", "validation", "test"), splits, strict=True):
         if part is None:
             continue
@@ -191,12 +224,6 @@ def _check_sizes(prefix: str | os.PathLike[str], splits: Sequence[tuple[float, f
                 f"--data {prefix}: its {name} part has {last - first} documents with {tokens} tokens, one sample "
                 f"needs {seq_length + 1}; build it from more text or use a smaller --seq-length"
             )
-
-
-def _cache_dir(prefix: str | os.PathLike[str], described: DataInfo) -> Path:
-    """Named after the contents: Megatron's own key holds only the path, and a rebuilt data set has the same."""
-    key = described.sha256[".bin"][:8] + described.sha256[".idx"][:8]
-    return Path(f"{prefix}.cache") / key
 
 
 def _drop_broken_indices(cache: Path) -> None:

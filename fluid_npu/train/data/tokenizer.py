@@ -26,6 +26,7 @@ class Tokenizer:
     def __init__(self, backend: Any) -> None:
         """Wrap a ``tokenizers.Tokenizer``. Raises DataError when it lacks the special tokens."""
         self._backend = backend
+        backend.encode_special_tokens = True  # "<eod>" written in a text is text, not the end of a document
         ids = [backend.token_to_id(token) for token in (EOD, PAD)]
         if None in ids:
             raise DataError(f"this tokenizer has no {EOD} or {PAD} token; build it with 'fluid-npu data build'")
