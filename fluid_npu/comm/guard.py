@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
-_COMMUNICATION_WORDS = ("gloo", "nccl", "hccl", "connection", "timed out", "timeout", "socket", "broken pipe", "tcpstore")
+_COMMUNICATION_ERROR = re.compile("gloo|nccl|hccl|connection|timed out|timeout|socket|broken pipe|tcpstore", re.I)
 
 
 class CollectiveError(RuntimeError):
@@ -111,8 +112,7 @@ def is_communication(error: BaseException) -> bool:
     """Whether an error comes from torch.distributed or its transport and not from arithmetic."""
     from torch.distributed import DistError
 
-    text = str(error).lower()
-    return isinstance(error, DistError) or any(word in text for word in _COMMUNICATION_WORDS)
+    return isinstance(error, DistError) or _COMMUNICATION_ERROR.search(str(error)) is not None
 
 
 def one_line(text: str, limit: int = 200) -> str:

@@ -120,7 +120,7 @@ def discard_on_failure(work: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
-        if isinstance(error, OSError | RuntimeError) and is_full_disk(error):
+        if is_full_disk(error):
             raise CheckpointError(
                 f"{work}: cannot write the checkpoint, the disk is full; nothing half-written was kept; "
                 "free some space and continue with --resume"

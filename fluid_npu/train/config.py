@@ -22,7 +22,8 @@ NOT_BUILT = {"full": "the pipelined schedule behind --overlap full"}
 
 #: Fields that may differ between a checkpoint and the run that resumes it; all others must be equal.
 RESUME_MAY_DIFFER = frozenset(
-    {"device", "steps", "overlap", "timeout", "out", "resume", "checkpoint_every", "plant_delay_ms", "data", "twin_every"}
+    ("device", "data", "steps", "overlap", "timeout", "out", "resume", "checkpoint_every", "twin_every")
+    + ("plant_delay_ms",)
 )
 
 
@@ -128,10 +129,10 @@ def differing_flag(saved: Mapping[str, Any], config: TrainConfig) -> str | None:
 
 def _differing_cut(theirs: Mapping[str, int], ours: Mapping[str, int]) -> str:
     name = next(name for name in CUT_FIELDS if theirs.get(name) != ours.get(name))
-    flag, saved, given = flag_of(name), theirs.get(name), ours.get(name)
+    flag, saved, given = flag_of(name), theirs.get(name), ours.get(name, "(not given)")
     if saved is None:
         return f"{flag} {given}: the checkpoint was written without {flag}; resume without it"
-    return f"{flag} {given or '(not given)'}: the checkpoint was written with {flag} {saved}; resume with {flag} {saved}"
+    return f"{flag} {given}: the checkpoint was written with {flag} {saved}; resume with {flag} {saved}"
 
 
 def _check_choices(c: TrainConfig) -> None:
@@ -147,7 +148,7 @@ def _check_choices(c: TrainConfig) -> None:
     if c.cp > 1:
         raise ConfigError(f"--cp {c.cp}: context parallelism is not built yet; use --cp 1")
     if c.impl == "stock" and c.overlap == "dw":
-        raise ConfigError("--overlap dw: stock Megatron (--impl stock) has no overlap; use --overlap off or --impl fluid")
+        raise ConfigError("--overlap dw: stock Megatron (--impl stock) has none; use --overlap off or --impl fluid")
 
 
 def _check_numbers(c: TrainConfig) -> None:

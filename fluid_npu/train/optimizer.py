@@ -38,12 +38,13 @@ def build_optimizer(config: TrainConfig, model: torch.nn.Module, dtype: str) -> 
 def build_scheduler(config: TrainConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
     """Linear warm-up, then a cosine to ``min_lr``; it counts steps."""
     decay = config.decay_steps
+    warmup = min(config.warmup_steps, decay - 1)
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        init_lr=config.lr / max(warmup, 1),  # a first step at 0 would be lost
         max_lr=config.lr,
         min_lr=config.min_lr,
-        lr_warmup_steps=min(config.warmup_steps, decay - 1),
+        lr_warmup_steps=warmup,
         lr_decay_steps=decay,
         lr_decay_style="cosine",
         start_wd=config.weight_decay,

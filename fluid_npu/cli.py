@@ -1,0 +1,47 @@
+"""``fluid-npu``: the command line. Sub-commands register themselves; only the chosen one imports torch."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from functools import partial
+from importlib import import_module
+
+from fluid_npu.train import exit_codes
+from fluid_npu.version import __version__
+
+# Module and the function that takes the sub-parsers.
+_COMMANDS = (
+    ("fluid_npu.train.cli", "add_train_parser"),
+    ("fluid_npu.train.data.cli", "add_data_parser"),
+    ("fluid_npu.train.presets_cli", "add_presets_parser"),
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="fluid-npu",
+        description="Trains Mixture-of-Experts models on Megatron-Core with their AllToAll hidden behind computation.",
+        epilog=exit_codes.HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"fluid-npu {__version__}")
+    strict = partial(argparse.ArgumentParser, allow_abbrev=False)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=strict)
+    for module, function in _COMMANDS:
+        getattr(import_module(module), function)(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        code: int = args.func(args)
+    except KeyboardInterrupt:
+        print("fluid-npu: interrupted", file=sys.stderr)
+        return exit_codes.INTERRUPTED
+    return code

@@ -1,0 +1,184 @@
+"""The training loop of one rank: build, restore, step, save, summarise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fluid_npu.device import Choice
+from fluid_npu.report.loss_plot import plot_loss
+from fluid_npu.train import checkpoint
+from fluid_npu.train.config import ConfigError, TrainConfig
+from fluid_npu.train.data.build import info, load_tokenizer
+from fluid_npu.train.data.dataset import BatchIterator, build_datasets
+from fluid_npu.train.generate import generate
+from fluid_npu.train.metrics import MetricsWriter, read_metrics
+from fluid_npu.train.model import build_model, build_model_config
+from fluid_npu.train.optimizer import adam_in_use, build_optimizer, build_scheduler
+from fluid_npu.train.overlap import OverlapStats, as_dict, choose_overlap, is_twin
+from fluid_npu.train.parallel import Place
+from fluid_npu.train.progress_bar import Progress
+from fluid_npu.train.step import TrainStep, wrap_ddp
+from fluid_npu.train.summary import step_figures, versions, write_summary
+
+PROMPT = "def "
+_WARM_UP = 3  # steps that are left out of the overlap's medians
+
+
+class Run:
+    """Everything of one rank, built from the configuration. Building is collective."""
+
+    def __init__(self, config: TrainConfig, place: Place) -> None:
+        self.config = config
+        self.place = place
+        self.preset = config.model()
+        self.dtype = config.dtype or _default_dtype(place)
+        self.overlap: Choice[str] = choose_overlap(config, place).announce("overlap")
+        self.optimizer_kind = adam_in_use().announce("Adam")
+        self.model_config = build_model_config(config, self.dtype)
+        self.model = build_model(config, self.model_config, self.overlap.value)
+        self.model.to(place.device.torch_device(place.local_rank))
+        self.backward_scheduler = _backward_scheduler(config, self.model)
+        self.ddp = wrap_ddp(config, self.model_config, self.model)
+        self.optimizer = build_optimizer(config, self.ddp, self.dtype)
+        self.schedule = build_scheduler(config, self.optimizer)
+        self.state = checkpoint.RunState(model=self.model, optimizer=self.optimizer, scheduler=self.schedule)
+        self.step = TrainStep(
+            config, place, self.model_config, self.ddp, self.optimizer, self.schedule, self.backward_scheduler
+        )
+        self.stats = OverlapStats()
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of all data-parallel ranks together."""
+        samples = self.preset.micro_batch_size * self.config.micro_batches * self.place.dp_size
+        return samples * self.preset.seq_length
+
+
+def train(config: TrainConfig, place: Place) -> dict[str, Any]:
+    """Trains to ``config.steps`` and returns the summary (on every rank; rank 0 has written it)."""
+    run = Run(config, place)
+    start = checkpoint.restore(config, place, run.state) if config.resume else 0
+    if config.resume and place.first:
+        print(f"resuming after step {start}" if start else "no complete checkpoint: starting at step 1", flush=True)
+    batches = _batches(run, start)
+    _train_steps(run, batches, start)
+    return _summarise(run)
+
+
+def _train_steps(run: Run, batches: BatchIterator, start: int) -> None:
+    config, place = run.config, run.place
+    progress = Progress(config.steps, start, enabled=place.first)
+    metrics = MetricsWriter(config.out, start) if place.first else None
+    try:
+        for step in range(start + 1, config.steps + 1):
+            result = run.step(batches, twin=is_twin(step, run.overlap.value, config.twin_every))
+            tokens_per_s = run.tokens_per_step / result.step_ms * 1e3
+            if step > start + _WARM_UP:
+                run.stats.add(result.step_ms, result.counters, twin=result.twin)
+            if metrics is not None:
+                metrics.write(step, result, tokens_per_s)
+            progress.show(step, result, tokens_per_s)
+            if step % config.checkpoint_every == 0 or step == config.steps:
+                checkpoint.save(config, place, run.state, step)
+    finally:
+        progress.close()
+        if metrics is not None:
+            metrics.close()
+
+
+def _summarise(run: Run) -> dict[str, Any]:
+    config, place = run.config, run.place
+    generated = _generate(run)
+    peak = torch.tensor([place.device.peak_memory_mb()], device=place.device.torch_device(place.local_rank))
+    with place.phase("summary"):
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    if not place.first:
+        return {}
+    rows = read_metrics(config.out)
+    entropy = info(_data(config), checksum=False).unigram_entropy
+    summary = {
+        **step_figures(rows, run.tokens_per_step),
+        **run.stats.report(run.overlap.value),
+        "peak_memory_mb": float(peak),
+        "unigram_entropy": entropy,
+        "overlap": as_dict(run.overlap),
+        "adam": run.optimizer_kind.value,
+        "generated": generated,
+        "device": f"{place.device.name}: {place.device.describe()}",
+        "dtype": run.dtype,
+        "preset": run.preset.name,
+        "parallel": {name: getattr(config, name) for name in ("nproc", "ep", "tp", "pp", "cp")},
+        "versions": versions(),
+        "out": config.out,
+    }
+    problem = plot_loss(
+        [row["step"] for row in rows], [row["loss"] for row in rows], Path(config.out) / "loss.png", entropy
+    )
+    if problem:
+        print(problem, flush=True)
+    write_summary(config.out, summary)
+    return summary
+
+
+def _batches(run: Run, start: int) -> BatchIterator:
+    config, place = run.config, run.place
+    prefix = _data(config)
+    entries = info(prefix, checksum=False).vocab_size
+    if entries > run.preset.vocab_size:
+        raise ConfigError(
+            f"--data {prefix}: its tokenizer has {entries} entries, preset {run.preset.name} has room for "
+            f"{run.preset.vocab_size}; use --vocab-size {entries}"
+        )
+    datasets = build_datasets(prefix, seq_length=run.preset.seq_length, samples=(1, 0, 0), seed=config.seed)
+    return BatchIterator(
+        datasets.train,
+        micro_batch=run.preset.micro_batch_size,
+        data_parallel_rank=place.dp_rank,
+        data_parallel_size=place.dp_size,
+        num_micro_batches=config.micro_batches,
+        start_step=start,
+        seed=config.seed,
+    )
+
+
+def _generate(run: Run) -> str | None:
+    """A few words, by all ranks together; None where the logits are spread over ranks."""
+    if run.config.pp > 1 or run.config.tp > 1:
+        return None
+    device = run.place.device.torch_device(run.place.local_rank)
+
+    def logits(tokens_1S: torch.Tensor) -> torch.Tensor:
+        length = tokens_1S.shape[1]
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).triu_(1)
+        positions_1S = torch.arange(length, device=device)[None]
+        out: torch.Tensor = run.model(tokens_1S.to(device), positions_1S, mask)
+        return out.float()
+
+    run.model.eval()
+    try:
+        with run.place.phase("text generation", watched=False):
+            tokenizer = load_tokenizer(_data(run.config))
+            return generate(logits, tokenizer, PROMPT, max_new_tokens=24, max_context=run.preset.seq_length)
+    finally:
+        run.model.train()
+
+
+def _backward_scheduler(config: TrainConfig, model: torch.nn.Module) -> Any | None:
+    if config.impl == "stock":
+        return None
+    from fluid_npu.schedule.live import get_backward_scheduler
+
+    return get_backward_scheduler(model)
+
+
+def _default_dtype(place: Place) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[place.device.default_dtype]
+
+
+def _data(config: TrainConfig) -> str:
+    assert config.data is not None  # the launcher has filled it in
+    return config.data

@@ -1,0 +1,161 @@
+"""One training step through Megatron's schedules: forward and backward of all micro-batches, then the optimizer.
+
+Symbols: B micro-batch, S sequence length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from fluid_npu.train.config import TrainConfig
+from fluid_npu.train.parallel import Place
+
+COUNTERS = ("a2a_ms", "a2a_count", "a2a_bytes", "exposed_ms", "coverable_ms")
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no longer a number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """``loss`` is the mean over data-parallel ranks, in nats per token. ``counters``: AllToAll, mean over ranks."""
+
+    loss: float
+    grad_norm: float | None
+    lr: float
+    step_ms: float
+    twin: bool
+    skipped: bool
+    counters: dict[str, float]
+
+
+def wrap_ddp(config: TrainConfig, model_config: TransformerConfig, model: GPTModel) -> DistributedDataParallel:
+    """Megatron's DDP with fp32 gradient buffers; all ranks of a group start from the same weights."""
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=config.distributed_optimizer,
+        check_for_nan_in_grad=False,
+    )
+    ddp = DistributedDataParallel(model_config, settings, model)
+    ddp.broadcast_params()
+    return ddp
+
+
+class TrainStep:
+    """Callable that runs one step; the model configuration's callbacks are set here."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        place: Place,
+        model_config: TransformerConfig,
+        ddp: DistributedDataParallel,
+        optimizer: MegatronOptimizer,
+        schedule: OptimizerParamScheduler,
+        backward_scheduler: Any | None,
+    ) -> None:
+        self.config = config
+        self.place = place
+        self.ddp = ddp
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.backward_scheduler = backward_scheduler
+        self.preset = config.model()
+        self.forward_backward = get_forward_backward_func()
+        model_config.finalize_model_grads_func = self._finalize
+        model_config.grad_scale_func = optimizer.scale_loss
+
+    def __call__(self, batches: Iterator[dict[str, torch.Tensor]], *, twin: bool) -> StepResult:
+        """Runs one step. Raises TrainingDiverged and CollectiveError."""
+        start = time.perf_counter()
+        if self.backward_scheduler is not None:
+            self.backward_scheduler.reset_stats()
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        with self._serialised(twin), self.place.phase("forward and backward", watched=False):
+            losses = self._forward_backward(batches)
+        with self.place.phase("optimizer step"):
+            updated, grad_norm, _ = self.optimizer.step()
+        if updated:
+            self.schedule.step(1)
+        loss, counters = self._agree(losses)
+        self.place.device.synchronize()
+        if not math.isfinite(loss):
+            raise TrainingDiverged(f"the loss is {loss}; start again with a lower --lr (now {self.config.lr:g})")
+        return StepResult(
+            loss=loss,
+            grad_norm=None if grad_norm is None else float(grad_norm),
+            lr=lr,
+            step_ms=(time.perf_counter() - start) * 1e3,
+            twin=twin,
+            skipped=not updated,
+            counters=counters,
+        )
+
+    def _serialised(self, twin: bool) -> contextlib.AbstractContextManager[Any]:
+        if twin and self.backward_scheduler is not None:
+            context: contextlib.AbstractContextManager[Any] = self.backward_scheduler.serialise()
+            return context
+        return contextlib.nullcontext()
+
+    def _forward_backward(self, batches: Iterator[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+        outputs = self.forward_backward(
+            forward_step_func=self._forward,
+            data_iterator=batches,
+            model=[self.ddp],
+            num_microbatches=self.config.micro_batches,
+            seq_length=self.preset.seq_length,
+            micro_batch_size=self.preset.micro_batch_size,
+            forward_only=False,
+        )
+        return [output["loss"] for output in outputs]
+
+    def _forward(self, batches: Iterator[dict[str, torch.Tensor]], model: Any) -> tuple[torch.Tensor, Any]:
+        device = self.place.device.torch_device(self.place.local_rank)
+        batch = {name: value.to(device, non_blocking=True) for name, value in next(batches).items()}
+        losses_BS = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
+        return losses_BS, partial(masked_mean, batch["loss_mask"])
+
+    def _finalize(self, *args: Any, **kwargs: Any) -> None:
+        with self.place.phase("gradient reduction"):
+            finalize_model_grads(*args, **kwargs)
+
+    def _agree(self, losses: list[torch.Tensor]) -> tuple[float, dict[str, float]]:
+        """Means over the ranks that have a loss (last pipeline stage), and over all for the counters."""
+        stats = self.backward_scheduler.get_stats() if self.backward_scheduler is not None else {}
+        here = [float(torch.stack(losses).mean()), 1.0] if losses else [0.0, 0.0]
+        counters = [float(stats.get(name, 0.0)) for name in COUNTERS]
+        device = self.place.device.torch_device(self.place.local_rank)
+        dtype = torch.float64 if self.place.device.name != "npu" else torch.float32
+        total = torch.tensor([*here, *counters], dtype=dtype, device=device)
+        with self.place.phase("loss reduction"):
+            dist.all_reduce(total)
+        values = total.tolist()
+        known = [name for name in COUNTERS if name in stats]
+        means = dict(zip(COUNTERS, (value / self.place.world for value in values[2:]), strict=True))
+        return values[0] / values[1], {name: means[name] for name in known}
+
+
+def masked_mean(loss_mask_BS: torch.Tensor, losses_BS: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Mean loss over the tokens that count, and its detached copy for the log."""
+    mask_BS = loss_mask_BS.view_as(losses_BS)
+    loss = (losses_BS.float() * mask_BS).sum() / mask_BS.sum().clamp(min=1)
+    return loss, {"loss": loss.detach().clone()}
