@@ -6,6 +6,8 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -145,3 +147,50 @@ def test_command_refuses_an_unknown_name(capsys: pytest.CaptureFixture[str]) -> 
 def test_listing_presets_loads_no_torch() -> None:
     code = "import sys, fluid_npu.train.presets_cli; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def megatron_counts(cuts: dict[str, dict[str, int]]) -> dict[str, int]:
+    """Parameters of the real GPTModel of each cut preset."""
+    import torch.nn.functional as F
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import TransformerConfig
+
+    counts = {}
+    for name, cut in cuts.items():
+        p = get_preset(name).cut(**cut)
+        config = TransformerConfig(
+            num_layers=p.layers,
+            hidden_size=p.hidden,
+            num_attention_heads=p.heads,
+            num_query_groups=p.kv_heads,
+            kv_channels=p.channels,
+            ffn_hidden_size=p.ffn,
+            moe_ffn_hidden_size=p.moe_ffn,
+            num_moe_experts=p.experts,
+            moe_router_topk=p.topk,
+            gated_linear_unit=True,
+            activation_func=F.silu,
+            add_bias_linear=False,
+            add_qkv_bias=p.qkv_bias,
+            normalization=p.normalization,
+            qk_layernorm=p.qk_layernorm,
+            use_cpu_initialization=True,
+        )
+        spec = get_gpt_layer_local_spec(p.experts, False, p.qk_layernorm, normalization=p.normalization)
+        model = GPTModel(config, spec, p.vocab_size, p.seq_length, position_embedding_type="rope")
+        counts[name] = sum(weight.numel() for weight in model.parameters())
+        assert not model.share_embeddings_and_output_weights
+    return counts
+
+
+def test_total_agrees_with_the_real_megatron_model(run_ranks: Callable[..., list[Any]]) -> None:
+    small = {"layers": 2, "hidden": 128, "moe_ffn": 64, "experts": 8, "vocab_size": 512}
+    cuts = {
+        "mixtral-tiny": {},
+        "h64": {},
+        "qwen3-30b-a3b": small,
+        "phi-3.5-moe": {**small, "heads": 8, "kv_heads": 2},
+    }
+    counted = run_ranks(1, megatron_counts, cuts, sizes={})[0]
+    assert counted == {name: get_preset(name).cut(**cut).total_params() for name, cut in cuts.items()}
