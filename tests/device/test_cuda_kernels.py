@@ -1,0 +1,109 @@
+"""CudaKernels on a GPU against float64 references; skipped where there is none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fluid_npu.device import get_device, kernels_of
+from fluid_npu.device.kernels import cuda_kernels
+from fluid_npu.ops import reference
+from fluid_npu.ops.grouped_matmul import npu_gmm
+from fluid_npu.ops.permute import PermuteLayout, permute_tokens, permuted_probs, unpermute_tokens
+from fluid_npu.ops.reference import relative_error
+from fluid_npu.ops.rms_norm import rms_norm
+from fluid_npu.ops.swiglu import swiglu_probs
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
+SPLITS = [[16, 8, 3, 5], [0, 7, 0, 1], [0, 0, 0], [9], [0]]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("counts", SPLITS, ids=str)
+@pytest.mark.parametrize("width, floor", [(32, 0), (5, 0), (32, 4e9)])
+def test_grouped_matmul_and_its_dw_in_main_grad(counts, dtype, width, floor, monkeypatch):
+    monkeypatch.setattr(cuda_kernels, "_LOOP_FLOOR", floor)
+    torch.manual_seed(0)
+    x, weight = torch.randn(sum(counts), 16).to(dtype), torch.randn(len(counts), 16, width).to(dtype)
+    dy = torch.randn(sum(counts), width).to(dtype)
+    x64, w64 = x.double().requires_grad_(), weight.double().requires_grad_()
+    y64 = reference.grouped_matmul(x64, w64, counts)
+    y64.backward(dy.double())
+    x_gpu, parameter = x.cuda().requires_grad_(), torch.nn.Parameter(weight.cuda())
+    parameter.main_grad = torch.zeros(weight.shape, device="cuda")
+    ends = torch.tensor(counts, device="cuda").cumsum(0)
+    for _ in range(2):
+        y = npu_gmm(x_gpu, parameter, group_list=ends, gemm_fusion=True, original_weight=parameter)
+        y.backward(dy.cuda())
+    plain = torch.nn.Parameter(weight.cuda())
+    npu_gmm(x.cuda(), plain, group_list=ends).backward(dy.cuda())
+    assert relative_error(y.detach().cpu(), y64.detach()) <= TOLERANCE[dtype]
+    assert relative_error(x_gpu.grad.cpu(), 2 * x64.grad) <= TOLERANCE[dtype]
+    assert relative_error(plain.grad.cpu(), w64.grad) <= TOLERANCE[dtype]
+    fused = (kernels_of(x_gpu)._fuses_add.value and floor == 0) or dtype == torch.float32
+    assert relative_error(parameter.main_grad.cpu(), 2 * w64.grad) <= (1e-6 if fused else TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_dense_dw_in_main_grad(dtype):
+    torch.manual_seed(0)
+    x, dy, main_grad = torch.randn(9, 16).to(dtype), torch.randn(9, 8).to(dtype), torch.ones(8, 16)
+    on_gpu = main_grad.cuda()
+    kernels_of(on_gpu).dense_dw_add_(on_gpu, x.cuda(), dy.cuda())
+    assert relative_error(on_gpu.cpu(), 1 + dy.double().t() @ x.double()) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("uniform", [2, None])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_permute_and_unpermute_are_repeatable_and_right(dtype, uniform):
+    torch.manual_seed(0)
+    scores = torch.rand(33, 8)
+    routing_map = torch.zeros(33, 8, dtype=torch.bool).scatter_(1, scores.topk(2).indices, True)
+    wanted = PermuteLayout.from_routing_map(routing_map)
+    layout = PermuteLayout.from_routing_map(routing_map.cuda(), uniform)
+    for name in ("token_of_row", "row_of_pair", "bag_offsets", "pair_index"):
+        assert torch.equal(getattr(layout, name).cpu(), getattr(wanted, name))
+    x, probs = torch.randn(33, 16).to(dtype), torch.rand(33, 8)
+    gpu = x.cuda().requires_grad_()
+    out = [unpermute_tokens(permute_tokens(gpu, layout), layout) for _ in range(2)]
+    out[0].sum().backward()
+    assert torch.equal(out[0], out[1]) and torch.equal(out[0].cpu(), 2 * x)
+    assert torch.equal(gpu.grad, torch.full_like(gpu.grad, 2))
+    assert torch.equal(permuted_probs(probs.cuda(), layout).cpu(), permuted_probs(probs, wanted))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_swiglu_and_rms_norm(dtype):
+    torch.manual_seed(0)
+    h, p, gamma = torch.randn(17, 32).to(dtype), torch.rand(17), torch.rand(32).to(dtype)
+    results = []
+    for cast in (lambda t: t.double(), lambda t: t.cuda()):
+        leaves = [cast(t).requires_grad_() for t in (h, p, gamma)]
+        if cast(h).is_cuda:
+            a, y = swiglu_probs(leaves[0], leaves[1]), rms_norm(leaves[0], leaves[2], 1e-5)
+        else:
+            a = reference.swiglu_probs(leaves[0], leaves[1])
+            y = reference.rms_norm(leaves[0], leaves[2], 1e-5)
+        (a.sum() + y.sum()).backward()
+        results.append([a.detach(), y.detach(), *(leaf.grad for leaf in leaves)])
+    for wanted, got in zip(*results, strict=True):
+        assert relative_error(got.cpu(), wanted) <= TOLERANCE[dtype]
+
+
+def test_auto_finds_the_gpu():
+    device = get_device().value
+    assert device.name in ("cuda", "npu")
+    device.set_current(0)
+    start, end = device.event(), device.event()
+    start.record()
+    torch.ones(1000, 1000, device=device.torch_device(0)).matmul(torch.ones(1000, 1000, device="cuda"))
+    end.record()
+    assert end.elapsed_ms(start) > 0 and device.peak_memory_mb() > 0 and device.describe()
+    device.reset_peak_memory()
+    device.manual_seed(1)
+    state = device.get_rng_state()
+    first = torch.rand(3, device="cuda")
+    device.set_rng_state(state)
+    assert torch.equal(first, torch.rand(3, device="cuda"))
