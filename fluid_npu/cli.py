@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
 from importlib import import_module
+from typing import Any
 
 from fluid_npu.train import exit_codes
 from fluid_npu.version import __version__
@@ -19,6 +19,13 @@ _COMMANDS = (
 )
 
 
+class _StrictParser(argparse.ArgumentParser):
+    """A sub-command that accepts no shortened flags: ``--step`` is a typing error, not ``--steps``."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{**settings, "allow_abbrev": False})
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(
@@ -29,8 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"fluid-npu {__version__}")
-    strict = partial(argparse.ArgumentParser, allow_abbrev=False)
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=strict)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_StrictParser)
     for module, function in _COMMANDS:
         getattr(import_module(module), function)(subparsers)
     return parser

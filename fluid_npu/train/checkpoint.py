@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.module import MegatronModule
 
 from fluid_npu.train.checkpoint_files import (
     CheckpointError,
@@ -45,7 +46,7 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_
 class RunState:
     """What a checkpoint holds. ``model`` is the module inside DDP."""
 
-    model: torch.nn.Module
+    model: MegatronModule
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 

@@ -26,7 +26,6 @@ def add_train_parser(subparsers: Any) -> argparse.ArgumentParser:
         description="Trains a preset with real Megatron-Core. Starts its own processes; under torchrun it is a rank.",
         epilog=exit_codes.HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     _add_run_flags(parser)
     _add_training_flags(parser)

@@ -66,7 +66,7 @@ class TrainConfig:
     checkpoint_every: int = 100
     twin_every: int = 10
     plant_delay_ms: float = 0.0
-    impl: str = "fluid"
+    impl: str = "stock"
 
     def model(self) -> Preset:
         """The preset with its cut. Raises PresetError."""
@@ -114,7 +114,7 @@ def differing_flag(saved: Mapping[str, Any], config: TrainConfig) -> str | None:
     for item in fields(config):
         if item.name in RESUME_MAY_DIFFER or item.name not in saved:
             continue
-        ours = config.decay_steps if item.name == "lr_decay_steps" else getattr(config, item.name)
+        ours: Any = config.decay_steps if item.name == "lr_decay_steps" else getattr(config, item.name)
         theirs = saved[item.name]
         if item.name == "lr_decay_steps" and theirs is None:
             theirs = saved["steps"]

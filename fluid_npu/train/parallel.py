@@ -39,10 +39,11 @@ class Place:
         return collective(name, range(self.world), watched=watched)
 
 
-def join(config: TrainConfig) -> Place:
+def join(config: TrainConfig, store: dist.Store | None = None) -> Place:
     """Enters the job that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe and sets up Megatron.
 
-    Raises DeviceUnavailable for a device that is not here.
+    A default process group that exists already is used, with ``store`` for the progress board. Raises
+    DeviceUnavailable for a device that is not here.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
@@ -52,8 +53,9 @@ def join(config: TrainConfig) -> Place:
         from fluid_npu.adaptor import adapt
 
         adapt(["cpu"])
-    dist.init_process_group(device.backend, timeout=timedelta(seconds=config.timeout))
-    board = ProgressBoard(_own_store(config), rank, world, timeout_s=config.timeout).start()
+    if not dist.is_initialized():
+        dist.init_process_group(device.backend, timeout=timedelta(seconds=config.timeout))
+    board = ProgressBoard(store or _own_store(config), rank, world, timeout_s=config.timeout).start()
     dp_rank, dp_size = _init_megatron(config)
     return Place(
         rank=rank, world=world, local_rank=local_rank, dp_rank=dp_rank, dp_size=dp_size, device=device, board=board

@@ -1,0 +1,108 @@
+"""A tiny model and data set to train in tests, in processes of ``run_ranks`` or through the command line."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from fluid_npu.train.config import TrainConfig, validate
+
+VOCAB = 300
+CUT = {"vocab_size": VOCAB, "seq_length": 32, "micro_batch_size": 2}
+WORDS = ("expert", "router", "token", "gate", "layer", "dispatch", "combine", "gradient", "hidden", "weight")
+
+
+@functools.cache
+def data_prefix() -> str:
+    """A data set of random sentences, built once per test process."""
+    from fluid_npu.train.data.build import build
+
+    folder = Path(tempfile.mkdtemp(prefix="fluid-data-"))
+    source = random.Random(0)
+    lines = [" ".join(source.choices(WORDS, k=12)) + ".\n" for _ in range(4000)]
+    for part in range(8):
+        (folder / f"text{part}.txt").write_text("".join(lines[part::8]))
+    build([folder], folder / "tiny", VOCAB)
+    return str(folder / "tiny")
+
+
+def tiny(out: str | Path, **changes: Any) -> TrainConfig:
+    """A run of the preset h64, cut further, on two processes."""
+    values: dict[str, Any] = {
+        "preset": "h64",
+        "cut": CUT,
+        "data": data_prefix(),
+        "device": "cpu",
+        "steps": 20,
+        "lr": 5e-3,
+        "warmup_steps": 3,
+        "checkpoint_every": 1000,
+        "out": str(out),
+        "timeout": 20.0,
+    }
+    return validate(TrainConfig(**{**values, **changes}))
+
+
+def train_here(config_text: str) -> dict[str, Any]:
+    """Trains as a rank of ``run_ranks``; returns losses, digests of all weights and what the run chose."""
+    from fluid_npu.train import loop
+    from fluid_npu.train.metrics import read_metrics
+    from fluid_npu.train.parallel import join
+
+    config = TrainConfig.from_json(config_text)
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    place = join(config, store())
+    runs: list[loop.Run] = []
+    build = loop.Run
+    loop.Run = lambda *args: runs.append(build(*args)) or runs[-1]  # type: ignore[assignment, misc, func-returns-value]
+    summary = loop.train(config, place)
+    rows = read_metrics(config.out)
+    return {
+        "summary": summary,
+        "losses": {row["step"]: row["loss"] for row in rows},
+        "weights": {name: digest(value) for name, value in runs[0].model.named_parameters()},
+        "expert_weights": [name for name in dict(runs[0].model.named_parameters()) if "experts" in name],
+    }
+
+
+def digest(tensor: Any) -> str:
+    """Of the exact bits."""
+    return hashlib.sha256(tensor.detach().float().cpu().numpy().tobytes()).hexdigest()
+
+
+def store() -> dist.Store:
+    """A second store of the ``run_ranks`` job."""
+    name = [os.path.join(tempfile.gettempdir(), f"board-{os.getpid()}-{random.random()}")]
+    dist.broadcast_object_list(name, src=0)
+    return dist.FileStore(name[0], dist.get_world_size())
+
+
+def flags(config: TrainConfig) -> list[str]:
+    """The command line of a configuration, where it differs from the default."""
+    default = TrainConfig()
+    words = []
+    for name, value in json.loads(config.to_json()).items():
+        if name == "cut":
+            words += [word for key, size in value.items() for word in (f"--{key.replace('_', '-')}", str(size))]
+        elif value is True:
+            words.append(f"--{name.replace('_', '-')}")
+        elif value != getattr(default, name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
+
+
+def start_cli(*words: str, **settings: Any) -> subprocess.Popen[str]:
+    """``fluid-npu WORDS`` as a process whose output is captured."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **settings.pop("env", {})}
+    command = [sys.executable, "-m", "fluid_npu", *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **settings)

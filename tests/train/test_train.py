@@ -1,0 +1,86 @@
+"""The trainer learns, on two processes with expert parallelism, and writes what it promises."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.ranks import run_ranks
+from tests.support.training import start_cli, store, tiny, train_here
+
+SUMMARY_KEYS = [
+    *("loss_first", "loss_last", "steps", "step_ms_median", "tokens_per_s", "a2a_ms", "hidden_ms", "hidden_fraction"),
+    *("peak_memory_mb", "versions", "device", "unigram_entropy", "overlap", "generated", "out"),
+]
+
+
+def first_experts(config_text: str) -> torch.Tensor:
+    """The first expert-layer weight of a fresh model on this rank."""
+    from fluid_npu.train.config import TrainConfig
+    from fluid_npu.train.loop import Run
+    from fluid_npu.train.parallel import join
+
+    config = TrainConfig.from_json(config_text)
+    run = Run(config, join(config, store()))
+    weights = [value for name, value in run.model.named_parameters() if "experts" in name]
+    return weights[0].detach().clone()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    out = tmp_path_factory.mktemp("run")
+    return out, run_ranks(2, train_here, tiny(out, steps=40).to_json())
+
+
+def test_loss_falls(trained: Any) -> None:
+    losses = trained[1][0]["losses"]
+    assert len(losses) == 40
+    assert losses[40] < losses[1] - 1.5
+
+
+def test_replicated_weights_stay_equal_on_all_ranks(trained: Any) -> None:
+    first, second = trained[1]
+    for name, value in first["weights"].items():
+        assert (value == second["weights"][name]) == ("experts" not in name), name
+
+
+def test_expert_parallel_ranks_start_with_different_experts(tmp_path: Path) -> None:
+    first, second = run_ranks(2, first_experts, tiny(tmp_path).to_json())
+    assert first.shape == second.shape
+    assert not torch.equal(first, second)
+
+
+def test_outputs_are_written(trained: Any) -> None:
+    out, results = trained
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary == results[0]["summary"]
+    for key in SUMMARY_KEYS:
+        assert key in summary, key
+    assert summary["steps"] == 40
+    assert summary["hidden_ms"] == 0 or summary["overlap"]["value"] != "off"
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    assert {"loss", "grad_norm", "lr", "step_ms", "a2a_ms", "twin", "tokens_per_s"} <= set(rows[0])
+    assert list((out / "tensorboard").iterdir())
+    assert (out / "loss.png").exists()
+    assert (out / "checkpoints" / "step_000040" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("changes", [{"micro_batches": 2}, {"dtype": "bf16"}, {"dtype": "fp16"}, {"pp": 2, "ep": 1}])
+def test_variants_learn(tmp_path: Path, changes: dict[str, Any]) -> None:
+    result = run_ranks(2, train_here, tiny(tmp_path, steps=15, **changes).to_json())[0]
+    assert result["losses"][15] < result["losses"][1] - 0.5
+
+
+def test_json_is_the_only_thing_on_standard_output(tmp_path: Path) -> None:
+    from tests.support.training import flags
+
+    process = start_cli("train", *flags(tiny(tmp_path / "run", steps=2)), "--json")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert json.loads(out)["steps"] == 2
+    assert "step 2/2" in err
