@@ -70,14 +70,22 @@ def npu_gmm_v2(
     return _gmm(x, weight, bias, counts, group_type, original_weight if gemm_fusion else None)
 
 
-def grouped_linear(x_RK: Tensor, w_LKN: Tensor, counts_L: Sequence[int], *, defer_dw: DeferDW | None = None) -> Tensor:
+def grouped_linear(
+    x_RK: Tensor,
+    w_LKN: Tensor,
+    counts_L: Sequence[int],
+    *,
+    defer_dw: DeferDW | None = None,
+    fuse_into: Tensor | None = None,
+) -> Tensor:
     """[R, N]: each group's rows times its weight; ``counts_L`` must sum to R (not checked).
 
     With ``defer_dw`` the weight is a constant for autograd: the backward returns dX only and calls
-    ``defer_dw(x_RK, dy_RN, counts_L)``, which owns dW from there. Without it dW is returned as usual.
+    ``defer_dw(x_RK, dy_RN, counts_L)``, which owns dW from there. ``fuse_into`` is the parameter behind the
+    weight: dW is added to its ``main_grad`` (as ``gemm_fusion``). With neither dW is returned as usual.
     """
     if defer_dw is None:
-        return _GroupedMM.apply(x_RK, w_LKN, counts_L, None)
+        return _GroupedMM.apply(x_RK, w_LKN, counts_L, fuse_into)
     # A graph is needed although the weight is constant: an input that needs no gradient still owes dW.
     if torch.is_grad_enabled() and not x_RK.requires_grad:
         x_RK = x_RK.detach().requires_grad_()

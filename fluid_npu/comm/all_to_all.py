@@ -1,0 +1,233 @@
+"""AllToAll as a differentiable handle: two autograd nodes, launch and wait, whose backwards swap roles.
+
+Forward: *launch* starts the exchange and returns the receive buffer; *wait* completes it. Backward: the wait's
+backward launches the reverse exchange; the launch's backward lets queued work run beside it, then waits. What is
+recorded between the two in forward runs between them in backward. In the *serialised twin* every launch
+waits at once; nothing else differs.
+
+R rows of the local tensor; splits are rows per rank of the group, in rank order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fluid_npu.comm.guard import collective
+from fluid_npu.comm.sink import DirectSink, OverlapSink, Passengers
+from fluid_npu.comm.transports import PendingWork
+from fluid_npu.device import device_of
+
+
+class Flight:
+    """One exchange under way in one direction. Keeps both buffers alive until it has landed."""
+
+    def __init__(
+        self,
+        source: torch.Tensor,
+        output_splits: Sequence[int] | None,
+        input_splits: Sequence[int] | None,
+        group: Any,
+        comm_type: str,
+        name: str,
+        sink: OverlapSink,
+    ) -> None:
+        self.name = name
+        self._sink = sink
+        self._comm_type = comm_type
+        self._ranks = dist.get_process_group_ranks(group)
+        self._source: torch.Tensor | None = source.contiguous()
+        rows = source.shape[0] if output_splits is None else sum(output_splits)
+        self.output = source.new_empty((rows, *source.shape[1:]))
+        device = device_of(source)
+        self._launched, self._reached, self._passed = device.event(), device.event(), device.event()
+        sink.comm.count(comm_type, self._bytes_to_peers(source, input_splits, group))
+        sink.recorder.add("launch", name, peers=len(self._ranks))
+        self._launched.record()
+        with collective(name, self._ranks):
+            self._work: PendingWork | None = sink.transport.start(
+                self.output, self._source, output_splits, input_splits, group
+            )
+        if sink.serialised or torch.is_anomaly_enabled():
+            # Anomaly mode reads what a node returns, which must not still be in flight.
+            self.land(at_once=True)
+
+    @staticmethod
+    def _bytes_to_peers(source: torch.Tensor, input_splits: Sequence[int] | None, group: Any) -> int:
+        row_bytes = source[:1].numel() * source.element_size() if source.shape[0] else 0
+        mine = dist.get_rank(group)
+        own = source.shape[0] // dist.get_world_size(group) if input_splits is None else input_splits[mine]
+        return (source.shape[0] - own) * row_bytes
+
+    def land(self, at_once: bool = False) -> None:
+        """Waits for the exchange; a second call does nothing."""
+        if self._work is None:
+            return
+        self._reached.record()
+        with collective(self.name, self._ranks):
+            self._work.wait()
+        self._passed.record()
+        self._work = self._source = None
+        self._sink.recorder.add("wait", self.name, at_once=at_once)
+        self._sink.comm.timed(self._comm_type, self._launched, self._reached, self._passed, at_once)
+
+
+class _Exchange:
+    """What the four ends of one differentiable AllToAll share. One object per call: backward may run on any thread."""
+
+    def __init__(
+        self,
+        group: Any,
+        output_splits: Sequence[int] | None,
+        input_splits: Sequence[int] | None,
+        comm_type: str,
+        label: str,
+        sink: OverlapSink,
+        passengers: Passengers | None,
+    ) -> None:
+        self.group = group
+        self.output_splits = output_splits
+        self.input_splits = input_splits
+        self.comm_type = comm_type
+        self.name = f"{comm_type} AllToAll{f' of {label}' if label else ''}"
+        self.sink = sink
+        self.passengers = passengers
+        self.forward_flight: Flight | None = None
+        self.backward_flight: Flight | None = None
+
+    def start_forward(self, source: torch.Tensor) -> torch.Tensor:
+        self.forward_flight = Flight(
+            source, self.output_splits, self.input_splits, self.group, self.comm_type, self.name, self.sink
+        )
+        return self.forward_flight.output
+
+    def land_forward(self) -> None:
+        if self.forward_flight is not None:
+            self.forward_flight.land()
+            self.forward_flight = None
+
+    def start_backward(self, grad: torch.Tensor) -> torch.Tensor:
+        self.backward_flight = Flight(
+            grad,
+            self.input_splits,
+            self.output_splits,
+            self.group,
+            f"{self.comm_type}_backward",
+            f"backward of {self.name}",
+            self.sink,
+        )
+        return self.backward_flight.output
+
+    def land_backward(self) -> None:
+        flight, self.backward_flight = self.backward_flight, None
+        self.sink.fill(self.comm_type, self.name)
+        if flight is not None:
+            flight.land()
+
+
+class _Launch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, source: torch.Tensor, exchange: _Exchange, *weights: torch.Tensor) -> torch.Tensor:
+        ctx.exchange = exchange
+        return exchange.start_forward(source)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        ctx.exchange.land_backward()
+        passengers = ctx.exchange.passengers
+        return (grad, None, *(passengers.collect() if passengers is not None else ()))
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, received: torch.Tensor, exchange: _Exchange) -> torch.Tensor:
+        exchange.land_forward()
+        ctx.exchange = exchange
+        return received.view_as(received)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.exchange.start_backward(grad), None
+
+
+class AllToAllHandle:
+    """An AllToAll in flight; ``wait()`` gives the received rows, once or many times."""
+
+    def __init__(self, received: torch.Tensor, exchange: _Exchange | None) -> None:
+        self._received = received
+        self._exchange = exchange
+        self._result: torch.Tensor | None = None
+
+    def wait(self) -> torch.Tensor:
+        """The received tensor. The input must not be written before this returns."""
+        if self._result is None:
+            self._result = (
+                self._received if self._exchange is None else _Wait.apply(self._received, self._exchange)
+            )
+        return self._result
+
+
+def fluid_all_to_all(
+    group: Any,
+    tensor: torch.Tensor,
+    output_splits: Sequence[int] | None,
+    input_splits: Sequence[int] | None,
+    comm_type: str = "moe_dispatch",
+    async_op: bool = False,
+    *,
+    label: str = "",
+    sink: OverlapSink | None = None,
+    passengers: Passengers | None = None,
+) -> torch.Tensor | AllToAllHandle:
+    """Exchanges rows between the ranks of ``group``; differentiable in both forms.
+
+    Args:
+        group: a torch.distributed process group.
+        tensor: ``[R, ...]``, rows ordered by destination rank.
+        output_splits: rows received from each rank; None for equal splits.
+        input_splits: rows sent to each rank, sum R; None for equal splits.
+        comm_type: name under which bytes and milliseconds are counted.
+        async_op: True returns an ``AllToAllHandle``, False the received tensor.
+        label: where the exchange belongs ("layer 3"), for error messages.
+        sink: the engine that fills the flight of the backward; None for none.
+        passengers: weights whose gradients the launch's backward delivers.
+
+    Returns:
+        ``[sum(output_splits), ...]`` or a handle for it; the dtype of ``tensor``.
+
+    Raises:
+        ValueError: splits whose length is not the group's size, whose sum is not R, or negative ones.
+        CollectiveError: a peer died or did not arrive in time; names the exchange and the ranks waited for.
+    """
+    world = dist.get_world_size(group)
+    output_splits = _checked("output_splits", output_splits, world, None, tensor.shape[0])
+    input_splits = _checked("input_splits", input_splits, world, tensor.shape[0], tensor.shape[0])
+    if (output_splits is None) != (input_splits is None):
+        raise ValueError("output_splits and input_splits must both be given or both be None")
+    exchange = _Exchange(
+        group, output_splits, input_splits, comm_type, label, sink if sink is not None else DirectSink(), passengers
+    )
+    received = _Launch.apply(tensor, exchange, *(passengers.weights if passengers is not None else ()))
+    handle = AllToAllHandle(received, exchange)
+    return handle if async_op else handle.wait()
+
+
+def _checked(name: str, splits: Any, world: int, total: int | None, rows: int) -> list[int] | None:
+    """The splits as a list of int. ``total`` is the sum they must have, if known."""
+    if splits is None:
+        if rows % world:
+            raise ValueError(f"{name}=None needs rows divisible by {world} ranks, got {rows}; give split sizes")
+        return None
+    values = splits if type(splits) is list else [int(value) for value in splits]
+    if len(values) != world:
+        raise ValueError(f"{name}={values}: one entry for each of the {world} ranks of the group is needed")
+    if min(values) < 0:
+        raise ValueError(f"{name}={values}: a negative number of rows cannot be sent")
+    if total is not None and sum(values) != total:
+        raise ValueError(f"{name}={values} sums to {sum(values)}, but tensor has {total} rows")
+    return values

@@ -1,0 +1,151 @@
+"""The local experts of a rank as grouped matmuls: FC1, activation times probability, FC2.
+
+Weights have the layout of Megatron-Core's legacy GroupedMLP, ``weight1 [H, L*2F]`` and ``weight2 [L*F, H]``, whose
+storage is ``[L, H, 2F]`` and ``[L, F, H]``. L local experts, F ffn of this rank, H hidden, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import _initialize_affine_weight_gpu
+from megatron.core.tensor_parallel.utils import divide
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.parameter import Parameter
+
+from fluid_npu.mcore.expert_checkpoint import expert_sharded_state_dict, forget_extra_state
+from fluid_npu.ops.grouped_matmul import grouped_linear
+from fluid_npu.ops.swiglu import activation_probs, swiglu_probs
+from fluid_npu.schedule.deferred import DeferredWeight, DeferredWeights
+from fluid_npu.schedule.scheduler import BackwardScheduler
+
+
+class FluidGroupedMLP(MegatronModule):
+    """Experts of one rank; takes the place of SequentialMLP and of the legacy GroupedMLP.
+
+    fp32, bf16 and fp16; gradients go into ``main_grad`` when ``gradient_accumulation_fusion`` is set.
+
+    Raises:
+        ValueError: biases, or an activation that is not element-wise, are configured.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        submodules: Any = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        if config.add_bias_linear:
+            raise ValueError("add_bias_linear=True: grouped experts have no biases; set --disable-bias-linear")
+        pg_collection = pg_collection if pg_collection is not None else get_default_pg_collection()
+        self.num_local_experts = num_local_experts
+        self.ep_group, self.tp_group, self.dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
+        ffn = divide(config.moe_ffn_hidden_size, self.tp_group.size())
+        fc1_out = ffn * (2 if config.gated_linear_unit else 1)
+        self.fc1_view = (num_local_experts, config.hidden_size, fc1_out)
+        self.fc2_view = (num_local_experts, ffn, config.hidden_size)
+        self.weight1 = self._parameter((config.hidden_size, num_local_experts * fc1_out), config.init_method, 1)
+        self.weight2 = self._parameter((num_local_experts * ffn, config.hidden_size), config.output_layer_init_method, 0)
+        self.activation_recompute = (
+            config.recompute_granularity == "selective" and "moe_act" in (config.recompute_modules or [])
+        )
+        self._late_hooks: dict[Parameter, list[Callable[[], None]]] = {}
+        self.register_load_state_dict_post_hook(forget_extra_state)
+
+    def _parameter(self, shape: tuple[int, int], init: Callable[[Tensor], Any], partition_dim: int) -> Parameter:
+        config = self.config
+        # Always the tracker's way: use_cpu_initialization would start every expert-parallel rank with the same experts.
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        weight = Parameter(torch.empty(shape, device=device, dtype=config.params_dtype))
+        if config.perform_initialization:
+            _initialize_affine_weight_gpu(weight, init, partition_dim=partition_dim, is_expert=True)
+        # Megatron's DDP and optimizer reduce expert weights over the expert-data-parallel group.
+        weight.allreduce = config.expert_model_parallel_size <= 1  # type: ignore[attr-defined]
+        return weight
+
+    def forward(
+        self,
+        permuted_local_hidden_states: Tensor,
+        tokens_per_expert: Tensor | Sequence[int],
+        permuted_probs: Tensor,
+        *,
+        deferred: DeferredWeights | None = None,
+    ) -> tuple[Tensor, None]:
+        """``([R, H], None)`` for ``[R, H]`` rows by local expert, the rows of each expert, and ``[R]`` probabilities.
+
+        ``deferred`` takes the weight gradients (see ``defer``); without it they are computed with the input
+        gradients.
+        """
+        counts = tokens_per_expert.tolist() if isinstance(tokens_per_expert, Tensor) else list(tokens_per_expert)
+        x, p = permuted_local_hidden_states, permuted_probs
+        if self.config.moe_apply_probs_on_input:
+            x, p = (x * p.unsqueeze(-1)).to(x.dtype), torch.ones_like(p)
+        h = self._linear(0, x, counts, deferred)
+        if not self.activation_recompute:
+            return self._linear(1, self._activate(h, p), counts, deferred), None
+        checkpoint = tensor_parallel.CheckpointWithoutOutput()
+        out = self._linear(1, checkpoint.checkpoint(self._activate, h, p), counts, deferred)
+        checkpoint.discard_output_and_register_recompute(out)
+        return out, None
+
+    def _activate(self, h: Tensor, p: Tensor) -> Tensor:
+        gated, activation = self.config.gated_linear_unit, self.config.activation_func
+        if gated and activation is F.silu:
+            return swiglu_probs(h, p)
+        return activation_probs(h, p, activation, gated)
+
+    def _linear(self, index: int, x: Tensor, counts: list[int], deferred: DeferredWeights | None) -> Tensor:
+        weight = self._weight(index)
+        w_LKN = weight.parameter.view(weight.view)
+        if deferred is not None:
+            dw = deferred.dw_of(index)
+            return grouped_linear(x, w_LKN if dw is not None else w_LKN.detach(), counts, defer_dw=dw)
+        if self.config.gradient_accumulation_fusion and hasattr(weight.parameter, "main_grad"):
+            return grouped_linear(x, w_LKN, counts, fuse_into=weight.parameter)
+        return grouped_linear(x, w_LKN, counts)
+
+    def _weight(self, index: int) -> DeferredWeight:
+        parameter, view = ((self.weight1, self.fc1_view), (self.weight2, self.fc2_view))[index]
+        hooks = self._late_hooks.get(parameter, ())
+        return DeferredWeight(name=f"fc{index + 1}", parameter=parameter, view=view, late_hooks=hooks)
+
+    def defer(self, scheduler: BackwardScheduler, label: str) -> DeferredWeights:
+        """What takes this forward's weight gradients: tasks of ``scheduler``, delivered by the dispatch's launch."""
+        weights = [self._weight(0), self._weight(1)]
+        return DeferredWeights(weights, scheduler, label, self.config.gradient_accumulation_fusion)
+
+    def take_late(self) -> None:
+        """Marks FC2's weight as one whose gradient may land after its layer's backward (carried-over dW).
+
+        Must be called before DDP wraps the model: Megatron's DDP with ``delay_wgrad_compute`` then registers its
+        hook here. With any other DDP nothing is registered and the gradient is delivered within the layer.
+        """
+        self.weight2.skip_backward_post_hook = True  # type: ignore[attr-defined]
+
+    def register_wgrad_accumulation_and_reduce_hooks(self, hook: Callable[[], None]) -> None:
+        """Megatron's DDP hands over the hook of each parameter marked ``skip_backward_post_hook``, in its order."""
+        marked = [w for w in (self.weight1, self.weight2) if getattr(w, "skip_backward_post_hook", False)]
+        taken = sum(len(hooks) for hooks in self._late_hooks.values())
+        if taken >= len(marked):
+            raise RuntimeError("FluidGroupedMLP got more DDP hooks than marked weights; was the model wrapped twice?")
+        self._late_hooks.setdefault(marked[taken], []).append(hook)
+
+    def backward_dw(self) -> None:
+        """Nothing: weight gradients have landed when ``backward()`` returns."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The checkpoint form of SequentialMLP and of the legacy GroupedMLP, in both directions."""
+        return expert_sharded_state_dict(self, prefix, sharded_offsets, metadata)

@@ -1,0 +1,114 @@
+"""Layer Specs: the default door. Nothing global changes; Megatron builds our modules where the spec names them."""
+
+from __future__ import annotations
+
+import copy
+from importlib.util import find_spec
+
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from fluid_npu.comm.transports import Transport
+from fluid_npu.device.choice import Choice
+from fluid_npu.mcore.binding import SchedulerBinder
+from fluid_npu.mcore.experts import FluidGroupedMLP
+from fluid_npu.mcore.moe_layer import FluidMoELayer
+
+_ANY_EXPERTS = 2  # Megatron's helper only asks whether there are experts; their number comes from the config.
+
+
+def get_fluid_moe_layer_spec(
+    config: TransformerConfig | None = None,
+    *,
+    overlap: str = "dw",
+    carry_over: bool = False,
+    transport: Transport | None = None,
+    backend: str = "auto",
+) -> ModuleSpec:
+    """The spec of a transformer layer with a FluidMoELayer, for ``GPTModel(transformer_layer_spec=...)``.
+
+    Args:
+        config: read for the norm, QK norm and multi-latent attention; None means RMSNorm without QK norm.
+        overlap: 'dw' runs weight gradients beside the backward's AllToAlls; 'off' overlaps nothing.
+        carry_over: FC2's weight gradient may run beside the combine of the layer below (needs a DDP with
+            ``delay_wgrad_compute``).
+        transport: moves the bytes; None takes torch.distributed's collective.
+        backend: 'local' or 'te' for the modules around the MoE layer; 'auto' takes te where it is installed.
+
+    Raises:
+        ValueError: an unknown overlap or backend.
+    """
+    binder = SchedulerBinder(overlap, carry_over=carry_over, transport=transport)
+    spec = _layer_spec(config, choose_backend(backend).value)
+    spec.submodules.mlp = fluid_moe_spec(spec.submodules.mlp, binder)
+    return spec
+
+
+def get_fluid_moe_block_spec(
+    config: TransformerConfig,
+    *,
+    overlap: str = "dw",
+    carry_over: bool = False,
+    transport: Transport | None = None,
+    backend: str = "auto",
+    vp_stage: int | None = None,
+) -> TransformerBlockSubmodules:
+    """The specs of all layers of a pipeline stage, for models with dense layers too (``moe_layer_freq``).
+
+    Arguments as ``get_fluid_moe_layer_spec``; ``vp_stage`` is the chunk of an interleaved pipeline.
+    """
+    binder = SchedulerBinder(overlap, carry_over=carry_over, transport=transport)
+    use_te = choose_backend(backend).value == "te"
+    block = get_gpt_decoder_block_spec(config, use_te, normalization=config.normalization, vp_stage=vp_stage)
+    layers = []
+    for layer in block.layer_specs:
+        mlp = layer.submodules.mlp
+        if isinstance(mlp, ModuleSpec) and mlp.module is MoELayer:
+            layer = copy.copy(layer)
+            layer.submodules = copy.copy(layer.submodules)
+            layer.submodules.mlp = fluid_moe_spec(mlp, binder)
+        layers.append(layer)
+    block.layer_specs = layers
+    return block
+
+
+def fluid_moe_spec(moe: ModuleSpec, binder: SchedulerBinder) -> ModuleSpec:
+    """Megatron's spec of an MoE layer with our layer and experts in it; router and shared experts stay."""
+    submodules = copy.copy(moe.submodules)
+    submodules.experts = ModuleSpec(module=FluidGroupedMLP)
+    return ModuleSpec(
+        module=FluidMoELayer, submodules=submodules, params={"binder": binder}, metainfo=dict(moe.metainfo)
+    )
+
+
+def choose_backend(backend: str) -> Choice[str]:
+    """'te' or 'local', with the reason. Raises ValueError for another word."""
+    if backend not in ("auto", "te", "local"):
+        raise ValueError(f"backend={backend!r}: allowed are 'auto', 'te', 'local'")
+    if backend != "auto":
+        return Choice(backend, "as asked")
+    if find_spec("transformer_engine") is not None:
+        return Choice("te", "Transformer Engine is installed")
+    return Choice("local", "Transformer Engine is not installed")
+
+
+def _layer_spec(config: TransformerConfig | None, backend: str) -> ModuleSpec:
+    qk_layernorm = bool(config and config.qk_layernorm)
+    latent = bool(config and config.multi_latent_attention)
+    if backend == "te":
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=_ANY_EXPERTS, qk_layernorm=qk_layernorm, multi_latent_attention=latent
+        )
+    return get_gpt_layer_local_spec(
+        num_experts=_ANY_EXPERTS,
+        qk_layernorm=qk_layernorm,
+        multi_latent_attention=latent,
+        normalization=config.normalization if config else "RMSNorm",
+    )

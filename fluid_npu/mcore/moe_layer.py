@@ -1,0 +1,147 @@
+"""Megatron's MoELayer with its AllToAll as a handle and its weight gradients as tasks.
+
+Megatron's ``forward`` stays: it drives recompute, padding masks and shared experts. What it passes between its
+steps is, here, a ``_Dispatched`` or ``_Combined`` object instead of a bare tensor, so nothing is kept on ``self``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from fluid_npu.comm.all_to_all import AllToAllHandle
+from fluid_npu.mcore.binding import SchedulerBinder
+from fluid_npu.mcore.dispatch_plan import DispatchPlan
+from fluid_npu.mcore.experts import FluidGroupedMLP
+from fluid_npu.mcore.token_dispatcher import FluidTokenDispatcher
+from fluid_npu.ops.payload import pack, probs_dtype_on_wire
+from fluid_npu.schedule.deferred import DeferredWeights
+from fluid_npu.schedule.scheduler import BackwardScheduler
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    plan: DispatchPlan
+    payload: Tensor
+    hidden_states: Tensor
+    probs_dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Dispatched:
+    plan: DispatchPlan
+    handle: AllToAllHandle
+    hidden_states: Tensor
+    probs_dtype: torch.dtype
+    deferred: DeferredWeights | None
+
+
+@dataclass(frozen=True)
+class _Combined:
+    plan: DispatchPlan
+    handle: AllToAllHandle
+    shared_output: Tensor | None
+
+
+class FluidMoELayer(MoELayer):
+    """A Mixture-of-Experts layer whose AllToAlls run beside computation.
+
+    Args:
+        config: Megatron's TransformerConfig; ``moe_token_dispatcher_type`` must be 'alltoall'.
+        submodules: experts, router and shared experts.
+        layer_number: global number of the layer, from 1; usually set later by the TransformerLayer.
+        pg_collection: process groups; None takes Megatron's global ones.
+        binder: gives layers of one model one scheduler; None makes a scheduler for this layer alone.
+
+    Raises:
+        ValueError: a configuration that is not implemented, naming the option and the fix.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MoESubmodules | None = None,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        binder: SchedulerBinder | None = None,
+    ) -> None:
+        if config.moe_token_dispatcher_type != "alltoall":
+            raise ValueError(
+                f"moe_token_dispatcher_type={config.moe_token_dispatcher_type!r}: FluidMoELayer needs 'alltoall'; "
+                "set --moe-token-dispatcher-type alltoall or use Megatron's own layer"
+            )
+        pg_collection = pg_collection if pg_collection is not None else get_default_pg_collection()
+        # Megatron's overlap of shared experts needs its own dispatcher and CUDA streams; ours is in the steps below.
+        super().__init__(config, submodules, layer_number, pg_collection)
+        self.token_dispatcher = FluidTokenDispatcher(
+            self.num_local_experts, self.local_expert_indices, config=config, pg_collection=pg_collection
+        )
+        self.shared_expert_overlap = False
+        self._binder = binder if binder is not None else SchedulerBinder()
+        self._bind(layer_number)
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Called by the TransformerLayer; decides which model this layer belongs to."""
+        super().set_layer_number(layer_number)
+        self._bind(layer_number)
+
+    def _bind(self, layer_number: int | None) -> None:
+        self.label = f"layer {layer_number}" if layer_number is not None else ""
+        self.backward_scheduler: BackwardScheduler = self._binder.bind(self, layer_number)
+        self.token_dispatcher.sink = self.backward_scheduler
+        self.token_dispatcher.label = self.label
+        if self.backward_scheduler.carry_over and isinstance(self.experts, FluidGroupedMLP):
+            self.experts.take_late()
+
+    # ---- Megatron's steps, in the order in which its forward calls them
+
+    def shared_experts_compute(self, hidden_states: Tensor) -> None:
+        """Nothing yet: shared experts run while the dispatch is in flight."""
+
+    def preprocess(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Any, None]:
+        """Decides the plan and packs tokens and probabilities into one payload."""
+        x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        plan = self.token_dispatcher.plan(routing_map, hidden_states.shape)
+        payload = pack(x_TH, probs, plan.layout)
+        return _Prepared(plan, payload, hidden_states, probs_dtype_on_wire(x_TH.dtype, probs.dtype)), None
+
+    def dispatch(self, hidden_states: Any, probs: None) -> tuple[Any, None]:
+        """Starts the dispatch AllToAll."""
+        prepared: _Prepared = hidden_states
+        deferred = None
+        if isinstance(self.experts, FluidGroupedMLP) and torch.is_grad_enabled():
+            deferred = self.experts.defer(self.backward_scheduler, self.label)
+        handle = self.token_dispatcher.send(
+            prepared.payload, prepared.plan, deferred.passengers if deferred is not None else None
+        )
+        return _Dispatched(prepared.plan, handle, prepared.hidden_states, prepared.probs_dtype, deferred), None
+
+    def routed_experts_compute(self, hidden_states: Any, probs: None) -> tuple[Any, None]:
+        """Shared experts beside the dispatch, then the routed experts; starts the combine AllToAll."""
+        sent: _Dispatched = hidden_states
+        shared_output = super().shared_experts_compute(sent.hidden_states)
+        x_RH, p_R = self.token_dispatcher.receive(
+            sent.handle.wait(), sent.plan, sent.hidden_states.shape[-1], sent.probs_dtype
+        )
+        if sent.deferred is not None:
+            out_RH, _ = self.experts(x_RH, sent.plan.tokens_per_expert, p_R, deferred=sent.deferred)
+        else:
+            out_RH, _ = self.experts(x_RH.contiguous(), torch.tensor(sent.plan.tokens_per_expert), p_R)
+        return _Combined(sent.plan, self.token_dispatcher.send_back(out_RH, sent.plan), shared_output), None
+
+    def combine(self, output: Any) -> Any:
+        """The combine is in flight; ``postprocess`` completes it."""
+        return output
+
+    def postprocess(self, output: Any, shared_expert_output: None) -> Tensor:
+        """Completes the combine, sums each token's rows and adds the shared experts."""
+        combined: _Combined = output
+        merged = self.token_dispatcher.merge(combined.handle.wait(), combined.plan)
+        return merged if combined.shared_output is None else merged + combined.shared_output

@@ -1,0 +1,229 @@
+"""The AllToAll token dispatcher: one payload exchange per dispatch, nothing stuck on ``self`` between layers' steps.
+
+``FluidMoELayer`` uses ``plan``, ``send``, ``receive``, ``send_back`` and ``merge``, which pass a frozen plan along.
+Megatron's six steps and the plain ``dispatch()`` / ``combine()`` are thin layers over them for other callers; they
+must remember the plan between two calls, as Megatron's own dispatchers do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.moe.moe_utils import get_capacity
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from fluid_npu.comm.all_to_all import AllToAllHandle, fluid_all_to_all
+from fluid_npu.comm.sink import OverlapSink, Passengers
+from fluid_npu.mcore.dispatch_plan import DispatchPlan, ExpertGroups, exchange_counts, finish_counts, make_plan
+from fluid_npu.ops.payload import gather_rows, pack, probs_dtype_on_wire, unpack
+from fluid_npu.ops.permute import PermuteLayout, unpermute_tokens
+
+
+class FluidTokenDispatcher(MoETokenDispatcher):
+    """Dispatches tokens to the ranks of their experts and combines the outputs.
+
+    Dropless with uneven and empty splits, capacity with and without padding, expert tensor parallelism.
+
+    Args:
+        num_local_experts: L.
+        local_expert_indices: global numbers of the local experts, consecutive.
+        config: Megatron's TransformerConfig.
+        pg_collection: process groups ``ep``, ``expt_tp`` and ``tp_ep``.
+
+    Raises:
+        ValueError: a configuration that this dispatcher does not implement, naming the option and the fix.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        local_expert_indices: list[int],
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config, pg_collection=pg_collection)
+        _refuse_unsupported(config)
+        self.num_local_experts = num_local_experts
+        self.local_expert_indices = local_expert_indices
+        self.num_experts = config.num_moe_experts
+        self.sink: OverlapSink | None = None
+        self.label = ""
+        self.groups = ExpertGroups(
+            ep=self.ep_group,
+            etp=self.tp_group,
+            tp_ep=self.tp_ep_group,
+            ep_size=self.ep_size,
+            etp_size=self.tp_size,
+            ep_rank=dist.get_rank(self.ep_group) if self.ep_size > 1 else 0,
+            etp_rank=self.tp_rank,
+            ranks=dist.get_process_group_ranks(self.tp_ep_group) if dist.is_initialized() else [0],
+        )
+        self._current: DispatchPlan | None = None
+        self._combining: AllToAllHandle | None = None
+
+    # ---- the five steps, plan in hand
+
+    def plan(self, routing_map_TE: Tensor, tokens_shape: torch.Size) -> DispatchPlan:
+        """Decides rows and splits for a bool routing map; tells the other ranks how many rows they get."""
+        capacity = self._capacity(routing_map_TE.shape[0])
+        if capacity is not None:
+            layout = PermuteLayout.from_capacity(routing_map_TE, capacity)
+            counts_E = torch.full((self.num_experts,), capacity, dtype=torch.int64)
+            counts_QPL = counts_E.view(self.ep_size, -1)[:1].repeat(self.tp_size * self.ep_size, 1)
+            counts_QPL = counts_QPL.view(self.tp_size, self.ep_size, self.num_local_experts)
+            return make_plan(layout, tokens_shape, counts_E, counts_QPL, self.groups)
+        dropless = self.config.moe_expert_capacity_factor is None
+        counts_E = routing_map_TE.sum(0)
+        pending = None if self.groups.alone else exchange_counts(counts_E, self.groups)
+        layout = PermuteLayout.from_routing_map(routing_map_TE, self.config.moe_router_topk if dropless else None)
+        host_E = counts_E.cpu()
+        if pending is None:
+            counts_QPL = host_E.view(1, 1, -1)
+        else:
+            counts_QPL = finish_counts(pending, self.groups, self.num_local_experts, self._where("dispatch"))
+        return make_plan(layout, tokens_shape, host_E, counts_QPL, self.groups)
+
+    def send(self, payload_NW: Tensor, plan: DispatchPlan, passengers: Passengers | None = None) -> AllToAllHandle:
+        """Starts the dispatch of packed tokens and probabilities."""
+        return self._exchange(payload_NW, plan.output_splits, plan.input_splits, "moe_dispatch", passengers)
+
+    def receive(
+        self, payload_RW: Tensor, plan: DispatchPlan, hidden: int, probs_dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """``[R, H]`` tokens by local expert and their ``[R]`` probabilities, from the landed dispatch."""
+        if self.tp_size == 1:
+            return unpack(payload_RW, hidden, probs_dtype, plan.sort_rows)
+        x, p = unpack(payload_RW, hidden, probs_dtype, None)
+        x, p = (
+            gather_from_sequence_parallel_region(t.contiguous(), group=self.tp_group, output_split_sizes=plan.gather_splits)
+            for t in (x, p)
+        )
+        if plan.sort_rows is None:
+            return x, p
+        return gather_rows(x, plan.sort_rows, plan.unsort_rows), gather_rows(p, plan.sort_rows, plan.unsort_rows)
+
+    def send_back(self, out_RH: Tensor, plan: DispatchPlan) -> AllToAllHandle:
+        """Starts the combine of the experts' outputs."""
+        if plan.unsort_rows is not None:
+            out_RH = gather_rows(out_RH, plan.unsort_rows, plan.sort_rows)
+        if self.tp_size > 1:
+            out_RH = reduce_scatter_to_sequence_parallel_region(
+                out_RH, group=self.tp_group, input_split_sizes=plan.gather_splits
+            )
+        return self._exchange(out_RH, plan.input_splits, plan.output_splits, "moe_combine", None)
+
+    def merge(self, rows_NH: Tensor, plan: DispatchPlan) -> Tensor:
+        """The sum of each token's rows, in the shape of the tokens."""
+        return unpermute_tokens(rows_NH, plan.layout).view(plan.tokens_shape)
+
+    def _exchange(
+        self,
+        rows: Tensor,
+        output_splits: list[int],
+        input_splits: list[int],
+        comm_type: str,
+        passengers: Passengers | None,
+    ) -> AllToAllHandle:
+        handle = fluid_all_to_all(
+            self.ep_group,
+            rows,
+            output_splits,
+            input_splits,
+            comm_type,
+            async_op=True,
+            label=self.label,
+            sink=self.sink,
+            passengers=passengers,
+        )
+        assert isinstance(handle, AllToAllHandle)
+        return handle
+
+    def _capacity(self, num_tokens: int) -> int | None:
+        """Rows of each expert when they are padded to a fixed number, else None."""
+        if not self.config.moe_pad_expert_input_to_capacity:
+            return None
+        return get_capacity(
+            num_tokens * self.config.moe_router_topk, self.num_experts, self.config.moe_expert_capacity_factor
+        )
+
+    def _where(self, step: str) -> str:
+        return f"{step}{f' of {self.label}' if self.label else ''}"
+
+    # ---- plain use, as in users' scripts
+
+    def dispatch(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``(tokens [R, H], tokens_per_expert [L] int64 on the host, probs [R])`` for ``[..., H]`` hidden states.
+
+        Args:
+            hidden_states: ``[..., H]``.
+            routing_map: ``[T, E]`` bool.
+            probs: ``[T, E]``.
+        """
+        tokens, tail = self.dispatch_preprocess(hidden_states, routing_map, probs)
+        return self.dispatch_postprocess(*self.token_dispatch(tokens, tail))
+
+    def combine(self, expert_output: Tensor) -> Tensor:
+        """Undoes the last ``dispatch``: the sum over each token's experts, in the shape of its hidden states."""
+        return self.combine_postprocess(self.token_combine(self.combine_preprocess(expert_output)))
+
+    # ---- Megatron's six steps
+
+    def dispatch_preprocess(
+        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[Tensor, torch.dtype]:
+        """The payload to send, and the dtype in which probabilities travel in it."""
+        x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        self._current = self.plan(routing_map, hidden_states.shape)
+        return pack(x_TH, probs, self._current.layout), probs_dtype_on_wire(x_TH.dtype, probs.dtype)
+
+    def token_dispatch(self, hidden_states: Tensor, probs: Any) -> tuple[Tensor, Any]:
+        """The dispatch AllToAll."""
+        return self.send(hidden_states, self._plan_of_step("token_dispatch")).wait(), probs
+
+    def dispatch_postprocess(self, hidden_states: Tensor, probs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens by local expert, rows of each local expert, probabilities."""
+        plan = self._plan_of_step("dispatch_postprocess")
+        x_RH, p_R = self.receive(hidden_states, plan, plan.tokens_shape[-1], probs)
+        return x_RH, torch.tensor(plan.tokens_per_expert), p_R
+
+    def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
+        """Starts the combine; the exchange is completed by ``token_combine``."""
+        self._combining = self.send_back(hidden_states, self._plan_of_step("combine_preprocess"))
+        return hidden_states
+
+    def token_combine(self, hidden_states: Tensor) -> Tensor:
+        """Completes the combine AllToAll."""
+        self._plan_of_step("token_combine")
+        combining, self._combining = self._combining, None
+        if combining is None:
+            raise RuntimeError("FluidTokenDispatcher.token_combine() needs combine_preprocess() before it")
+        return combining.wait()
+
+    def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
+        """Sums each token's rows."""
+        return self.merge(hidden_states, self._plan_of_step("combine_postprocess"))
+
+    def _plan_of_step(self, step: str) -> DispatchPlan:
+        if self._current is None:
+            raise RuntimeError(f"FluidTokenDispatcher.{step}() needs dispatch_preprocess() or dispatch() before it")
+        return self._current
+
+
+def _refuse_unsupported(config: TransformerConfig) -> None:
+    refused = {
+        "moe_router_padding_for_quantization": "fp8 and fp4 experts are not supported",
+        "overlap_moe_expert_parallel_comm": "Megatron's 1F1B overlap drives its own dispatcher steps; use overlap='dw'",
+        "moe_latent_size": "latent projections need Transformer Engine",
+    }
+    for option, why in refused.items():
+        if getattr(config, option, None):
+            raise ValueError(f"{option}={getattr(config, option)!r}: {why}; unset it to use FluidTokenDispatcher")

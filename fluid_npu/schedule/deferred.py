@@ -1,0 +1,114 @@
+"""Grouped expert weights whose dW is a task and whose gradient is delivered by a later autograd node.
+
+The operator that computes dX sees the weight as a constant. The weight itself is an input of the dispatch's launch
+node (``comm.sink.Passengers``): when that node's backward has filled its flight, the gradient is there, and only
+then does the weight's AccumulateGrad node, with DDP's hooks on it, run. So a parameter is ready for DDP exactly
+when its dW has landed, also on a rank that received no token.
+
+One object per forward call: several micro-batches may be under way. L local experts, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fluid_npu.comm.sink import Passengers
+from fluid_npu.device import kernels_of
+from fluid_npu.schedule.scheduler import BackwardScheduler
+from fluid_npu.schedule.task import DWTask
+
+GroupedDW = Callable[[torch.Tensor, torch.Tensor, Sequence[int]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeferredWeight:
+    """A parameter, its name, the ``[L, K, N]`` shape its storage is seen as, and hooks of a late DDP (or none).
+
+    With ``late_hooks`` the task may be carried over to another layer; the hooks run when its dW has landed.
+    """
+
+    name: str
+    parameter: torch.nn.Parameter
+    view: tuple[int, int, int]
+    late_hooks: Sequence[Callable[[], None]] = ()
+
+
+def dummy_grad(parameter: torch.Tensor) -> torch.Tensor:
+    """What autograd gets when the gradient is already in ``main_grad``: uninitialised, or zeros where a hook adds it.
+
+    Megatron's contract: with ``grad_added_to_main_grad`` the DDP hook drops it, unless ``zero_out_wgrad`` is set.
+    """
+    return torch.zeros_like(parameter) if getattr(parameter, "zero_out_wgrad", False) else torch.empty_like(parameter)
+
+
+def add_grouped_dw(
+    weight: DeferredWeight, x: torch.Tensor, dy: torch.Tensor, counts: Sequence[int], fuse: bool
+) -> torch.Tensor:
+    """Computes dW of one grouped weight; into ``main_grad`` when ``fuse`` and the parameter has one.
+
+    Returns the gradient for autograd: the real one, or a dummy when it was added already.
+    """
+    parameter = weight.parameter
+    main_grad = getattr(parameter, "main_grad", None)
+    if not fuse or main_grad is None:
+        return kernels_of(x).grouped_dw(x, dy, list(counts)).view(parameter.shape)
+    if main_grad.dtype == torch.float32:
+        kernels_of(x).grouped_dw_add_(main_grad.view(weight.view), x, dy, list(counts))
+    else:
+        main_grad.view(weight.view).add_(kernels_of(x).grouped_dw(x, dy, list(counts)))
+    parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return dummy_grad(parameter)
+
+
+class DeferredWeights:
+    """The weights of one layer's experts during one forward and backward."""
+
+    def __init__(self, weights: Sequence[DeferredWeight], scheduler: BackwardScheduler, label: str, fuse: bool) -> None:
+        self._weights = list(weights)
+        self._scheduler = scheduler
+        self._label = label
+        self._fuse = fuse
+        self._grads: list[torch.Tensor | None] = [None] * len(self._weights)
+        self._delivered = [i for i, weight in enumerate(self._weights) if not weight.late_hooks]
+
+    @property
+    def passengers(self) -> Passengers:
+        """The weights that the launch node delivers: all but those that a late DDP takes from the task itself."""
+        return Passengers([self._weights[i].parameter for i in self._delivered], self._collect)
+
+    def dw_of(self, index: int) -> GroupedDW | None:
+        """What an operator's backward calls with (x, dy, counts) instead of computing dW; None for a frozen weight."""
+        weight = self._weights[index]
+        if not weight.parameter.requires_grad:
+            return None
+
+        def queue(x: torch.Tensor, dy: torch.Tensor, counts: Sequence[int]) -> None:
+            self._scheduler.submit(
+                DWTask(
+                    name=f"{self._label} {weight.name}",
+                    run=lambda: self._land(index, x, dy, counts),
+                    shape=(x.shape[0], x.shape[1], dy.shape[1]),
+                    carry=bool(weight.late_hooks),
+                )
+            )
+
+        return queue
+
+    def _land(self, index: int, x: torch.Tensor, dy: torch.Tensor, counts: Sequence[int]) -> None:
+        weight = self._weights[index]
+        with torch.no_grad():
+            grad = add_grouped_dw(weight, x, dy, counts, self._fuse)
+        if weight.late_hooks:
+            weight.parameter.grad = grad
+            for hook in weight.late_hooks:
+                hook()
+        else:
+            self._grads[index] = grad
+
+    def _collect(self) -> tuple[torch.Tensor | None, ...]:
+        grads = tuple(self._grads[i] for i in self._delivered)
+        self._grads = [None] * len(self._weights)
+        return grads

@@ -1,0 +1,27 @@
+"""One weight gradient that may run later than the input gradient of the same operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class DWTask:
+    """A unit of queued work.
+
+    ``run`` owns its inputs: they stay alive, and must stay unchanged, until it ran. ``shape`` is (rows, inputs,
+    outputs) of this rank and ``flops`` its cost, 2 * rows * inputs * outputs. ``carry`` marks work that may be
+    left for the combine of the layer below.
+    """
+
+    name: str
+    run: Callable[[], None]
+    shape: tuple[int, int, int]
+    carry: bool = False
+
+    @property
+    def flops(self) -> int:
+        """Multiply-adds count as two."""
+        rows, inputs, outputs = self.shape
+        return 2 * rows * inputs * outputs
