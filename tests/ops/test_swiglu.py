@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fluid_npu.device.kernels import cpu_kernels
 from fluid_npu.ops import reference
 from fluid_npu.ops.reference import relative_error
 from fluid_npu.ops.swiglu import activation_probs, swiglu_probs
@@ -18,7 +19,9 @@ def operands(rows: int, width: int, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("rows", [0, 1, 37])
-def test_value_and_gradients_equal_float64(rows):
+@pytest.mark.parametrize("block", [2**17, 64, 1])
+def test_value_and_gradients_equal_float64(rows, block, monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "_SWIGLU_BLOCK", block)
     h, p, da = operands(rows, 16, torch.float32)
     a = swiglu_probs(h, p)
     a.backward(da)

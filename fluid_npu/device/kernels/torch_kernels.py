@@ -64,19 +64,17 @@ class TorchKernels(Kernels):
         return F.silu(h0).mul_(h1).mul_(p_R.unsqueeze(-1))  # a wider p is not rounded: mul_ promotes inside
 
     def swiglu_probs_grad(self, da_RF: Tensor, h_R2F: Tensor, p_R: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = h_R2F.dtype
-        if dtype in _HALVES:
-            da_RF, h_R2F = da_RF.float(), h_R2F.float()
-        h0, h1 = h_R2F.chunk(2, dim=-1)
-        dh = torch.empty_like(h_R2F)
-        dh0, dh1 = dh.chunk(2, dim=-1)
-        p_R1 = p_R.unsqueeze(-1)
-        scratch = F.silu(h0).mul_(da_RF)
-        dp = torch.linalg.vecdot(scratch, h1)
-        torch.mul(scratch, p_R1, out=dh1)
-        torch.mul(da_RF, h1, out=scratch).mul_(p_R1)
-        torch.ops.aten.silu_backward.grad_input(scratch, h0, grad_input=dh0)
-        return dh.to(dtype), dp.to(p_R.dtype)
+        dh, dp, p_R1 = torch.empty_like(h_R2F), torch.empty_like(p_R), p_R.unsqueeze(-1)
+        rows = da_RF.shape[0]
+        step = self._swiglu_rows_at_once(rows, da_RF.shape[1])
+        for start in range(0, rows, step):
+            block = slice(start, start + step)
+            _swiglu_grad_into(dh[block], dp[block], da_RF[block], h_R2F[block], p_R1[block])
+        return dh, dp
+
+    def _swiglu_rows_at_once(self, rows: int, width: int) -> int:
+        """A CPU takes blocks that stay in its cache; a GPU all rows."""
+        return max(rows, 1)
 
     def rms_norm(self, x: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         wide = _wide(x)
@@ -93,6 +91,19 @@ class TorchKernels(Kernels):
         pull_R1 = torch.mv(scratch, gamma_H).unsqueeze_(-1).mul_(rstd_R1.pow(3)).div_(-hidden)
         dx = torch.mul(dy_RH, gamma_H, out=scratch).mul_(rstd_R1).addcmul_(x_RH, pull_R1)
         return dx.view(x.shape).to(x.dtype), dgamma.to(gamma.dtype)
+
+
+def _swiglu_grad_into(dh: Tensor, dp: Tensor, da: Tensor, h: Tensor, p_R1: Tensor) -> None:
+    da, h = _wide(da), _wide(h)
+    wide_dh = dh if dh.dtype == h.dtype else torch.empty_like(h)
+    (h0, h1), (dh0, dh1) = h.chunk(2, dim=-1), wide_dh.chunk(2, dim=-1)
+    scratch = F.silu(h0).mul_(da)
+    torch.mul(scratch, p_R1, out=dh1)
+    dp.copy_(scratch.mul_(h1).sum(-1))
+    torch.mul(da, h1, out=scratch).mul_(p_R1)
+    torch.ops.aten.silu_backward.grad_input(scratch, h0, grad_input=dh0)
+    if wide_dh is not dh:
+        dh.copy_(wide_dh)
 
 
 def _wide(x: Tensor) -> Tensor:
