@@ -66,7 +66,7 @@ class TrainConfig:
     checkpoint_every: int = 100
     twin_every: int = 10
     plant_delay_ms: float = 0.0
-    impl: str = "stock"
+    impl: str = "fluid"
 
     def model(self) -> Preset:
         """The preset with its cut. Raises PresetError."""

@@ -64,10 +64,18 @@ def _layer_spec(config: TrainConfig, model_config: TransformerConfig, overlap: s
     if config.impl == "fluid":
         from fluid_npu.mcore.layer_spec import get_fluid_moe_block_spec
 
-        return get_fluid_moe_block_spec(model_config, overlap=overlap)
+        return get_fluid_moe_block_spec(model_config, overlap=overlap, transport=_transport(config))
     return get_gpt_decoder_block_spec(
         model_config, use_transformer_engine=False, normalization=model_config.normalization
     )
+
+
+def _transport(config: TrainConfig) -> Any:
+    """The collective of torch.distributed, behind the planted delay if there is one."""
+    from fluid_npu.comm.transports import CollectiveTransport, DelayedTransport
+
+    plain = CollectiveTransport()
+    return DelayedTransport(plain, config.plant_delay_ms) if config.plant_delay_ms else plain
 
 
 _FIXED: dict[str, Any] = {

@@ -20,6 +20,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from fluid_npu.train.config import TrainConfig
@@ -53,7 +54,9 @@ def wrap_ddp(config: TrainConfig, model_config: TransformerConfig, model: GPTMod
         use_distributed_optimizer=config.distributed_optimizer,
         check_for_nan_in_grad=False,
     )
-    ddp = DistributedDataParallel(model_config, settings, model)
+    # Also turns what torch made in fp32, such as norms, into the run's precision; Megatron's optimizer expects that.
+    wrapped = Float16Module(model_config, model) if model_config.bf16 or model_config.fp16 else model
+    ddp = DistributedDataParallel(model_config, settings, wrapped)
     ddp.broadcast_params()
     return ddp
 
