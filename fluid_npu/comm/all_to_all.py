@@ -62,10 +62,10 @@ class Flight:
         own = source.shape[0] // dist.get_world_size(group) if input_splits is None else input_splits[mine]
         return (source.shape[0] - own) * row_bytes
 
-    def land(self, at_once: bool = False) -> None:
-        """Waits for the exchange; a second call does nothing."""
+    def land(self, at_once: bool = False) -> torch.Tensor:
+        """The received rows, once they are there; a second call does not wait again."""
         if self._work is None:
-            return
+            return self.output
         self._reached.record()
         with collective(self.name, self._ranks):
             self._work.wait()
@@ -73,6 +73,7 @@ class Flight:
         self._work = self._source = None
         self._sink.recorder.add("wait", self.name, at_once=at_once)
         self._sink.comm.timed(self._comm_type, self._launched, self._reached, self._passed, at_once)
+        return self.output
 
 
 class _Exchange:
@@ -95,22 +96,21 @@ class _Exchange:
         self.name = f"{comm_type} AllToAll{f' of {label}' if label else ''}"
         self.sink = sink
         self.passengers = passengers
-        self.forward_flight: Flight | None = None
-        self.backward_flight: Flight | None = None
+        self._forward: Flight | None = None
+        self._backward: Flight | None = None
 
-    def start_forward(self, source: torch.Tensor) -> torch.Tensor:
-        self.forward_flight = Flight(
+    def start_forward(self, source: torch.Tensor) -> None:
+        self._forward = Flight(
             source, self.output_splits, self.input_splits, self.group, self.comm_type, self.name, self.sink
         )
-        return self.forward_flight.output
 
-    def land_forward(self) -> None:
-        if self.forward_flight is not None:
-            self.forward_flight.land()
-            self.forward_flight = None
+    def land_forward(self) -> torch.Tensor:
+        assert self._forward is not None, "an AllToAll is waited for once"
+        flight, self._forward = self._forward, None
+        return flight.land()
 
-    def start_backward(self, grad: torch.Tensor) -> torch.Tensor:
-        self.backward_flight = Flight(
+    def start_backward(self, grad: torch.Tensor) -> None:
+        self._backward = Flight(
             grad,
             self.input_splits,
             self.output_splits,
@@ -119,56 +119,58 @@ class _Exchange:
             f"backward of {self.name}",
             self.sink,
         )
-        return self.backward_flight.output
 
-    def land_backward(self) -> None:
-        flight, self.backward_flight = self.backward_flight, None
+    def land_backward(self) -> torch.Tensor:
+        """Fills the flight of the gradient, then lands it."""
+        assert self._backward is not None, "the wait's backward launches the exchange"
+        flight, self._backward = self._backward, None
         self.sink.fill(self.comm_type, self.name)
-        if flight is not None:
-            flight.land()
+        return flight.land()
 
 
 class _Launch(torch.autograd.Function):
+    """Returns a token, not the buffer: the edge to the wait carries order only, since with uneven splits the two
+    directions differ in shape and autograd would refuse the one as the other's gradient."""
+
     @staticmethod
     def forward(ctx: Any, source: torch.Tensor, exchange: _Exchange, *weights: torch.Tensor) -> torch.Tensor:
         ctx.exchange = exchange
-        return exchange.start_forward(source)
+        exchange.start_forward(source)
+        return source.new_empty(0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        ctx.exchange.land_backward()
+    def backward(ctx: Any, _token: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         passengers = ctx.exchange.passengers
+        grad = ctx.exchange.land_backward()
         return (grad, None, *(passengers.collect() if passengers is not None else ()))
 
 
 class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, received: torch.Tensor, exchange: _Exchange) -> torch.Tensor:
-        exchange.land_forward()
+    def forward(ctx: Any, token: torch.Tensor, exchange: _Exchange) -> torch.Tensor:
         ctx.exchange = exchange
-        return received.view_as(received)
+        return exchange.land_forward()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.exchange.start_backward(grad), None
+        ctx.exchange.start_backward(grad)
+        return grad.new_empty(0), None
 
 
 class AllToAllHandle:
     """An AllToAll in flight; ``wait()`` gives the received rows, once or many times."""
 
-    def __init__(self, received: torch.Tensor, exchange: _Exchange | None) -> None:
-        self._received = received
+    def __init__(self, token: torch.Tensor, exchange: _Exchange) -> None:
+        self._token = token
         self._exchange = exchange
         self._result: torch.Tensor | None = None
 
     def wait(self) -> torch.Tensor:
         """The received tensor. The input must not be written before this returns."""
         if self._result is None:
-            self._result = (
-                self._received if self._exchange is None else _Wait.apply(self._received, self._exchange)
-            )
+            self._result = _Wait.apply(self._token, self._exchange)
         return self._result
 
 
@@ -212,8 +214,8 @@ def fluid_all_to_all(
     exchange = _Exchange(
         group, output_splits, input_splits, comm_type, label, sink if sink is not None else DirectSink(), passengers
     )
-    received = _Launch.apply(tensor, exchange, *(passengers.weights if passengers is not None else ()))
-    handle = AllToAllHandle(received, exchange)
+    token = _Launch.apply(tensor, exchange, *(passengers.weights if passengers is not None else ()))
+    handle = AllToAllHandle(token, exchange)
     return handle if async_op else handle.wait()
 
 

@@ -16,7 +16,10 @@ from fluid_npu.device.recorder import Recorder
 class OverlapSink(Protocol):
     """The engine behind an exchange."""
 
-    serialised: bool
+    @property
+    def serialised(self) -> bool:
+        """Whether each exchange is waited for at once."""
+
     transport: Transport
     comm: CommStats
     recorder: Recorder

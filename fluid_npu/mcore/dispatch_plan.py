@@ -32,10 +32,8 @@ class DispatchPlan:
     """[Q] rows that each expert-tensor-parallel rank contributes; one entry without expert tensor parallelism."""
     tokens_per_expert: list[int]
     """[L] rows of each local expert."""
-    sort_rows: Tensor | None
-    """[R] which received row comes at each place of the experts' order; None when they are in order already."""
-    unsort_rows: Tensor | None
-    """[R] the inverse."""
+    order: tuple[Tensor, Tensor] | None
+    """[R] which received row comes at each place of the experts' order, and the inverse; None when in order already."""
 
 
 def exchange_counts(counts_E: Tensor, groups: ExpertGroups) -> Any:
@@ -86,11 +84,11 @@ def make_plan(
     """The plan for these counts. ``counts_E``: rows of this rank per expert, on the host."""
     etp_size, ep_size, local_experts = counts_QPL.shape
     rank_QP = counts_QPL.sum(2)
-    sort_rows = unsort_rows = None
+    order = None
     if local_experts > 1 and etp_size * ep_size > 1:
-        sort_rows, unsort_rows = _chunk_order(counts_QPL.reshape(-1, local_experts))
         device = layout.token_of_row.device
-        sort_rows, unsort_rows = sort_rows.to(device), unsort_rows.to(device)
+        rows, inverse = _chunk_order(counts_QPL.reshape(-1, local_experts))
+        order = rows.to(device), inverse.to(device)
     return DispatchPlan(
         layout=layout,
         tokens_shape=tokens_shape,
@@ -98,8 +96,7 @@ def make_plan(
         output_splits=rank_QP[groups.etp_rank].tolist(),
         gather_splits=rank_QP.sum(1).tolist(),
         tokens_per_expert=counts_QPL.sum((0, 1)).tolist(),
-        sort_rows=sort_rows,
-        unsort_rows=unsort_rows,
+        order=order,
     )
 
 

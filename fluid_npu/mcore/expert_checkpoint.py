@@ -87,7 +87,9 @@ class _Shard:
         gated: bool,
     ) -> Any:
         if flattened_range is not None:
-            raise NotImplementedError(f"{key}: flattened ranges are not supported; use a newer distributed optimizer format")
+            raise NotImplementedError(
+                f"{key}: flattened ranges are not supported; use a newer distributed optimizer format"
+            )
         on_disk = tensor.view(view).transpose(-1, -2)
         if not gated:
             return self._shards(key, on_disk, axis, self.tp_rank, self.tp_size, replica_id)

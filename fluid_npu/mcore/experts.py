@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import _initialize_affine_weight_gpu
 from megatron.core.tensor_parallel.utils import divide
@@ -23,6 +22,7 @@ from torch.nn.parameter import Parameter
 
 from fluid_npu.mcore.expert_checkpoint import expert_sharded_state_dict, forget_extra_state
 from fluid_npu.ops.grouped_matmul import grouped_linear
+from fluid_npu.ops.recompute import activated_linear
 from fluid_npu.ops.swiglu import activation_probs, swiglu_probs
 from fluid_npu.schedule.deferred import DeferredWeight, DeferredWeights
 from fluid_npu.schedule.scheduler import BackwardScheduler
@@ -56,9 +56,11 @@ class FluidGroupedMLP(MegatronModule):
         self.fc1_view = (num_local_experts, config.hidden_size, fc1_out)
         self.fc2_view = (num_local_experts, ffn, config.hidden_size)
         self.weight1 = self._parameter((config.hidden_size, num_local_experts * fc1_out), config.init_method, 1)
-        self.weight2 = self._parameter((num_local_experts * ffn, config.hidden_size), config.output_layer_init_method, 0)
-        self.activation_recompute = (
-            config.recompute_granularity == "selective" and "moe_act" in (config.recompute_modules or [])
+        self.weight2 = self._parameter(
+            (num_local_experts * ffn, config.hidden_size), config.output_layer_init_method, 0
+        )
+        self.activation_recompute = config.recompute_granularity == "selective" and "moe_act" in (
+            config.recompute_modules or []
         )
         self._late_hooks: dict[Parameter, list[Callable[[], None]]] = {}
         self.register_load_state_dict_post_hook(forget_extra_state)
@@ -91,13 +93,12 @@ class FluidGroupedMLP(MegatronModule):
         x, p = permuted_local_hidden_states, permuted_probs
         if self.config.moe_apply_probs_on_input:
             x, p = (x * p.unsqueeze(-1)).to(x.dtype), torch.ones_like(p)
-        h = self._linear(0, x, counts, deferred)
-        if not self.activation_recompute:
-            return self._linear(1, self._activate(h, p), counts, deferred), None
-        checkpoint = tensor_parallel.CheckpointWithoutOutput()
-        out = self._linear(1, checkpoint.checkpoint(self._activate, h, p), counts, deferred)
-        checkpoint.discard_output_and_register_recompute(out)
-        return out, None
+        w1, dw1 = self._operand(0, deferred)
+        w2, dw2 = self._operand(1, deferred)
+        h = grouped_linear(x, w1, counts, **dw1)
+        if self.activation_recompute:
+            return activated_linear(h, p, w2, counts, self._activate, **dw2), None
+        return grouped_linear(self._activate(h, p), w2, counts, **dw2), None
 
     def _activate(self, h: Tensor, p: Tensor) -> Tensor:
         gated, activation = self.config.gated_linear_unit, self.config.activation_func
@@ -105,15 +106,15 @@ class FluidGroupedMLP(MegatronModule):
             return swiglu_probs(h, p)
         return activation_probs(h, p, activation, gated)
 
-    def _linear(self, index: int, x: Tensor, counts: list[int], deferred: DeferredWeights | None) -> Tensor:
+    def _operand(self, index: int, deferred: DeferredWeights | None) -> tuple[Tensor, dict[str, Any]]:
+        """The ``[L, K, N]`` weight of FC1 or FC2, and where its gradient goes."""
         weight = self._weight(index)
         w_LKN = weight.parameter.view(weight.view)
         if deferred is not None:
             dw = deferred.dw_of(index)
-            return grouped_linear(x, w_LKN if dw is not None else w_LKN.detach(), counts, defer_dw=dw)
-        if self.config.gradient_accumulation_fusion and hasattr(weight.parameter, "main_grad"):
-            return grouped_linear(x, w_LKN, counts, fuse_into=weight.parameter)
-        return grouped_linear(x, w_LKN, counts)
+            return (w_LKN if dw is not None else w_LKN.detach()), {"defer_dw": dw}
+        fuse = self.config.gradient_accumulation_fusion and hasattr(weight.parameter, "main_grad")
+        return w_LKN, {"fuse_into": weight.parameter if fuse else None}
 
     def _weight(self, index: int) -> DeferredWeight:
         parameter, view = ((self.weight1, self.fc1_view), (self.weight2, self.fc2_view))[index]

@@ -101,10 +101,12 @@ class FluidTokenDispatcher(MoETokenDispatcher):
     ) -> tuple[Tensor, Tensor]:
         """``[R, H]`` tokens by local expert and their ``[R]`` probabilities, from the landed dispatch."""
         if self.tp_size == 1:
-            return unpack(payload_RW, hidden, probs_dtype, plan.sort_rows)
+            return unpack(payload_RW, hidden, probs_dtype, plan.order[0] if plan.order is not None else None)
         x, p = unpack(payload_RW, hidden, probs_dtype, None)
         x, p = (
-            gather_from_sequence_parallel_region(t.contiguous(), group=self.tp_group, output_split_sizes=plan.gather_splits)
+            gather_from_sequence_parallel_region(
+                t.contiguous(), group=self.tp_group, output_split_sizes=plan.gather_splits
+            )
             for t in (x, p)
         )
         if plan.sort_rows is None:
@@ -113,8 +115,9 @@ class FluidTokenDispatcher(MoETokenDispatcher):
 
     def send_back(self, out_RH: Tensor, plan: DispatchPlan) -> AllToAllHandle:
         """Starts the combine of the experts' outputs."""
-        if plan.unsort_rows is not None:
-            out_RH = gather_rows(out_RH, plan.unsort_rows, plan.sort_rows)
+        if plan.order is not None:
+            sort_rows, unsort_rows = plan.order
+            out_RH = gather_rows(out_RH, unsort_rows, sort_rows)
         if self.tp_size > 1:
             out_RH = reduce_scatter_to_sequence_parallel_region(
                 out_RH, group=self.tp_group, input_split_sizes=plan.gather_splits
@@ -124,6 +127,11 @@ class FluidTokenDispatcher(MoETokenDispatcher):
     def merge(self, rows_NH: Tensor, plan: DispatchPlan) -> Tensor:
         """The sum of each token's rows, in the shape of the tokens."""
         return unpermute_tokens(rows_NH, plan.layout).view(plan.tokens_shape)
+
+    def _gather(self, part: Tensor, plan: DispatchPlan) -> Tensor:
+        return gather_from_sequence_parallel_region(
+            part.contiguous(), group=self.tp_group, output_split_sizes=plan.gather_splits
+        )
 
     def _exchange(
         self,

@@ -131,11 +131,17 @@ class _GroupedMM(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = kernels.grouped_mm(dy_RN, w_LKN, ctx.counts_L, trans_w=True)
         if ctx.needs_input_grad[1]:
-            if ctx.fused_into is None:
-                dw = kernels.grouped_dw(x_RK, dy_RN, ctx.counts_L)
-            else:
-                dw = _add_to_main_grad(ctx.fused_into, w_LKN, x_RK, dy_RN, ctx.counts_L)
+            dw = grouped_weight_grad(w_LKN, x_RK, dy_RN, ctx.counts_L, ctx.fused_into)
         return dx, dw, None, None
+
+
+def grouped_weight_grad(
+    w_LKN: Tensor, x_RK: Tensor, dy_RN: Tensor, counts_L: Sequence[int], fuse_into: Tensor | None
+) -> Tensor:
+    """dW of ``w_LKN``, or with ``fuse_into`` the placeholder after it was added to that parameter's main_grad."""
+    if fuse_into is None:
+        return kernels_of(x_RK).grouped_dw(x_RK, dy_RN, counts_L)
+    return _add_to_main_grad(fuse_into, w_LKN, x_RK, dy_RN, counts_L)
 
 
 def _add_to_main_grad(parameter: Any, w_LKN: Tensor, x_RK: Tensor, dy_RN: Tensor, counts_L: Sequence[int]) -> Tensor:

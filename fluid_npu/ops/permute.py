@@ -117,13 +117,16 @@ def permuted_probs(probs_TE: Tensor, layout: PermuteLayout) -> Tensor:
 
 def _true_positions(map_ET: Tensor, uniform_topk: int | None) -> tuple[Tensor, Tensor]:
     """(expert, token) of every True, by expert and then token."""
+    if map_ET.device.type != "cpu" and uniform_topk is not None:
+        return _first_positions_by_sort(map_ET, map_ET.shape[1] * uniform_topk)
+    expert, token = map_ET.nonzero().unbind(1)
+    return expert, token.contiguous()
+
+
+def _first_positions_by_sort(map_ET: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The same when the number of rows is known: the host need not wait for a size, as nonzero makes it."""
     num_tokens = map_ET.shape[1]
-    if map_ET.device.type == "cpu" or uniform_topk is None:
-        expert, token = map_ET.nonzero().unbind(1)
-        return expert, token.contiguous()
-    # The number of rows is known, so a stable sort replaces nonzero, whose size the host would wait for.
-    order = torch.sort(map_ET.reshape(-1).to(torch.int8), descending=True, stable=True)[1]
-    flat = order[: num_tokens * uniform_topk]
+    flat = torch.sort(map_ET.reshape(-1).to(torch.int8), descending=True, stable=True)[1][:rows]
     return torch.div(flat, num_tokens, rounding_mode="floor"), flat % num_tokens
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from fluid_npu.comm.sink import Passengers
-from fluid_npu.device import kernels_of
+from fluid_npu.ops.grouped_matmul import grouped_weight_grad
 from fluid_npu.schedule.scheduler import BackwardScheduler
 from fluid_npu.schedule.task import DWTask
 
@@ -36,31 +36,16 @@ class DeferredWeight:
     late_hooks: Sequence[Callable[[], None]] = ()
 
 
-def dummy_grad(parameter: torch.Tensor) -> torch.Tensor:
-    """What autograd gets when the gradient is already in ``main_grad``: uninitialised, or zeros where a hook adds it.
-
-    Megatron's contract: with ``grad_added_to_main_grad`` the DDP hook drops it, unless ``zero_out_wgrad`` is set.
-    """
-    return torch.zeros_like(parameter) if getattr(parameter, "zero_out_wgrad", False) else torch.empty_like(parameter)
-
-
 def add_grouped_dw(
     weight: DeferredWeight, x: torch.Tensor, dy: torch.Tensor, counts: Sequence[int], fuse: bool
 ) -> torch.Tensor:
     """Computes dW of one grouped weight; into ``main_grad`` when ``fuse`` and the parameter has one.
 
-    Returns the gradient for autograd: the real one, or a dummy when it was added already.
+    Returns the gradient for autograd: the real one, or a placeholder when it was added already.
     """
     parameter = weight.parameter
-    main_grad = getattr(parameter, "main_grad", None)
-    if not fuse or main_grad is None:
-        return kernels_of(x).grouped_dw(x, dy, list(counts)).view(parameter.shape)
-    if main_grad.dtype == torch.float32:
-        kernels_of(x).grouped_dw_add_(main_grad.view(weight.view), x, dy, list(counts))
-    else:
-        main_grad.view(weight.view).add_(kernels_of(x).grouped_dw(x, dy, list(counts)))
-    parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    return dummy_grad(parameter)
+    fuse_into = parameter if fuse and getattr(parameter, "main_grad", None) is not None else None
+    return grouped_weight_grad(parameter.view(weight.view), x, dy, counts, fuse_into).view(parameter.shape)
 
 
 class DeferredWeights:

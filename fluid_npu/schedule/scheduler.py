@@ -88,7 +88,7 @@ class BackwardScheduler:
             return
         if not self._queue:
             # Nothing may be left when backward() returns, whatever part of the graph ran.
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
         self._queue.append(task)
 
     def fill(self, comm_type: str, name: str) -> None:
