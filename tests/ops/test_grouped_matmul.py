@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fluid_npu.device.kernels import torch_kernels
 from fluid_npu.ops import reference
 from fluid_npu.ops.grouped_matmul import grouped_linear, npu_gmm, npu_gmm_v2
 from fluid_npu.ops.reference import relative_error
@@ -46,6 +47,18 @@ def test_value_and_gradients_equal_the_float64_loop(counts, form):
         y = npu_gmm(x, weight, group_list=torch.tensor(ends(counts)))
     else:
         y = npu_gmm_v2(x, weight, group_list=torch.tensor(counts))
+    y.backward(dy)
+    y64, dx64, dw64 = reference_gradients(x, weight, dy, counts)
+    assert relative_error(y.detach(), y64) <= TOLERANCE
+    assert relative_error(x.grad, dx64) <= TOLERANCE
+    assert relative_error(weight.grad, dw64) <= TOLERANCE
+
+
+@pytest.mark.parametrize("counts", SPLITS, ids=str)
+def test_older_torch_without_grouped_mm_gives_the_same(counts, monkeypatch):
+    x, weight, dy = operands(counts)
+    monkeypatch.setattr(torch_kernels, "_native_grouped_mm", None)
+    y = npu_gmm(x, weight, group_list=ends(counts))
     y.backward(dy)
     y64, dx64, dw64 = reference_gradients(x, weight, dy, counts)
     assert relative_error(y.detach(), y64) <= TOLERANCE
