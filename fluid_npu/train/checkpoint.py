@@ -37,6 +37,7 @@ from fluid_npu.train.checkpoint_files import (
 )
 from fluid_npu.train.checkpoint_writer import InProcessSave
 from fluid_npu.train.config import ConfigError, TrainConfig, differing_flag
+from fluid_npu.train.optimizer import allocate_states
 from fluid_npu.train.parallel import Place
 
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -112,6 +113,7 @@ def _load_common(checkpoint: str) -> dict[str, Any]:
 
 
 def _load(place: Place, state: RunState, checkpoint: str) -> int:
+    allocate_states(state.optimizer)
     content = dist_checkpointing.load(_sharded(place, state, loading=True), checkpoint)
     state.model.load_state_dict(content["model"])
     state.optimizer.load_state_dict(content["optimizer"])

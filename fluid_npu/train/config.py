@@ -147,6 +147,8 @@ def _check_choices(c: TrainConfig) -> None:
         raise ConfigError(f"--overlap {c.overlap!r}: allowed are {', '.join(OVERLAPS)}")
     if c.cp > 1:
         raise ConfigError(f"--cp {c.cp}: context parallelism is not built yet; use --cp 1")
+    if c.impl == "stock" and c.plant_delay_ms:
+        raise ConfigError("--plant-delay-ms: stock Megatron's AllToAll cannot be delayed; use --impl fluid")
     if c.impl == "stock" and c.overlap == "dw":
         raise ConfigError("--overlap dw: stock Megatron (--impl stock) has none; use --overlap off or --impl fluid")
 

@@ -41,7 +41,7 @@ class MetricsWriter:
             "grad_norm": result.grad_norm,
             "lr": result.lr,
             "step_ms": round(result.step_ms, 3),
-            "a2a_ms": result.counters.get("a2a_ms"),
+            "a2a_ms": result.a2a_ms,
             "twin": result.twin,
             "tokens_per_s": round(tokens_per_s, 1),
         }

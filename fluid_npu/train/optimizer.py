@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from fluid_npu.device import Choice
@@ -53,6 +54,24 @@ def build_scheduler(config: TrainConfig, optimizer: MegatronOptimizer) -> Optimi
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=True,
     )
+
+
+def allocate_states(optimizer: MegatronOptimizer) -> None:
+    """Gives torch's Adam its states before a checkpoint is loaded into it.
+
+    Megatron's distributed optimizer asks an Adam that has not stepped yet for its step count and fails
+    (0.16.1, ``DistributedOptimizer.state_dict``, only without Transformer Engine and Apex).
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if not isinstance(part, DistributedOptimizer) or not isinstance(part.optimizer, torch.optim.AdamW):
+            continue
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = part.optimizer.state[parameter]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
 
 
 def adam_in_use() -> Choice[str]:

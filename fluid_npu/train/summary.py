@@ -28,11 +28,11 @@ def versions() -> dict[str, str]:
 
 
 def step_figures(rows: list[dict[str, Any]], tokens_per_step: int) -> dict[str, Any]:
-    """Loss, speed and AllToAll from the rows of ``metrics.jsonl``; twins do not count for speed."""
+    """Loss, speed and AllToAll from the rows of ``metrics.jsonl``; twins count for AllToAll alone."""
     plain = [row for row in rows if not row["twin"]] or rows
     timed = plain[_WARM_UP:] or plain
     step_ms = median(row["step_ms"] for row in timed)
-    a2a = [row["a2a_ms"] for row in timed if row["a2a_ms"] is not None]
+    a2a = [row["a2a_ms"] for row in rows[_WARM_UP:] or rows if row["a2a_ms"] is not None]
     return {
         "loss_first": rows[0]["loss"],
         "loss_last": rows[-1]["loss"],

@@ -1,0 +1,127 @@
+"""A rank that dies or hangs ends the run in time, by name; the run then continues as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fluid_npu.train.checkpoint_files import latest_checkpoint
+from fluid_npu.train.config import TrainConfig
+from tests.support.training import flags, start_cli, tiny
+
+STEPS = 24
+# Delayed exchanges, so that a kill at any moment hits the wait for one.
+COMMON = {"steps": STEPS, "checkpoint_every": 8, "plant_delay_ms": 15.0, "timeout": 20.0}
+
+
+def wait_for_step(config: TrainConfig, step: int, process: subprocess.Popen[str]) -> None:
+    """Until the run has recorded that step."""
+    path = Path(config.out) / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and len(path.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.02)
+    process.kill()
+    raise AssertionError(f"step {step} was not reached: {process.communicate()[1][-3000:]}")
+
+
+def rank_process(process: subprocess.Popen[str], rank: int) -> psutil.Process:
+    """The worker of that rank."""
+    for child in psutil.Process(process.pid).children():
+        if child.environ().get("RANK") == str(rank):
+            return child
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def run_to_end(config: TrainConfig) -> dict[str, object]:
+    process = start_cli("train", *flags(config), "--json")
+    out, err = process.communicate(timeout=150)
+    assert process.returncode == 0, err[-3000:]
+    summary: dict[str, object] = json.loads(out)
+    return summary
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, int, str, float]:
+    """A run whose rank 1 was killed after its first checkpoint: configuration, exit code, errors, seconds."""
+    config = tiny(tmp_path_factory.mktemp("killed"), **COMMON)
+    process = start_cli("train", *flags(config))
+    wait_for_step(config, 12, process)
+    workers = psutil.Process(process.pid).children()
+    rank_process(process, 1).send_signal(signal.SIGKILL)
+    start = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    seconds = time.monotonic() - start
+    assert not any(worker.is_running() for worker in workers)
+    return config, process.returncode, err, seconds
+
+
+def test_the_others_stop_in_time_and_name_what_they_waited_for(killed: tuple[TrainConfig, int, str, float]) -> None:
+    config, code, err, seconds = killed
+    assert code == 4
+    assert seconds < config.timeout
+    assert "rank 1 (pid" in err and "SIGKILL" in err
+    complaint = next(line for line in err.splitlines() if "waited for rank 1" in line)
+    assert "AllToAll of layer" in complaint or "token counts of layer" in complaint
+    assert "has not reported for" in complaint
+    assert "Traceback" not in err
+
+
+def test_resuming_a_killed_run_equals_an_unbroken_one(
+    killed: tuple[TrainConfig, int, str, float], tmp_path: Path
+) -> None:
+    config = killed[0]
+    unbroken = tiny(tmp_path, **COMMON)
+    expected = run_to_end(unbroken)
+    resumed = run_to_end(tiny(config.out, **COMMON, resume=True))
+    assert resumed["loss_last"] == expected["loss_last"]
+    rows = [[json.loads(line)["loss"] for line in open(f"{c.out}/metrics.jsonl")] for c in (config, unbroken)]
+    assert rows[0] == rows[1]
+    last = [latest_checkpoint(Path(c.out) / "checkpoints") for c in (config, unbroken)]
+    assert last[0] is not None and last[1] is not None
+    for file in last[0].glob("*.distcp"):
+        assert file.read_bytes() == (last[1] / file.name).read_bytes()
+
+
+def stop_rank(process: subprocess.Popen[str]) -> None:
+    rank_process(process, 1).send_signal(signal.SIGSTOP)
+
+
+def interrupt(process: subprocess.Popen[str]) -> None:
+    os.kill(process.pid, signal.SIGINT)
+
+
+def kill_launcher(process: subprocess.Popen[str]) -> None:
+    process.kill()
+
+
+@pytest.mark.parametrize(
+    ("harm", "code", "text"),
+    [
+        (stop_rank, 4, "waited for rank 1: rank 1 (pid"),
+        (interrupt, 130, "interrupted"),
+        (kill_launcher, -9, ""),
+    ],
+)
+def test_no_process_outlives_a_broken_run(
+    tmp_path: Path, harm: Callable[[subprocess.Popen[str]], None], code: int, text: str
+) -> None:
+    config = tiny(tmp_path, steps=5000, timeout=3.0)
+    process = start_cli("train", *flags(config))
+    wait_for_step(config, 2, process)
+    workers = psutil.Process(process.pid).children()
+    harm(process)
+    _, err = process.communicate(timeout=60)
+    psutil.wait_procs(workers, timeout=10)
+    assert process.returncode == code, err
+    assert text in err
+    assert not any(worker.is_running() for worker in workers)
