@@ -76,7 +76,7 @@ def launch(config: TrainConfig, *, quiet_stdout: bool = False) -> int:
     ranks = Ranks()
     try:
         _start(ranks, config, path, listener.getsockname()[1], quiet_stdout)
-        store = _host_store(listener)  # torch is imported while the ranks import theirs
+        store = host_store(listener)  # torch is imported while the ranks import theirs
         code = _watch(ranks, config)
         del store
         return code
@@ -127,7 +127,8 @@ def usable_cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def _host_store(listener: socket.socket) -> Any:
+def host_store(listener: socket.socket) -> Any:
+    """The job's TCP store, listening on the socket; it lives as long as the returned object."""
     from torch.distributed import TCPStore
 
     port = listener.getsockname()[1]

@@ -18,7 +18,7 @@ _PR_SET_PDEATHSIG = 1
 
 def main(path: str) -> int:
     """Runs the rank to its end; returns the exit code."""
-    _follow_launcher()
+    follow_launcher()
     from fluid_npu.train.config import TrainConfig
     from fluid_npu.train.quiet import hush_known_warnings
 
@@ -84,7 +84,7 @@ def _fail(text: str, code: int, *, everywhere: bool = True) -> int:
     return code
 
 
-def _follow_launcher() -> None:
+def follow_launcher() -> None:
     """Dies with the launcher; leaves Ctrl-C to it."""
     launcher = os.environ.get(LAUNCHER_PID)
     if launcher is None:
