@@ -7,6 +7,7 @@ storage is ``[L, H, 2F]`` and ``[L, F, H]``. L local experts, F ffn of this rank
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +22,8 @@ from torch import Tensor
 from torch.nn.parameter import Parameter
 
 from fluid_npu.mcore.expert_checkpoint import expert_sharded_state_dict, forget_extra_state
-from fluid_npu.ops.grouped_matmul import grouped_linear
-from fluid_npu.ops.recompute import activated_linear
-from fluid_npu.ops.swiglu import activation_probs, swiglu_probs
+from fluid_npu.ops.expert_mlp import Activation, ExpertMLP, WeightGradTarget, expert_mlp
+from fluid_npu.ops.swiglu import activation_probs
 from fluid_npu.schedule.deferred import DeferredWeight, DeferredWeights
 from fluid_npu.schedule.scheduler import BackwardScheduler
 
@@ -62,6 +62,10 @@ class FluidGroupedMLP(MegatronModule):
         self.activation_recompute = config.recompute_granularity == "selective" and "moe_act" in (
             config.recompute_modules or []
         )
+        gated, function = config.gated_linear_unit, config.activation_func
+        self._activation: Activation | None = None
+        if not (gated and function is F.silu):
+            self._activation = partial(activation_probs, activation=function, gated=gated)
         self._late_hooks: dict[Parameter, list[Callable[[], None]]] = {}
         self.register_load_state_dict_post_hook(forget_extra_state)
 
@@ -93,28 +97,22 @@ class FluidGroupedMLP(MegatronModule):
         x, p = permuted_local_hidden_states, permuted_probs
         if self.config.moe_apply_probs_on_input:
             x, p = (x * p.unsqueeze(-1)).to(x.dtype), torch.ones_like(p)
-        w1, dw1 = self._operand(0, deferred)
-        w2, dw2 = self._operand(1, deferred)
-        h = grouped_linear(x, w1, counts, **dw1)
-        if self.activation_recompute:
-            return activated_linear(h, p, w2, counts, self._activate, **dw2), None
-        return grouped_linear(self._activate(h, p), w2, counts, **dw2), None
+        mlp = ExpertMLP(
+            counts=counts,
+            activation=self._activation,
+            recompute=self.activation_recompute,
+            fc1=self._target(0, deferred),
+            fc2=self._target(1, deferred),
+        )
+        return expert_mlp(x, p, self.weight1.view(self.fc1_view), self.weight2.view(self.fc2_view), mlp), None
 
-    def _activate(self, h: Tensor, p: Tensor) -> Tensor:
-        gated, activation = self.config.gated_linear_unit, self.config.activation_func
-        if gated and activation is F.silu:
-            return swiglu_probs(h, p)
-        return activation_probs(h, p, activation, gated)
-
-    def _operand(self, index: int, deferred: DeferredWeights | None) -> tuple[Tensor, dict[str, Any]]:
-        """The ``[L, K, N]`` weight of FC1 or FC2, and where its gradient goes."""
-        weight = self._weight(index)
-        w_LKN = weight.parameter.view(weight.view)
+    def _target(self, index: int, deferred: DeferredWeights | None) -> WeightGradTarget:
+        """Where the gradient of FC1's or FC2's weight goes."""
         if deferred is not None:
-            dw = deferred.dw_of(index)
-            return (w_LKN if dw is not None else w_LKN.detach()), {"defer_dw": dw}
-        fuse = self.config.gradient_accumulation_fusion and hasattr(weight.parameter, "main_grad")
-        return w_LKN, {"fuse_into": weight.parameter if fuse else None}
+            return WeightGradTarget(defer=deferred.dw_of(index))
+        parameter = self._weight(index).parameter
+        fuse = self.config.gradient_accumulation_fusion and hasattr(parameter, "main_grad")
+        return WeightGradTarget(fuse_into=parameter if fuse else None)
 
     def _weight(self, index: int) -> DeferredWeight:
         parameter, view = ((self.weight1, self.fc1_view), (self.weight2, self.fc2_view))[index]

@@ -1,0 +1,114 @@
+"""The experts of a rank as one autograd node: grouped FC1, activation times probability, grouped FC2.
+
+One node instead of three: on a CPU, and for fine-grained experts anywhere, the host's time per node is what counts.
+Shapes: R rows, H hidden, F ffn, L groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluid_npu.device import kernels_of
+from fluid_npu.ops.grouped_matmul import DeferDW, grouped_weight_grad
+
+Activation = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightGradTarget:
+    """Where the gradient of one weight goes: to a task, into a parameter's ``main_grad``, or back to autograd."""
+
+    defer: DeferDW | None = None
+    """Called with (input rows, output gradient rows, counts); the weight is then a constant for autograd."""
+    fuse_into: Tensor | None = None
+    """The parameter whose ``main_grad`` takes it, as ``gemm_fusion``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertMLP:
+    """What ``expert_mlp`` needs besides tensors."""
+
+    counts: Sequence[int]
+    """[L] rows of each group."""
+    activation: Activation | None
+    """(h, p) -> [R, F], differentiable; None for SwiGLU times p, which has its own kernels."""
+    recompute: bool = False
+    """Computes the activation again in the backward instead of keeping it (Megatron's ``moe_act``)."""
+    fc1: WeightGradTarget = WeightGradTarget()
+    fc2: WeightGradTarget = WeightGradTarget()
+
+
+def expert_mlp(x_RH: Tensor, p_R: Tensor, w1_LHF: Tensor, w2_LFH: Tensor, mlp: ExpertMLP) -> Tensor:
+    """``[R, H]``: FC2(activation(FC1(x)) * p) with each group's weights.
+
+    Args:
+        x_RH: rows sorted by group, possibly with a stride.
+        p_R: probability of each row.
+        w1_LHF: ``[L, H, 2F]`` when gated, else ``[L, H, F]``.
+        w2_LFH: ``[L, F, H]``.
+        mlp: counts, activation, and where the weight gradients go.
+
+    The backward computes, in this order: dX of FC2, dW of FC2 (or its hand-over), the activation's gradients, dX
+    of FC1, dW of FC1 (or its hand-over).
+    """
+    if torch.is_grad_enabled() and mlp.fc1.defer is not None and not x_RH.requires_grad:
+        # A graph is needed although the weights are constants: rows that need no gradient still owe dW.
+        x_RH = x_RH.detach().requires_grad_()
+    w1 = w1_LHF.detach() if mlp.fc1.defer is not None else w1_LHF
+    w2 = w2_LFH.detach() if mlp.fc2.defer is not None else w2_LFH
+    return _ExpertMLP.apply(x_RH, p_R, w1, w2, mlp)
+
+
+def _activate(mlp: ExpertMLP, h: Tensor, p: Tensor) -> Tensor:
+    return kernels_of(h).swiglu_probs(h, p) if mlp.activation is None else mlp.activation(h, p)
+
+
+def _activation_grads(mlp: ExpertMLP, da: Tensor, h: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    if mlp.activation is None:
+        return kernels_of(h).swiglu_probs_grad(da, h, p)
+    inputs = [h.detach().requires_grad_(), p.detach().requires_grad_()]
+    with torch.enable_grad():
+        a = mlp.activation(*inputs)
+    dh, dp = torch.autograd.grad(a, inputs, da)
+    return dh, dp
+
+
+def _weight_grad(
+    target: WeightGradTarget, needed: bool, w: Tensor, rows: Tensor, dy: Tensor, counts: Sequence[int]
+) -> Tensor | None:
+    if target.defer is not None:
+        target.defer(rows, dy, counts)
+        return None
+    return grouped_weight_grad(w, rows, dy, counts, target.fuse_into) if needed else None
+
+
+class _ExpertMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: Tensor, w1: Tensor, w2: Tensor, mlp: ExpertMLP) -> Tensor:
+        kernels = kernels_of(x)
+        h = kernels.grouped_mm(x, w1, mlp.counts)
+        a = _activate(mlp, h, p)
+        ctx.mlp = mlp
+        ctx.save_for_backward(x, p, w1, w2, h, *(() if mlp.recompute else (a,)))
+        return kernels.grouped_mm(a, w2, mlp.counts)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        mlp: ExpertMLP = ctx.mlp
+        x, p, w1, w2, h, *kept = ctx.saved_tensors
+        kernels, counts = kernels_of(x), mlp.counts
+        dy = dy.contiguous()
+        da = kernels.grouped_mm(dy, w2, counts, trans_w=True)
+        a = kept[0] if kept else _activate(mlp, h, p)
+        dw2 = _weight_grad(mlp.fc2, ctx.needs_input_grad[3], w2, a, dy, counts)
+        dh, dp = _activation_grads(mlp, da, h, p)
+        del da, a, kept, h
+        dx = kernels.grouped_mm(dh, w1, counts, trans_w=True)
+        dw1 = _weight_grad(mlp.fc1, ctx.needs_input_grad[2], w1, x, dh, counts)
+        return dx, dp, dw1, dw2, None
