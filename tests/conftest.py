@@ -1,10 +1,14 @@
-"""What all tests share: the repository root on the path (for ``tests.support``) and the multi-process helper."""
+"""What all tests share: the repository root on the path (for ``tests.support``) and the multi-process helper.
+
+Tests for other hardware and the long grids are deselected, so that they are counted and a skip stays an exception.
+With FLUID_FORBID_SKIPS=1, as scripts/test.sh sets it, a skipped test fails: it tested nothing.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -21,3 +25,41 @@ def run_ranks() -> Callable[..., list[Any]]:
     from tests.support import ranks
 
     return ranks.run_ranks
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselects what this run or this machine is not for."""
+    import torch
+
+    away = set() if "nightly" in config.option.markexpr else {"nightly"}
+    if not torch.cuda.is_available():
+        away.add("cuda")
+    left_out = [item for item in items if any(item.get_closest_marker(name) for name in away)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """A skip inside a test or its fixtures."""
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail"):
+        _forbid_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    """A skip of a whole module."""
+    report = yield
+    if report.outcome == "skipped":
+        _forbid_skip(report)
+    return report
+
+
+def _forbid_skip(report: Any) -> None:
+    if os.environ.get("FLUID_FORBID_SKIPS") == "1":
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"{reason}\nFLUID_FORBID_SKIPS=1: a skipped test is an error; install what it needs"
