@@ -81,7 +81,9 @@ class ProgressBoard:
         """Which of the ranks are silent, which have failed and which are elsewhere; takes 2.5 intervals."""
         try:
             before = self.read(ranks)
-            time.sleep(2.5 * self.interval_s)
+            for _ in range(5):
+                time.sleep(self.interval_s / 2)
+                self.publish()  # a rank that looks for the culprit must not look dead itself
             after = self.read(ranks)
         except RuntimeError as error:
             return f"{default_blame(ranks)} (their progress cannot be read: the store is gone, {type(error).__name__})"

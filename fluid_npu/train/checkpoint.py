@@ -37,7 +37,7 @@ from fluid_npu.train.checkpoint_files import (
 )
 from fluid_npu.train.checkpoint_writer import InProcessSave
 from fluid_npu.train.config import ConfigError, TrainConfig, differing_flag
-from fluid_npu.train.optimizer import allocate_states
+from fluid_npu.train.optimizer import allocate_states, load_optimizer
 from fluid_npu.train.parallel import Place
 
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -116,7 +116,7 @@ def _load(place: Place, state: RunState, checkpoint: str) -> int:
     allocate_states(state.optimizer)
     content = dist_checkpointing.load(_sharded(place, state, loading=True), checkpoint)
     state.model.load_state_dict(content["model"])
-    state.optimizer.load_state_dict(content["optimizer"])
+    load_optimizer(state.optimizer, content["optimizer"])
     state.scheduler.load_state_dict(content["scheduler"])
     _set_random_states(place, content["random_states"])
     return int(content["step"])

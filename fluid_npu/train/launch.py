@@ -1,7 +1,8 @@
 """Starts the ranks of one machine and watches them: one that dies ends the run, none outlives the launcher.
 
-The launcher hosts the TCP store, so it survives any rank. When a rank ends badly the others get ``GRACE_S`` to
-notice by themselves, because they know the collective and the layer; then they are terminated, then killed.
+The launcher hosts the TCP store, so it survives any rank. When a rank ends badly the others get ``GRACE_S`` (less
+with a short --timeout) to notice by themselves, because they know the collective and the layer; then they are
+terminated, then killed.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ def _watch(ranks: Ranks, config: TrainConfig) -> int:
         if bad:
             for rank in bad:
                 _report(ranks, rank, config)
-            ranks.wait(GRACE_S)
+            ranks.wait(min(GRACE_S, config.timeout + 2))
             _report_late(ranks, bad)
             break
         time.sleep(_POLL_S)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -62,16 +63,50 @@ def allocate_states(optimizer: MegatronOptimizer) -> None:
     Megatron's distributed optimizer asks an Adam that has not stepped yet for its step count and fails
     (0.16.1, ``DistributedOptimizer.state_dict``, only without Transformer Engine and Apex).
     """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if not isinstance(part, DistributedOptimizer) or not isinstance(part.optimizer, torch.optim.AdamW):
-            continue
-        for group in part.optimizer.param_groups:
-            for parameter in group["params"]:
-                state = part.optimizer.state[parameter]
-                if not state:
-                    state["step"] = torch.tensor(0.0)
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+    for part in _over_torch_adam(optimizer):
+        for parameter in _parameters(part):
+            state = part.optimizer.state[parameter]
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+
+
+def load_optimizer(optimizer: MegatronOptimizer, content: Any) -> None:
+    """``optimizer.load_state_dict`` that also works for the distributed optimizer over torch's Adam.
+
+    There 0.16.1 looks for a saved ``step`` per parameter, which it does not save, and gives all parameters one
+    shared step tensor, which Adam would then raise once for each of them.
+    """
+    held_back = []
+    parts = _parts(optimizer)
+    states = [content] if len(parts) == 1 else [content[index] for index in sorted(content)]
+    for part, state in zip(parts, states, strict=True):
+        if part in _over_torch_adam(optimizer):
+            held_back.append((part, state.pop("param_state")))
+    optimizer.load_state_dict(content)
+    for part, parameter_states in held_back:
+        steps = {parameter: part.optimizer.state[parameter].pop("step") for parameter in _parameters(part)}
+        part.load_parameter_state_from_fully_reshardable(parameter_states)
+        for parameter, step in steps.items():
+            part.optimizer.state[parameter]["step"] = step.clone()
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _over_torch_adam(optimizer: MegatronOptimizer) -> list[Any]:
+    """The distributed optimizers whose inner optimizer is torch's."""
+    return [
+        part
+        for part in _parts(optimizer)
+        if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW)
+    ]
+
+
+def _parameters(part: Any) -> Iterator[torch.Tensor]:
+    return (parameter for group in part.optimizer.param_groups for parameter in group["params"])
 
 
 def adam_in_use() -> Choice[str]:

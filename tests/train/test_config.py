@@ -1,0 +1,133 @@
+"""Configurations that cannot run are refused before anything starts, naming flag, value and fix."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fluid_npu import cli
+from fluid_npu.train import exit_codes
+from fluid_npu.train.config import ConfigError, TrainConfig, differing_flag, validate
+from fluid_npu.train.presets import PresetError
+
+REFUSED = [
+    (["--overlap", "full"], r"--overlap full: .*not built yet"),
+    (["--cp", "2"], r"--cp 2: .*not built yet; use --cp 1"),
+    (["--overlap", "sometimes"], r"--overlap 'sometimes': allowed are off, dw, auto"),
+    (["--device", "tpu"], r"--device 'tpu': allowed are auto, cpu, cuda, npu"),
+    (["--dtype", "fp8"], r"--dtype 'fp8': allowed are fp32, bf16, fp16"),
+    (["--impl", "te"], r"--impl 'te': allowed are fluid, stock"),
+    (["--preset", "mixtral-9x9b"], r"--preset 'mixtral-9x9b'"),
+    (["--nproc", "3", "--ep", "1", "--tp", "2"], r"--nproc 3: must be a multiple of tp\*pp\*cp = 2.*use --nproc 4"),
+    (["--nproc", "2", "--ep", "4"], r"--ep 4: must divide the 2 ranks.*use --ep 2 or --nproc 4"),
+    (["--nproc", "3", "--ep", "3"], r"--ep 3: must divide --experts 8 .*use --ep 2"),
+    (["--nproc", "4", "--tp", "4"], r"--tp 4: must divide --kv-heads 2 .*use --tp 2"),
+    (["--nproc", "3", "--pp", "3", "--ep", "1"], r"--pp 3: must divide --layers 4"),
+    (["--nproc", "0"], r"--nproc 0: must be at least 1"),
+    (["--steps", "0"], r"--steps 0: must be at least 1"),
+    (["--micro-batches", "-1"], r"--micro-batches -1: must be at least 1"),
+    (["--lr", "0"], r"--lr 0.0: must be above 0"),
+    (["--lr", "nan"], r"--lr nan: must be above 0"),
+    (["--timeout", "-5"], r"--timeout -5.0: must be above 0"),
+    (["--lr", "1e-4", "--min-lr", "1e-3"], r"--min-lr 0.001: must be at most --lr"),
+    (["--impl", "stock", "--overlap", "dw"], r"--overlap dw: stock Megatron"),
+    (["--impl", "stock", "--plant-delay-ms", "5"], r"--plant-delay-ms: stock Megatron"),
+    (["--topk", "9"], r"--topk 9: must be at most --experts 8"),
+    (["--hidden", "257"], r"--heads 8: must divide --hidden 257"),
+    (["--resume"], r"--resume: there is no run of mixtral-tiny"),
+]
+
+
+@pytest.mark.parametrize(("words", "text"), REFUSED, ids=[" ".join(words) for words, _ in REFUSED])
+def test_a_bad_value_is_refused_by_name(
+    words: list[str], text: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", *words]) == exit_codes.USAGE
+    assert re.search(text, capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["--frobnicate"], ["--step", "5"], ["--steps", "many"], ["extra"]])
+def test_unknown_flags_and_words_exit_with_2(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", *words])
+    assert caught.value.code == exit_codes.USAGE
+
+
+def test_missing_data_exits_with_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--data", str(tmp_path / "no"), "--out", str(tmp_path / "o")]) == exit_codes.DATA
+    assert "there is no data set" in capsys.readouterr().err
+
+
+def test_a_directory_that_holds_a_run_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fluid_npu.train.checkpoint_files import finish, start_writing
+
+    finish(start_writing(tmp_path / "checkpoints", 5))
+    assert cli.main(["train", "--out", str(tmp_path)]) == exit_codes.USAGE
+    assert "add --resume or choose another directory" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_made_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert cli.main(["train", "--out", str(tmp_path / "file" / "run")]) == exit_codes.FAILED
+    assert "--out" in capsys.readouterr().err
+
+
+def test_json_round_trip() -> None:
+    config = TrainConfig(cut={"layers": 2}, steps=7, lr_decay_steps=9, overlap="dw")
+    assert TrainConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize("text", ["{", '{"stepz": 3}', "[]"])
+def test_a_foreign_configuration_file_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="not a configuration"):
+        TrainConfig.from_json(text)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"nproc": 4, "ep": 2}, {"nproc": 8, "ep": 8}, {"nproc": 4, "tp": 2, "ep": 4}, {"nproc": 4, "pp": 2, "ep": 2}],
+)
+def test_sizes_that_fit_are_accepted(sizes: dict[str, int]) -> None:
+    assert validate(TrainConfig(**sizes)).nproc == sizes["nproc"]  # type: ignore[arg-type]
+
+
+def test_a_bad_cut_is_a_preset_error() -> None:
+    with pytest.raises(PresetError, match="--kv-heads 3"):
+        validate(TrainConfig(cut={"kv_heads": 3}))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"seed": 2}, "--seed 2: the checkpoint was written with --seed 1234"),
+        ({"ep": 1}, "--ep 1: the checkpoint was written with --ep 2"),
+        ({"cut": {"layers": 2}}, "--layers 2: the checkpoint was written without --layers"),
+        ({"steps": 400}, "--lr-decay-steps 400: the checkpoint was written with --lr-decay-steps 300"),
+        ({"steps": 400, "lr_decay_steps": 300}, None),
+        ({"overlap": "dw", "timeout": 3.0, "out": "elsewhere"}, None),
+    ],
+)
+def test_a_resumed_run_must_be_the_same_run(change: dict[str, Any], text: str | None) -> None:
+    saved = dataclasses.asdict(TrainConfig(steps=300))
+    found = differing_flag(saved, TrainConfig(**{"steps": 300, **change}))
+    assert found is None if text is None else found is not None and found.startswith(text)
+
+
+def test_help_and_presets_import_neither_torch_nor_megatron() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, contextlib\nfrom fluid_npu import cli\n"
+        "with contextlib.suppress(SystemExit): cli.main(['train', '--help'])\n"
+        "cli.main(['presets'])\nassert not {'torch', 'megatron', 'numpy'} & set(sys.modules), sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "exit codes:" in done.stdout
