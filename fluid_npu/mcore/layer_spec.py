@@ -12,6 +12,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -20,6 +21,7 @@ from fluid_npu.device.choice import Choice
 from fluid_npu.mcore.binding import SchedulerBinder
 from fluid_npu.mcore.experts import FluidGroupedMLP
 from fluid_npu.mcore.moe_layer import FluidMoELayer
+from fluid_npu.mcore.norm import FluidNorm
 
 _ANY_EXPERTS = 2  # Megatron's helper only asks whether there are experts; their number comes from the config.
 
@@ -46,9 +48,7 @@ def get_fluid_moe_layer_spec(
         ValueError: an unknown overlap or backend.
     """
     binder = SchedulerBinder(overlap, carry_over=carry_over, transport=transport)
-    spec = _layer_spec(config, choose_backend(backend).value)
-    spec.submodules.mlp = fluid_moe_spec(spec.submodules.mlp, binder)
-    return spec
+    return _with_fluid_moe(_layer_spec(config, choose_backend(backend).value), binder)
 
 
 def get_fluid_moe_block_spec(
@@ -67,16 +67,23 @@ def get_fluid_moe_block_spec(
     binder = SchedulerBinder(overlap, carry_over=carry_over, transport=transport)
     use_te = choose_backend(backend).value == "te"
     block = get_gpt_decoder_block_spec(config, use_te, normalization=config.normalization, vp_stage=vp_stage)
-    layers = []
-    for layer in block.layer_specs:
-        mlp = layer.submodules.mlp
-        if isinstance(mlp, ModuleSpec) and mlp.module is MoELayer:
-            layer = copy.copy(layer)
-            layer.submodules = copy.copy(layer.submodules)
-            layer.submodules.mlp = fluid_moe_spec(mlp, binder)
-        layers.append(layer)
-    block.layer_specs = layers
+    block.layer_specs = [_with_fluid_moe(layer, binder) for layer in block.layer_specs]
+    if block.layer_norm is WrappedTorchNorm:
+        block.layer_norm = FluidNorm
     return block
+
+
+def _with_fluid_moe(layer: ModuleSpec, binder: SchedulerBinder) -> ModuleSpec:
+    """A copy of a layer's spec with our MoE layer, where it has one, and norms for sequence parallelism."""
+    layer = copy.copy(layer)
+    layer.submodules = copy.copy(layer.submodules)
+    mlp = layer.submodules.mlp
+    if isinstance(mlp, ModuleSpec) and mlp.module is MoELayer:
+        layer.submodules.mlp = fluid_moe_spec(mlp, binder)
+    for name in ("input_layernorm", "pre_mlp_layernorm"):
+        if getattr(layer.submodules, name) is WrappedTorchNorm:
+            setattr(layer.submodules, name, FluidNorm)
+    return layer
 
 
 def fluid_moe_spec(moe: ModuleSpec, binder: SchedulerBinder) -> ModuleSpec:

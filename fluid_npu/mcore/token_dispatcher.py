@@ -12,10 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import (
-    gather_from_sequence_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
 from megatron.core.transformer.moe.moe_utils import get_capacity
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -24,7 +20,7 @@ from torch import Tensor
 from fluid_npu.comm.all_to_all import AllToAllHandle, fluid_all_to_all
 from fluid_npu.comm.sink import OverlapSink, Passengers
 from fluid_npu.mcore.dispatch_plan import DispatchPlan, ExpertGroups, exchange_counts, finish_counts, make_plan
-from fluid_npu.ops.payload import gather_rows, pack, probs_dtype_on_wire, unpack
+from fluid_npu.ops.payload import gather_rows, pack, probs_dtype_on_wire, replicate_payload, unpack
 from fluid_npu.ops.permute import PermuteLayout, unpermute_tokens
 
 
@@ -100,18 +96,10 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         self, payload_RW: Tensor, plan: DispatchPlan, hidden: int, probs_dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """``[R, H]`` tokens by local expert and their ``[R]`` probabilities, from the landed dispatch."""
-        if self.tp_size == 1:
-            return unpack(payload_RW, hidden, probs_dtype, plan.order[0] if plan.order is not None else None)
-        x, p = unpack(payload_RW, hidden, probs_dtype, None)
-        x, p = (
-            gather_from_sequence_parallel_region(
-                t.contiguous(), group=self.tp_group, output_split_sizes=plan.gather_splits
-            )
-            for t in (x, p)
-        )
-        if plan.sort_rows is None:
-            return x, p
-        return gather_rows(x, plan.sort_rows, plan.unsort_rows), gather_rows(p, plan.sort_rows, plan.unsort_rows)
+        order = plan.order[0] if plan.order is not None else None
+        if self.tp_size > 1:
+            payload_RW = self._gather_tp(replicate_payload(payload_RW, self.tp_size, hidden, probs_dtype), plan)
+        return unpack(payload_RW, hidden, probs_dtype, order)
 
     def send_back(self, out_RH: Tensor, plan: DispatchPlan) -> AllToAllHandle:
         """Starts the combine of the experts' outputs."""
@@ -119,19 +107,34 @@ class FluidTokenDispatcher(MoETokenDispatcher):
             sort_rows, unsort_rows = plan.order
             out_RH = gather_rows(out_RH, unsort_rows, sort_rows)
         if self.tp_size > 1:
-            out_RH = reduce_scatter_to_sequence_parallel_region(
-                out_RH, group=self.tp_group, input_split_sizes=plan.gather_splits
-            )
+            out_RH = self._reduce_scatter_tp(out_RH, plan)
         return self._exchange(out_RH, plan.input_splits, plan.output_splits, "moe_combine", None)
 
     def merge(self, rows_NH: Tensor, plan: DispatchPlan) -> Tensor:
         """The sum of each token's rows, in the shape of the tokens."""
         return unpermute_tokens(rows_NH, plan.layout).view(plan.tokens_shape)
 
-    def _gather(self, part: Tensor, plan: DispatchPlan) -> Tensor:
-        return gather_from_sequence_parallel_region(
-            part.contiguous(), group=self.tp_group, output_split_sizes=plan.gather_splits
+    def _gather_tp(self, copies: Tensor, plan: DispatchPlan) -> Tensor:
+        """The payloads of all expert-tensor-parallel ranks, which hold parts of the same experts.
+
+        An AllToAll that sends every rank the same rows: as many bytes as an all-gather, and the only form that
+        gloo has for uneven sizes. Its gradient sums what comes back, in rank order.
+        """
+        own = plan.gather_splits[self.tp_rank]
+        return self._exchange_tp(copies, plan.gather_splits, [own] * self.tp_size)
+
+    def _reduce_scatter_tp(self, out_RH: Tensor, plan: DispatchPlan) -> Tensor:
+        """The sum over expert-tensor-parallel ranks of this rank's rows, in rank order."""
+        own = plan.gather_splits[self.tp_rank]
+        parts = self._exchange_tp(out_RH, [own] * self.tp_size, plan.gather_splits)
+        return parts.view(self.tp_size, own, -1).sum(0)
+
+    def _exchange_tp(self, rows: Tensor, output_splits: list[int], input_splits: list[int]) -> Tensor:
+        received = fluid_all_to_all(
+            self.tp_group, rows, output_splits, input_splits, "moe_expert_tp", label=self.label, sink=self.sink
         )
+        assert isinstance(received, Tensor)
+        return received
 
     def _exchange(
         self,

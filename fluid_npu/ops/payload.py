@@ -54,6 +54,11 @@ def gather_rows(x_RH: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
     return _GatherRows.apply(x_RH, rows, inverse)
 
 
+def replicate_payload(payload_RW: Tensor, times: int, hidden: int, probs_dtype: torch.dtype) -> Tensor:
+    """``[times * R, W]``: the payload repeated; the gradient is the sum over copies of tokens and probabilities."""
+    return _Replicate.apply(payload_RW, times, hidden, probs_dtype)
+
+
 def _write_tail(payload: Tensor, hidden: int, p: Tensor) -> None:
     words = p.unsqueeze(-1).view(payload.dtype)
     tail = payload[:, hidden:]
@@ -115,3 +120,20 @@ class _GatherRows(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad.index_select(0, ctx.inverse), None, None
+
+
+class _Replicate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, payload: Tensor, times: int, hidden: int, probs_dtype: torch.dtype) -> Tensor:
+        ctx.times, ctx.hidden, ctx.probs_dtype = times, hidden, probs_dtype
+        return payload.repeat(times, 1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        # The tail is bits, not numbers of the payload's dtype: it is summed as probabilities.
+        copies = grad.view(ctx.times, -1, grad.shape[1])
+        total = copies.sum(0)
+        p = _read_tail(grad, ctx.hidden, ctx.probs_dtype).view(ctx.times, -1).sum(0)
+        _write_tail(total, ctx.hidden, p)
+        return total, None, None, None

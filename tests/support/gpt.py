@@ -100,13 +100,40 @@ def fill(model: Any, run: Run) -> None:
     """The same weights for every implementation and every rank that holds the parameter, by its global name."""
     import zlib
 
+    from megatron.core import parallel_state
+
     from fluid_npu.mcore.convert import weights_by_name
 
+    tp, etp = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_expert_tensor_parallel_rank()
+    tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    etp_size = parallel_state.get_expert_tensor_parallel_world_size()
     with torch.no_grad():
         for name, value in weights_by_name(model).items():
             if value.is_floating_point() and value.dim() > 1:
                 generator = torch.Generator().manual_seed(run.seed + zlib.crc32(name.encode()))
-                value.copy_(torch.randn(value.shape, generator=generator) * 0.1)
+                rank, size = (etp, etp_size) if ".experts." in name else (tp, tp_size)
+                dim = shard_dim(name)
+                shape = list(value.shape)
+                if dim is not None:
+                    shape[dim] *= size
+                value.copy_(shard(name, torch.randn(shape, generator=generator) * 0.1, rank, size))
+
+
+def shard_dim(name: str) -> int | None:
+    """The dimension that tensor parallelism splits, None for a whole parameter."""
+    if any(part in name for part in ("linear_qkv", "linear_fc1", "word_embeddings", "output_layer")):
+        return 0
+    return 1 if any(part in name for part in ("linear_proj", "linear_fc2")) else None
+
+
+def shard(name: str, whole: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+    """A tensor rank's part: gated FC1 holds a part of the gate and a part of the value."""
+    dim = shard_dim(name)
+    if dim is None or size == 1:
+        return whole
+    if "linear_fc1" in name:
+        return torch.cat([half.chunk(size)[rank] for half in whole.chunk(2)])
+    return whole.chunk(size, dim)[rank].contiguous()
 
 
 def batch(rank: int, step: int, micro: int) -> dict[str, torch.Tensor]:
