@@ -16,6 +16,8 @@ _COMMANDS = (
     ("fluid_npu.train.cli", "add_train_parser"),
     ("fluid_npu.train.data.cli", "add_data_parser"),
     ("fluid_npu.train.presets_cli", "add_presets_parser"),
+    ("fluid_npu.bench.cli", "add_parity_parser"),
+    ("fluid_npu.bench.cli", "add_bench_parser"),
 )
 
 

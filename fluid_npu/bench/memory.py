@@ -1,0 +1,46 @@
+"""Peak memory of one call, above what was alive before it.
+
+On a CPU: the exact peak of live tensor bytes, from every allocation and release that torch's profiler records
+while the call runs. On an accelerator: the allocator's own peak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from fluid_npu.device import Device
+
+_MIB = 2**20
+
+
+def peak_memory_mb(device: Device, call: Callable[[], Any]) -> float:
+    """Runs ``call`` once and returns MiB; what the call returns is freed before the end of the measurement."""
+    if device.name == "cpu":
+        return peak_of(_allocations(call)) / _MIB
+    device.synchronize()
+    module = getattr(torch, device.name)
+    before = module.memory_allocated()
+    device.reset_peak_memory()
+    call()
+    device.synchronize()
+    return device.peak_memory_mb() - before / _MIB
+
+
+def peak_of(changes: Iterable[int]) -> int:
+    """The highest running sum of signed byte counts, at least 0."""
+    return max(accumulate(changes, initial=0))
+
+
+def _allocations(call: Callable[[], Any]) -> list[int]:
+    """Signed bytes of each allocation and release of the CPU allocator, in order of time."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
+        call()
+    events = [event for event in recording.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return [event.nbytes() for event in events]
