@@ -22,13 +22,14 @@ from torch import Tensor
 from torch.nn.parameter import Parameter
 
 from fluid_npu.mcore.expert_checkpoint import expert_sharded_state_dict, forget_extra_state
+from fluid_npu.mcore.late import LateWeights
 from fluid_npu.ops.expert_mlp import Activation, ExpertMLP, WeightGradTarget, expert_mlp
 from fluid_npu.ops.swiglu import activation_probs
 from fluid_npu.schedule.deferred import DeferredWeight, DeferredWeights
 from fluid_npu.schedule.scheduler import BackwardScheduler
 
 
-class FluidGroupedMLP(MegatronModule):
+class FluidGroupedMLP(LateWeights, MegatronModule):
     """Experts of one rank; takes the place of SequentialMLP and of the legacy GroupedMLP.
 
     fp32, bf16 and fp16; gradients go into ``main_grad`` when ``gradient_accumulation_fusion`` is set.
@@ -66,7 +67,6 @@ class FluidGroupedMLP(MegatronModule):
         self._activation: Activation | None = None
         if not (gated and function is F.silu):
             self._activation = partial(activation_probs, activation=function, gated=gated)
-        self._late_hooks: dict[Parameter, list[Callable[[], None]]] = {}
         self.register_load_state_dict_post_hook(forget_extra_state)
 
     def _parameter(self, shape: tuple[int, int], init: Callable[[Tensor], Any], partition_dim: int) -> Parameter:
@@ -116,29 +116,13 @@ class FluidGroupedMLP(MegatronModule):
 
     def _weight(self, index: int) -> DeferredWeight:
         parameter, view = ((self.weight1, self.fc1_view), (self.weight2, self.fc2_view))[index]
-        hooks = self._late_hooks.get(parameter, ())
+        hooks = self.late_hooks(parameter)
         return DeferredWeight(name=f"fc{index + 1}", parameter=parameter, view=view, late_hooks=hooks)
 
     def defer(self, scheduler: BackwardScheduler, label: str) -> DeferredWeights:
         """What takes this forward's weight gradients: tasks of ``scheduler``, delivered by the dispatch's launch."""
         weights = [self._weight(0), self._weight(1)]
         return DeferredWeights(weights, scheduler, label, self.config.gradient_accumulation_fusion)
-
-    def take_late(self) -> None:
-        """Marks FC2's weight as one whose gradient may land after its layer's backward (carried-over dW).
-
-        Must be called before DDP wraps the model: Megatron's DDP with ``delay_wgrad_compute`` then registers its
-        hook here. With any other DDP nothing is registered and the gradient is delivered within the layer.
-        """
-        self.weight2.skip_backward_post_hook = True  # type: ignore[attr-defined]
-
-    def register_wgrad_accumulation_and_reduce_hooks(self, hook: Callable[[], None]) -> None:
-        """Megatron's DDP hands over the hook of each parameter marked ``skip_backward_post_hook``, in its order."""
-        marked = [w for w in (self.weight1, self.weight2) if getattr(w, "skip_backward_post_hook", False)]
-        taken = sum(len(hooks) for hooks in self._late_hooks.values())
-        if taken >= len(marked):
-            raise RuntimeError("FluidGroupedMLP got more DDP hooks than marked weights; was the model wrapped twice?")
-        self._late_hooks.setdefault(marked[taken], []).append(hook)
 
     def backward_dw(self) -> None:
         """Nothing: weight gradients have landed when ``backward()`` returns."""

@@ -11,6 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -22,6 +23,7 @@ from fluid_npu.mcore.binding import SchedulerBinder
 from fluid_npu.mcore.experts import FluidGroupedMLP
 from fluid_npu.mcore.moe_layer import FluidMoELayer
 from fluid_npu.mcore.norm import FluidNorm
+from fluid_npu.mcore.router import FluidRouter
 
 _ANY_EXPERTS = 2  # Megatron's helper only asks whether there are experts; their number comes from the config.
 
@@ -87,8 +89,13 @@ def _with_fluid_moe(layer: ModuleSpec, binder: SchedulerBinder) -> ModuleSpec:
 
 
 def fluid_moe_spec(moe: ModuleSpec, binder: SchedulerBinder) -> ModuleSpec:
-    """Megatron's spec of an MoE layer with our layer and experts in it; router and shared experts stay."""
+    """Megatron's spec of an MoE layer with our layer, experts and router in it; shared experts stay.
+
+    A router that a user put there stays too.
+    """
     submodules = copy.copy(moe.submodules)
+    if submodules.router is TopKRouter:
+        submodules.router = FluidRouter
     submodules.experts = ModuleSpec(module=FluidGroupedMLP)
     return ModuleSpec(
         module=FluidMoELayer, submodules=submodules, params={"binder": binder}, metainfo=dict(moe.metainfo)

@@ -17,9 +17,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from fluid_npu.comm.all_to_all import AllToAllHandle
+from fluid_npu.device.choice import Choice
 from fluid_npu.mcore.binding import SchedulerBinder
 from fluid_npu.mcore.dispatch_plan import DispatchPlan
 from fluid_npu.mcore.experts import FluidGroupedMLP
+from fluid_npu.mcore.router import FluidRouter
 from fluid_npu.mcore.token_dispatcher import FluidTokenDispatcher
 from fluid_npu.ops.payload import pack, probs_dtype_on_wire
 from fluid_npu.schedule.deferred import DeferredWeights
@@ -97,8 +99,24 @@ class FluidMoELayer(MoELayer):
         self.backward_scheduler: BackwardScheduler = self._binder.bind(self, layer_number)
         self.token_dispatcher.sink = self.backward_scheduler
         self.token_dispatcher.label = self.label
-        if self.backward_scheduler.carry_over and isinstance(self.experts, FluidGroupedMLP):
-            self.experts.take_late()
+        if isinstance(self.router, FluidRouter):
+            self.router.backward_scheduler, self.router.label = self.backward_scheduler, self.label
+        if self.backward_scheduler.carry_over:
+            self._offer_late_weights()
+
+    def _offer_late_weights(self) -> None:
+        """The weights whose dW may be left for the combine of the layer below, if the DDP takes late gradients."""
+        if isinstance(self.experts, FluidGroupedMLP):
+            self.experts.take_late(self.experts.weight2)
+        if isinstance(self.router, FluidRouter):
+            self.router.take_late(self.router.weight)
+
+    def _say_if_nothing_is_carried(self) -> None:
+        experts = self.experts
+        if self.backward_scheduler.carry_over and not experts.late_hooks(experts.weight2):
+            Choice(
+                False, "this DDP takes no late gradients (set delay_wgrad_compute); FC2's dW runs in its layer"
+            ).announce("carry_over")
 
     # ---- Megatron's steps, in the order in which its forward calls them
 
@@ -117,6 +135,7 @@ class FluidMoELayer(MoELayer):
         prepared: _Prepared = hidden_states
         deferred = None
         if isinstance(self.experts, FluidGroupedMLP) and torch.is_grad_enabled():
+            self._say_if_nothing_is_carried()
             deferred = self.experts.defer(self.backward_scheduler, self.label)
         handle = self.token_dispatcher.send(
             prepared.payload, prepared.plan, deferred.passengers if deferred is not None else None

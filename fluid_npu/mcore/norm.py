@@ -18,14 +18,14 @@ class FluidNorm:
     Raises ValueError for a normalization or an option that torch's norms do not have.
     """
 
-    def __new__(  # type: ignore[misc]
+    def __new__(
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: object
     ) -> torch.nn.Module:
         if config.normalization not in _NORMS:
             raise ValueError(f"normalization={config.normalization!r}: allowed are {', '.join(_NORMS)}")
         if config.layernorm_zero_centered_gamma:
             raise ValueError("layernorm_zero_centered_gamma=True: torch's norms cannot do it; unset it or install TE")
-        norm = _NORMS[config.normalization](hidden_size, eps=eps)  # type: ignore[arg-type]
+        norm = _NORMS[config.normalization](hidden_size, eps=eps)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
             parameter.data = parameter.data.to(device=torch.cuda.current_device(), dtype=config.params_dtype)

@@ -48,6 +48,13 @@ def add_grouped_dw(
     return grouped_weight_grad(parameter.view(weight.view), x, dy, counts, fuse_into).view(parameter.shape)
 
 
+def landed(weight: torch.nn.Parameter, grad: torch.Tensor, hooks: Sequence[Callable[[], None]]) -> None:
+    """Tells a late DDP that the gradient of ``weight`` is there: in ``main_grad``, or in ``grad`` to be added."""
+    weight.grad = grad
+    for hook in hooks:
+        hook()
+
+
 class DeferredWeights:
     """The weights of one layer's experts during one forward and backward."""
 
@@ -87,9 +94,7 @@ class DeferredWeights:
         with torch.no_grad():
             grad = add_grouped_dw(weight, x, dy, counts, self._fuse)
         if weight.late_hooks:
-            weight.parameter.grad = grad
-            for hook in weight.late_hooks:
-                hook()
+            landed(weight.parameter, grad, weight.late_hooks)
         else:
             self._grads[index] = grad
 

@@ -94,6 +94,24 @@ def test_ddp_variants_equal_the_plain_path(name: str, run_ranks: Ranks) -> None:
         assert not same_bits(overlapped["weights"], off["weights"])
 
 
+@pytest.mark.parametrize("reduce", [False, True])
+def test_carried_over_dw_lands_before_backward_returns(reduce: bool, run_ranks: Ranks) -> None:
+    """FC2's and the router's dW run beside the combine of the layer below, under a DDP that takes late gradients."""
+    ddp = {"delay_wgrad_compute": True, "overlap_grad_reduce": reduce, "bucket_size": 2000}
+    run = Run(micro_batches=2, config={"num_layers": 3}, ddp=ddp, spec={"carry_over": True})
+    without = {**ddp, "delay_wgrad_compute": False}
+    runs = [replace(run, impl="off", ddp=without), replace(run, ddp=without), run, replace(run, impl="twin")]
+    for off, unflagged, carried, twin in run_ranks(4, train_all, runs, sizes={"expert_model_parallel_size": 2}):
+        for other in (unflagged, carried, twin):
+            assert other["losses"] == off["losses"]
+            assert not same_bits(other["weights"], off["weights"])
+        assert carried["regions"]["layer 3 fc2"] == carried["regions"]["layer 3 router"]
+        assert carried["regions"]["layer 3 fc2"] == "backward of moe_combine AllToAll of layer 2"
+        assert carried["regions"]["layer 3 fc1"] == "backward of moe_dispatch AllToAll of layer 3"
+        assert carried["regions"]["layer 1 fc2"] == "end of backward"
+        assert unflagged["regions"]["layer 3 fc2"] == "backward of moe_dispatch AllToAll of layer 3"
+
+
 @pytest.mark.parametrize("tp", [1, 2])
 def test_expert_tensor_parallelism(tp: int, run_ranks: Ranks) -> None:
     """Experts split over two tensor ranks on four ranks with EP 2, against stock without any split.

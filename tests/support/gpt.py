@@ -184,6 +184,8 @@ def train(run: Run) -> dict[str, Any]:
         [ddp],
     )
     scheduler = None if run.impl == "stock" else get_backward_scheduler(ddp)
+    if scheduler is not None:
+        scheduler.recorder.enabled = True
     data_rank = parallel_state.get_data_parallel_rank()
     losses, grads = [], {}
     for step in range(run.steps):
@@ -213,6 +215,9 @@ def train(run: Run) -> dict[str, Any]:
         "norm": float(norm),
         "grads": grads,
         "weights": {name: value.clone() for name, value in weights_by_name(ddp).items()},
+        "regions": {r.name: r.detail["region"] for r in scheduler.recorder.take() if r.kind == "dw"}
+        if scheduler
+        else {},
         "stats": scheduler.get_stats() if scheduler else {},
         "rank": dist.get_rank(),
     }

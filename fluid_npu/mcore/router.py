@@ -1,0 +1,46 @@
+"""Megatron's router, whose weight gradient may run beside the combine of the layer below.
+
+Everything but the gating product is Megatron's. T tokens, E experts, H hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from fluid_npu.mcore.late import LateWeights
+from fluid_npu.ops.dense_linear import add_dense_dw_, dense_linear
+from fluid_npu.schedule.deferred import landed
+from fluid_npu.schedule.scheduler import BackwardScheduler
+from fluid_npu.schedule.task import DWTask
+
+_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+
+
+class FluidRouter(LateWeights, TopKRouter):
+    """TopKRouter; with a late DDP its dW is a task of the model's scheduler, added straight into ``main_grad``."""
+
+    backward_scheduler: BackwardScheduler | None = None
+    label = ""
+
+    def gating(self, input: Tensor) -> Tensor:
+        """``[..., E]`` logits in ``moe_router_dtype``."""
+        hooks = self.late_hooks(self.weight)
+        if not hooks or self.backward_scheduler is None or not torch.is_grad_enabled() or self.bias is not None:
+            return super().gating(input)
+        dtype = _DTYPES.get(self.config.moe_router_dtype, input.dtype)
+        return dense_linear(input, self.weight, defer_dw=self._queue, out_dtype=dtype)
+
+    def _queue(self, x: Tensor, dy: Tensor) -> None:
+        assert self.backward_scheduler is not None
+        shape = (x.shape[0], x.shape[1], dy.shape[1])
+        run = lambda: self._land(x, dy)
+        self.backward_scheduler.submit(DWTask(name=f"{self.label} router", run=run, shape=shape, carry=True))
+
+    def _land(self, x: Tensor, dy: Tensor) -> None:
+        weight = self.weight
+        with torch.no_grad():
+            add_dense_dw_(weight.main_grad, x, dy)
+        weight.grad_added_to_main_grad = True
+        landed(weight, torch.empty_like(weight), self.late_hooks(weight))
