@@ -48,7 +48,7 @@ class TrainConfig:
     tp: int = 1
     pp: int = 1
     cp: int = 1
-    steps: int = 300
+    steps: int = 150
     micro_batches: int = 1
     dtype: str | None = None
     overlap: str = "auto"
@@ -58,12 +58,12 @@ class TrainConfig:
     seed: int = 1234
     lr: float = 2e-3
     min_lr: float = 2e-4
-    warmup_steps: int = 20
+    warmup_steps: int = 15
     lr_decay_steps: int | None = None
     weight_decay: float = 0.1
     clip_grad: float = 1.0
     distributed_optimizer: bool = False
-    checkpoint_every: int = 100
+    checkpoint_every: int = 50
     twin_every: int = 10
     plant_delay_ms: float = 0.0
     impl: str = "fluid"

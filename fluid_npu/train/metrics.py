@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from fluid_npu.train.step import StepResult
 
 FILE = "metrics.jsonl"
@@ -31,6 +33,7 @@ class MetricsWriter:
         kept = [row for row in read_metrics(out) if row["step"] <= start_step]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         self._file = self.path.open("a", encoding="utf-8", buffering=1)
+        self._process = psutil.Process()
         self._board = _tensorboard(out, start_step)
 
     def write(self, step: int, result: StepResult, tokens_per_s: float) -> None:
@@ -44,6 +47,7 @@ class MetricsWriter:
             "a2a_ms": result.a2a_ms,
             "twin": result.twin,
             "tokens_per_s": round(tokens_per_s, 1),
+            "host_memory_mb": round(self._process.memory_info().rss / 2**20, 1),  # of rank 0, now
         }
         self._file.write(json.dumps(row) + "\n")
         for name in ("loss", "grad_norm", "lr", "step_ms", "tokens_per_s"):

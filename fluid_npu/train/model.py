@@ -17,6 +17,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from fluid_npu.train.config import TrainConfig
+from fluid_npu.train.latent_attention import LatentDotProductAttention
 from fluid_npu.train.presets import Preset
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -64,10 +65,15 @@ def _layer_spec(config: TrainConfig, model_config: TransformerConfig, overlap: s
     if config.impl == "fluid":
         from fluid_npu.mcore.layer_spec import get_fluid_moe_block_spec
 
-        return get_fluid_moe_block_spec(model_config, overlap=overlap, transport=_transport(config))
-    return get_gpt_decoder_block_spec(
-        model_config, use_transformer_engine=False, normalization=model_config.normalization
-    )
+        block = get_fluid_moe_block_spec(model_config, overlap=overlap, transport=_transport(config), backend="local")
+    else:
+        block = get_gpt_decoder_block_spec(
+            model_config, use_transformer_engine=False, normalization=model_config.normalization
+        )
+    if config.model().mla is not None:
+        for layer in block.layer_specs:
+            layer.submodules.self_attention.submodules.core_attention = LatentDotProductAttention
+    return block
 
 
 def _transport(config: TrainConfig) -> Any:

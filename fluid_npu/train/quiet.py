@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 
 _HARMLESS = (
@@ -16,3 +17,6 @@ def hush_known_warnings() -> None:
     """Filters them in this process; call before Megatron is imported."""
     for pattern in _HARMLESS:
         warnings.filterwarnings("ignore", message=pattern)
+    # Megatron knows its own MoELayer by name only and says so once per layer.
+    layers = logging.getLogger("megatron.core.transformer.transformer_layer")
+    layers.addFilter(lambda record: not record.getMessage().startswith("Unknown MLP type"))

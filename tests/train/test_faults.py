@@ -44,7 +44,8 @@ def run_to_end(config: TrainConfig) -> dict[str, object]:
     process = start_cli("train", *flags(config), "--json")
     out, err = process.communicate(timeout=150)
     assert process.returncode == 0, err[-3000:]
-    summary: dict[str, object] = json.loads(out)
+    assert f"step {config.steps}/{config.steps}" in err
+    summary: dict[str, object] = json.loads(out)  # nothing else is on standard output
     return summary
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.support.ranks import run_ranks
-from tests.support.training import start_cli, store, tiny, train_here
+from tests.support.training import CUT, store, tiny, train_here
 
 SUMMARY_KEYS = [
     *("loss_first", "loss_last", "steps", "step_ms_median", "tokens_per_s", "a2a_ms", "hidden_ms", "hidden_fraction"),
@@ -70,17 +70,45 @@ def test_outputs_are_written(trained: Any) -> None:
     assert (out / "checkpoints" / "step_000040" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("changes", [{"micro_batches": 2}, {"dtype": "bf16"}, {"dtype": "fp16"}, {"pp": 2, "ep": 1}])
+DEEPSEEK = {
+    **CUT,
+    **{"layers": 4, "hidden": 64, "ffn": 96, "moe_ffn": 32, "shared_expert_ffn": 32, "heads": 4, "kv_heads": 4},
+    **{"experts": 16, "topk": 4, "router_groups": 4, "group_topk": 2},
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"micro_batches": 2},
+        {"dtype": "bf16"},
+        {"pp": 2, "ep": 1, "micro_batches": 2},
+        {"tp": 2},
+        {"impl": "stock"},
+        {"preset": "deepseek-v3", "cut": DEEPSEEK},
+    ],
+    ids=["micro-batches", "bf16", "pipeline", "tensor", "stock", "deepseek-v3"],
+)
 def test_variants_learn(tmp_path: Path, changes: dict[str, Any]) -> None:
     result = run_ranks(2, train_here, tiny(tmp_path, steps=15, **changes).to_json())[0]
     assert result["losses"][15] < result["losses"][1] - 0.5
 
 
-def test_json_is_the_only_thing_on_standard_output(tmp_path: Path) -> None:
-    from tests.support.training import flags
+def test_planted_delay_is_hidden_by_overlap_and_twins_change_nothing(tmp_path: Path) -> None:
+    runs = {}
+    for overlap in ("off", "dw"):
+        config = tiny(tmp_path / overlap, steps=21, twin_every=3, overlap=overlap, plant_delay_ms=4.0)
+        runs[overlap] = run_ranks(2, train_here, config.to_json())[0]
+    plain, overlapped = runs["off"], runs["dw"]
+    assert plain["summary"]["hidden_ms"] == 0 and plain["summary"]["hidden_fraction"] is None
+    assert plain["summary"]["a2a_ms"] > 2 * 4 * 4.0  # layers, exchanges of each, delay
+    assert overlapped["summary"]["hidden_fraction"] is not None
+    assert overlapped["losses"] == pytest.approx(plain["losses"], rel=1e-4)
+    rows = [json.loads(line) for line in (tmp_path / "dw" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["twin"]] == [3, 6, 9, 12, 15, 18, 21]
+    assert all((row["a2a_ms"] is not None) == row["twin"] for row in rows)
 
-    process = start_cli("train", *flags(tiny(tmp_path / "run", steps=2)), "--json")
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert json.loads(out)["steps"] == 2
-    assert "step 2/2" in err
+
+def test_memory_stays_flat(trained: Any) -> None:
+    rows = [json.loads(line) for line in (trained[0] / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["host_memory_mb"] < rows[9]["host_memory_mb"] + 8
