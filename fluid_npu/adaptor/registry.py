@@ -70,7 +70,9 @@ class Registry:
 
     def rollback(self) -> None:
         """Restores everything. Raises PatchError, changing nothing, if a target was patched again since."""
-        foreign = [entry.patch.name for entry in self._applied if not self._is_ours(entry)]
+        # Of several wraps of one target only the outermost is in the holder's dict.
+        outermost = {entry.patch.target: entry for entry in self._applied}
+        foreign = [entry.patch.name for entry in outermost.values() if not self._is_ours(entry)]
         if foreign:
             raise PatchError(
                 "cannot roll back: someone else patched on top of " + "; ".join(foreign) + ". Undo that first."

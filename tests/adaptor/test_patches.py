@@ -1,0 +1,78 @@
+"""The rows of patches/*.toml: each resolves, says why it is there, and goes away without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fluid_npu.adaptor import FEATURES, adapt, select
+from fluid_npu.adaptor.manifest import load_manifest, manifest_names
+from fluid_npu.adaptor.patch import Patch, resolve
+from tests.support.stock import without_each
+
+ROWS = [row for name in manifest_names() for row in load_manifest(name)]
+NO_CUDA = "AssertionError: Torch not compiled with CUDA enabled|RuntimeError: Found no NVIDIA driver"
+
+# What stock Megatron does on a CPU when one row is left out.
+PREVENTS = {
+    "torch.cuda.current_device": NO_CUDA,
+    "torch.cuda.synchronize": NO_CUDA,
+    "torch.Tensor.type": "AssertionError: $",
+    "megatron.core.tensor_parallel.random.CudaRNGStatesTracker": NO_CUDA,
+    "megatron.core.tensor_parallel.random._get_cuda_rng_state": NO_CUDA,
+    "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu": "TypeError: all_to_all_single",
+    "megatron.core.transformer.moe.moe_utils.te_general_gemm": "NameError: name 'te_general_gemm'",
+    "megatron.core.optimizer.clip_grads.torch": NO_CUDA,
+    "megatron.core.tensor_parallel.layers.fused_weight_gradient_mlp_cuda": "NameError: name 'fused_weight_gradient",
+    "megatron.core.tensor_parallel.layers._grad_accum_fusion_available": "RuntimeError: .*custom CUDA extension",
+}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.target)
+def test_row_resolves_and_gives_its_reasons(row: Patch) -> None:
+    assert row.feature in FEATURES
+    assert row.why.endswith(".") and len(row.why) > 15
+    assert row.goes_when
+    row.load_replacement()
+    if row.kind != "context":
+        holder, attribute = resolve(row.target)
+        assert hasattr(holder, attribute) == (row.kind != "add")
+
+
+def targets() -> dict[str, Any]:
+    """The raw objects behind the targets, as they are stored."""
+    found = {}
+    for row in ROWS:
+        if row.kind != "context":
+            holder, attribute = resolve(row.target)
+            found[row.target] = vars(holder).get(attribute, "absent")
+    return found
+
+
+def once_and_back() -> None:
+    before = targets()
+    with adapt(["cpu"]) as outer:
+        during = targets()
+        assert all(during[name] is not before[name] for name in before if not name.endswith("_available"))
+        with adapt(["cpu"]) as inner:
+            assert inner.features == [], "twice is once"
+        assert targets() == during, "the inner call has nothing to take back"
+        assert outer.features == ["cpu"]
+    after = targets()
+    assert all(after[name] is before[name] for name in before)
+
+
+def test_adapting_twice_is_once_and_its_end_restores_every_object(run_ranks: Callable[..., list[Any]]) -> None:
+    run_ranks(1, once_and_back)
+
+
+def test_the_cpu_rows_prevent_what_they_say(run_ranks: Callable[..., list[Any]]) -> None:
+    import re
+
+    assert set(PREVENTS) <= {row.target for row in select(["cpu"])}
+    for outcome in run_ranks(2, without_each, list(PREVENTS), timeout=200):
+        assert outcome.pop("") == "", "with all rows stock Megatron trains"
+        for target, error in outcome.items():
+            assert re.match(PREVENTS[target], error), f"without {target}: {error or 'nothing failed'}"
