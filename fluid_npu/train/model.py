@@ -26,7 +26,7 @@ TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 def build_model_config(config: TrainConfig, dtype: str) -> TransformerConfig:
     """Megatron's configuration of the run's model. ``dtype`` is a key of ``TORCH_DTYPES``."""
     preset = config.model()
-    arguments = {**_sizes(preset), **_router(preset), **_parallel(config), **_precision(dtype), **_FIXED}
+    arguments = {**_sizes(preset), **_router(preset), **_parallel(config), **_precision(dtype), **_FIXED, **_fusion()}
     if preset.mla is not None:
         return MLATransformerConfig(**arguments, **_mla(preset))
     return TransformerConfig(**arguments)
@@ -91,7 +91,6 @@ _FIXED: dict[str, Any] = {
     "hidden_dropout": 0.0,
     "attention_dropout": 0.0,
     "use_cpu_initialization": False,
-    "gradient_accumulation_fusion": True,
     "persist_layer_norm": False,
     "bias_activation_fusion": False,
     "bias_dropout_fusion": False,
@@ -146,6 +145,13 @@ def _parallel(config: TrainConfig) -> dict[str, Any]:
         "expert_tensor_parallel_size": 1,
         "sequence_parallel": config.tp > 1,
     }
+
+
+def _fusion() -> dict[str, Any]:
+    """dW straight into main_grad, where Megatron's linears can: Apex on CUDA, our stand-in on a CPU."""
+    from megatron.core.tensor_parallel import layers
+
+    return {"gradient_accumulation_fusion": bool(layers._grad_accum_fusion_available)}
 
 
 def _precision(dtype: str) -> dict[str, Any]:
