@@ -68,6 +68,16 @@ def test_equals_stock_and_twin(feature: str, run_ranks: Ranks) -> None:
         assert overlapped["stats"]["completed_dw_tasks"] == overlapped["stats"]["total_dw_tasks"] > 0
 
 
+def test_twenty_steps_stay_equal_to_the_twin_bit_for_bit(run_ranks: Ranks) -> None:
+    run = Run(steps=20, micro_batches=2, ddp={"overlap_grad_reduce": True}, spec={"carry_over": True})
+    for overlapped, twin in run_ranks(
+        2, train_all, [run, replace(run, impl="twin")], sizes={"expert_model_parallel_size": 2}
+    ):
+        assert overlapped["losses"] == twin["losses"]
+        assert not same_bits(overlapped["weights"], twin["weights"])
+        assert not same_bits(overlapped["grads"], twin["grads"])
+
+
 DDP: dict[str, dict[str, Any]] = {
     "overlap_grad_reduce": {"ddp": {"overlap_grad_reduce": True, "bucket_size": 2000}},
     "not_fused": {"config": {"gradient_accumulation_fusion": False}, "ddp": {"overlap_grad_reduce": True}},

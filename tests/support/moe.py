@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from fluid_npu.schedule.scheduler import BackwardScheduler
+
 HIDDEN, FFN = 16, 24
 
 
@@ -21,6 +23,7 @@ class Case:
     micro_batches: int = 1
     overlap: str = "dw"
     twin: bool = False
+    impl: str = "fluid"
     fuse: bool = True
     empty_experts: int = 0
     dtype: torch.dtype = torch.float32
@@ -101,6 +104,18 @@ def inputs(case: Case, rank: int, micro: int) -> tuple[torch.Tensor, torch.Tenso
     return x.to(case.dtype), g.to(case.dtype)
 
 
+def stock_layer(case: Case) -> Any:
+    """Megatron's MoELayer with SequentialMLP."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.spec_utils import build_module
+
+    config = make_config(case)
+    spec = get_gpt_layer_local_spec(num_experts=case.experts, normalization="RMSNorm").submodules.mlp
+    layer = build_module(spec, config=config)
+    layer.set_layer_number(1)
+    return layer
+
+
 def load(layer: Any, weights: dict[str, torch.Tensor], case: Case, ep_rank: int) -> None:
     """Copies this rank's part of the weights into a FluidMoELayer."""
     local = case.experts // case.ep
@@ -108,6 +123,11 @@ def load(layer: Any, weights: dict[str, torch.Tensor], case: Case, ep_rank: int)
     experts = layer.experts
     with torch.no_grad():
         layer.router.weight.copy_(weights["router"])
+        if case.impl == "stock":
+            for expert, fc1, fc2 in zip(experts.local_experts, weights["fc1"][mine], weights["fc2"][mine], strict=True):
+                expert.linear_fc1.weight.copy_(fc1.t())
+                expert.linear_fc2.weight.copy_(fc2.t())
+            return
         experts.weight1.view(experts.fc1_view).copy_(weights["fc1"][mine])
         experts.weight2.view(experts.fc2_view).copy_(weights["fc2"][mine])
 
@@ -135,7 +155,7 @@ def run_layer(case: Case) -> dict[str, Any]:
     from megatron.core import parallel_state
 
     rank = dist.get_rank()
-    layer = fluid_layer(case)
+    layer = stock_layer(case) if case.impl == "stock" else fluid_layer(case)
     ep_rank = parallel_state.get_expert_model_parallel_rank()
     load(layer, all_weights(case), case, ep_rank)
     ForcedRouter(layer, case.empty_experts)
@@ -143,7 +163,7 @@ def run_layer(case: Case) -> dict[str, Any]:
         if case.fuse:
             parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
             parameter.grad_added_to_main_grad = False
-    scheduler = layer.backward_scheduler
+    scheduler = layer.backward_scheduler if case.impl == "fluid" else BackwardScheduler()
     scheduler.recorder.enabled = True
     maps: list[torch.Tensor] = []
     original = layer.route
@@ -162,15 +182,26 @@ def run_layer(case: Case) -> dict[str, Any]:
         result["out"].append(out.detach())
         result["dx"].append(x.grad.detach())
     assert scheduler.pending == 0
-    names = {"router": layer.router.weight, "fc1": layer.experts.weight1, "fc2": layer.experts.weight2}
-    for name, parameter in names.items():
-        fused = case.fuse and parameter.grad_added_to_main_grad
-        result[name] = (parameter.main_grad if fused else parameter.grad).detach().clone()
-    result["fc1"] = result["fc1"].view(layer.experts.fc1_view)
-    result["fc2"] = result["fc2"].view(layer.experts.fc2_view)
+    result.update(_gradients(layer, case))
     result["stats"] = scheduler.get_stats()
     result["record"] = [(r.kind, r.name, r.detail) for r in scheduler.recorder.take()]
     return result
+
+
+def _gradients(layer: Any, case: Case) -> dict[str, torch.Tensor]:
+    """Router ``[E, H]``, FC1 ``[L, H, 2F]`` and FC2 ``[L, F, H]``, from main_grad or grad."""
+
+    def grad(parameter: Any) -> torch.Tensor:
+        fused = case.fuse and parameter.grad_added_to_main_grad
+        return (parameter.main_grad if fused else parameter.grad).detach().clone()
+
+    experts = layer.experts
+    if case.impl == "stock":
+        fc1 = torch.stack([grad(expert.linear_fc1.weight).t() for expert in experts.local_experts])
+        fc2 = torch.stack([grad(expert.linear_fc2.weight).t() for expert in experts.local_experts])
+    else:
+        fc1, fc2 = grad(experts.weight1).view(experts.fc1_view), grad(experts.weight2).view(experts.fc2_view)
+    return {"router": grad(layer.router.weight), "fc1": fc1, "fc2": fc2}
 
 
 def reference(case: Case, ranks: list[dict[str, Any]], dtype: torch.dtype = torch.float64) -> dict[str, Any]:
