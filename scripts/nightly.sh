@@ -1,0 +1,130 @@
+#!/usr/bin/env bash
+# Long checks, with a dated record under benchmarks/nightly-YYYY-MM-DD.txt. Run scripts/test.sh first.
+#
+#   bash scripts/nightly.sh [--torch 2.7.1] [--steps 300]
+#
+#   1. other Pythons (3.10, 3.12, where installed): every file compiles, modules without torch import
+#   2. the parity grid: tests marked nightly
+#   3. memory: a training run of --steps steps must stay flat
+#   4. with --torch VERSION: the tests in a second environment (.venv-torch-VERSION) with that torch
+# Every part runs even when one before it failed; the exit code is 1 when any failed. What did not run is recorded so.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=scripts/environment.sh
+source scripts/environment.sh
+
+other_torch=""
+steps=300
+while (($#)); do
+    case "$1" in
+        --torch | --steps)
+            [[ $# -ge 2 ]] || fail "$1 needs a value"
+            if [[ "$1" == --torch ]]; then other_torch="$2"; else steps="$2"; fi
+            shift 2
+            ;;
+        *) fail "unknown argument $1; allowed: --torch VERSION, --steps N" ;;
+    esac
+done
+
+if [[ -n "${VIRTUAL_ENV:-}" ]]; then
+    python="$VIRTUAL_ENV/bin/python"
+else
+    found="$(find_python)" || exit 1
+    make_venv .venv "$found" || exit 1
+    python="$PWD/.venv/bin/python"
+fi
+install_into "$python" dev || exit 1
+export OMP_NUM_THREADS=1
+
+record="benchmarks/nightly-$(date -u +%Y-%m-%d).txt"
+work="$(mktemp -d)"
+trap 'rm -rf "$work"' EXIT
+failed=0
+mkdir -p benchmarks
+
+note() { printf '%s\n' "$*" | tee -a "$record"; }
+
+# Runs a part, records its verdict and the last lines of its output: part NAME COMMAND...
+part() {
+    local name="$1" start=$SECONDS verdict=passed
+    shift
+    say "$name"
+    if ! "$@" >"$work/output" 2>&1; then
+        verdict=FAILED
+        failed=1
+    fi
+    note "" "$name: $verdict after $((SECONDS - start)) s"
+    # The record travels with the repository: no paths of this machine in it.
+    tail -n "${TAIL:-3}" "$work/output" | sed -e "s|$PWD/||g" -e "s|$PWD|.|g" -e "s|$work/||g" -e "s|${HOME:-/nonexistent}|~|g" | sed 's/^/    /' | tee -a "$record"
+}
+
+other_python() {
+    local interpreter="$1"
+    "$interpreter" -m compileall -q -f fluid_npu tests scripts patches || return 1
+    "$interpreter" -E -s -c '
+import sys
+sys.path.insert(0, ".")
+import fluid_npu, fluid_npu.train.presets, fluid_npu.report.summary_text
+from fluid_npu.cli import build_parser
+build_parser().format_help()
+assert "torch" not in sys.modules
+print("imports without torch:", sys.version.split()[0])'
+}
+
+memory_run() {
+    "$python" -m fluid_npu train --preset h64 --steps "$steps" --overlap dw --out "$work/run" --checkpoint-every "$steps" || return 1
+    "$python" - "$work/run/metrics.jsonl" <<'PY'
+import json
+import sys
+
+rows = [json.loads(line) for line in open(sys.argv[1])]
+named = [key for key in rows[-1] if "memory" in key or "rss" in key]
+if not named:
+    sys.exit("metrics.jsonl has no memory figure")
+early, late = rows[len(rows) // 3][named[0]], rows[-1][named[0]]
+print(f"{named[0]}: {early:.1f} at step {rows[len(rows) // 3]['step']}, {late:.1f} at step {rows[-1]['step']}")
+sys.exit(late > 1.02 * early + 8)
+PY
+}
+
+with_torch() {
+    local version="$1" folder=".venv-torch-$1" interpreter
+    for interpreter in python3.11 python3.10; do
+        if command -v "$interpreter" >/dev/null && python_fits "$interpreter"; then
+            make_venv "$folder" "$(command -v "$interpreter")"
+            (FLUID_TORCH="torch==$version" install_into "$folder/bin/python" dev) || return 1
+            "$folder/bin/python" -c 'import torch; print("torch", torch.__version__)'
+            "$folder/bin/python" -m pytest -q
+            return
+        fi
+    done
+    echo "not run: needs python3.11 or python3.10"
+    return 1
+}
+
+{
+    printf 'scripts/nightly.sh, %s UTC, commit %s\n' "$(date -u '+%Y-%m-%d %H:%M')" "$(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
+    printf 'machine: %s, %s cores\n' "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo 2>/dev/null | head -n 1)" "$(nproc)"
+    "$python" -c '
+import platform
+from importlib.metadata import version as v
+print("versions: python", platform.python_version(), *(f"{name} {v(name)}" for name in ("torch", "megatron-core", "numpy")))'
+} >"$record"
+cat "$record"
+
+for version in 3.10 3.12; do
+    if command -v "python$version" >/dev/null && python_fits "python$version"; then
+        TAIL=1 part "python $version" other_python "python$version"
+    else
+        note "" "python $version: not run, not installed"
+    fi
+done
+TAIL=3 part "nightly tests (pytest -m nightly)" "$python" -m pytest -q -m nightly
+TAIL=1 part "memory over $steps steps" memory_run
+if [[ -n "$other_torch" ]]; then
+    TAIL=4 part "tests with torch $other_torch" with_torch "$other_torch"
+else
+    note "" "another torch: not run, --torch was not given"
+fi
+note "" "result: $( ((failed)) && echo FAILED || echo passed)"
+exit "$failed"
