@@ -14,6 +14,7 @@ from fluid_npu.train.presets import CUT_FIELDS, PRESETS, PresetError, flag_of
 
 _DEFAULTS = TrainConfig()
 _STEP_CASES = ("h64", "h256")
+_PARITY_LR = 0.1  # high, so that the weights that are compared have moved
 
 
 def add_parity_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -86,7 +87,8 @@ def run_parity(args: argparse.Namespace) -> int:
     """Runs ``parity``; FAILED beyond the tolerance."""
     from fluid_npu.bench.output import parity_text
 
-    code, result = _run(args, "fluid_npu.bench.parity:compare_variants", {}, preset=args.preset, steps=args.steps)
+    values = {"preset": args.preset, "steps": args.steps, "lr": _PARITY_LR, "min_lr": 0.0}
+    code, result = _run(args, "fluid_npu.bench.parity:compare_variants", {}, **values)
     if result is None:
         return code
     _print(result, parity_text(result), args)

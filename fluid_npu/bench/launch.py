@@ -17,6 +17,8 @@ from fluid_npu.train import exit_codes
 from fluid_npu.train.launch import GRACE_S, Ranks, host_store, rank_environment, run_code, signal_name
 
 _POLL_S = 0.05
+# The profiler that measures memory announces itself and blocks older than itself, each time and on every rank.
+_QUIET = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 def run_job(job: Job) -> tuple[int, dict[str, Any] | None]:
@@ -55,7 +57,7 @@ def _run_processes(job: Job, arguments: list[str]) -> int:
             ranks.processes.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "fluid_npu.bench.worker", *arguments],
-                    env=rank_environment(config, rank, listener.getsockname()[1]),
+                    env={**_QUIET, **rank_environment(config, rank, listener.getsockname()[1])},
                     stdin=subprocess.DEVNULL,
                     stdout=sys.stderr,
                 )

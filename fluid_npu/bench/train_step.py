@@ -47,7 +47,7 @@ def measure(config: TrainConfig, options: dict[str, Any], place: Place) -> dict[
     for case in options["cases"]:
         preset, rounds, warm_up = CASES[case]
         rounds = options["rounds"] or rounds
-        bench = _Case(case, replace(config, preset=preset), place, options)
+        bench = Case(case, replace(config, preset=preset), place, options)
         agreement[case] = bench.agreement
         for step in (bench.whole_step(), bench.layer_alone()):
             if place.first:
@@ -64,7 +64,7 @@ def measure(config: TrainConfig, options: dict[str, Any], place: Place) -> dict[
     }
 
 
-class _Case:
+class Case:
     """The variants of one case, checked."""
 
     def __init__(self, name: str, config: TrainConfig, place: Place, options: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ class _Timed:
         self.title, self.variants, self.steps, self.config, self.place = title, variants, steps, config, place
 
     def rows(self, rounds: int, warm_up: int) -> list[dict[str, Any]]:
-        """Memory first, while all variants have the same weights and so the same routing; then times, then AllToAlls."""
+        """Memory first, while all variants still have the same weights and routing; then times, then AllToAlls."""
         for step in self.steps:
             step(0)  # the optimizer makes its states in its first step
         peaks = [self._peak(step) for step in self.steps]
