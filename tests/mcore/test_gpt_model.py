@@ -104,10 +104,14 @@ def test_ddp_variants_equal_the_plain_path(name: str, run_ranks: Ranks) -> None:
         assert not same_bits(overlapped["weights"], off["weights"])
 
 
-@pytest.mark.parametrize("reduce", [False, True])
-def test_carried_over_dw_lands_before_backward_returns(reduce: bool, run_ranks: Ranks) -> None:
-    """FC2's and the router's dW run beside the combine of the layer below, under a DDP that takes late gradients."""
-    ddp = {"delay_wgrad_compute": True, "overlap_grad_reduce": reduce, "bucket_size": 2000}
+@pytest.mark.parametrize("bucket", [0, 2000, 10**7], ids=["no_overlap", "bucket_each", "one_bucket"])
+def test_carried_over_dw_lands_before_backward_returns(bucket: int, run_ranks: Ranks) -> None:
+    """FC2's and the router's dW run beside the combine of the layer below, under a DDP that takes late gradients.
+
+    With one bucket for all, Megatron reduces it when the last hook of the first step's set has fired: a hook that is
+    never called would let the reduction start before the weight's gradient has landed.
+    """
+    ddp = {"delay_wgrad_compute": True, "overlap_grad_reduce": bucket > 0, "bucket_size": bucket or None}
     run = Run(micro_batches=2, config={"num_layers": 3}, ddp=ddp, spec={"carry_over": True})
     without = {**ddp, "delay_wgrad_compute": False}
     runs = [replace(run, impl="off", ddp=without), replace(run, ddp=without), run, replace(run, impl="twin")]
