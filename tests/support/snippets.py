@@ -54,16 +54,14 @@ def named_files(page: Path) -> set[str]:
 
 
 def run_snippets(snippets: list[Snippet]) -> None:
-    """Executes blocks one after another in one namespace, as a reader would. For ranks of two expert-parallel processes."""
-    import operator  # noqa: F401  (a page names it)
-
+    """Executes blocks one after another in one namespace, as a reader would; on each of two expert-parallel ranks."""
     from megatron.core import parallel_state
 
-    from tests.support.gpt_config import small_config
+    from tests.support.gpt import Run, make_config
 
     names: dict[str, Any] = {
         "__name__": "page",
-        "config": small_config(),
+        "config": make_config(Run()),
         "group": parallel_state.get_expert_model_parallel_group(),
     }
     for snippet in snippets:
