@@ -25,7 +25,6 @@ from megatron.core.transformer.module import MegatronModule
 
 from fluid_npu.train.checkpoint_files import (
     CheckpointError,
-    checkpoint_path,
     damage,
     discard_on_failure,
     finish,
@@ -174,6 +173,3 @@ def _explain(error: OSError | CheckpointError) -> str:
     if is_full_disk(error):
         return f"--out: cannot write a checkpoint, the disk is full ({error}); free some space, then --resume"
     return f"--out: cannot write a checkpoint ({error}); check the directory's permissions"
-
-
-__all__ = ["CheckpointError", "RunState", "checkpoint_path", "restore", "save"]

@@ -12,6 +12,7 @@ from typing import Any
 
 from fluid_npu.train import exit_codes
 from fluid_npu.train.config import DTYPES, IMPLS, OVERLAPS, ConfigError, TrainConfig, validate
+from fluid_npu.train.launch import launch, write_config
 from fluid_npu.train.presets import CUT_FIELDS, PRESETS, PresetError, flag_of
 
 _DEFAULT_RUNS = Path("runs")
@@ -113,16 +114,15 @@ def run_train(args: argparse.Namespace) -> int:
             return _run_as_rank(config, as_json=args.json)
         config = dataclasses.replace(config, out=str(choose_out(config)))
         config = dataclasses.replace(config, data=prepare_data(config, quiet=args.json))
+        write_config(config)
     except (ConfigError, PresetError) as error:
         return _fail(error, exit_codes.USAGE)
     except OSError as error:
-        return _fail(f"--out {config.out}: cannot be written ({error.strerror})", exit_codes.FAILED)
+        return _fail(f"--out {config.out}: cannot be written ({error.strerror}); choose another", exit_codes.FAILED)
     except Exception as error:
         if type(error).__name__ != "DataError":
             raise
         return _fail(error, exit_codes.DATA)
-    from fluid_npu.train.launch import launch
-
     code = launch(config, quiet_stdout=args.json)
     if code == exit_codes.OK:
         show_summary(config.out, as_json=args.json)

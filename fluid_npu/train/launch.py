@@ -21,6 +21,7 @@ from fluid_npu.train import exit_codes
 from fluid_npu.train.config import TrainConfig
 from fluid_npu.train.worker import LAUNCHER_PID
 
+CONFIG_FILE = "config.json"
 GRACE_S = 10.0
 _TERM_S = 3.0
 _POLL_S = 0.05
@@ -64,19 +65,22 @@ class Ranks:
             self.wait(patience)
 
 
+def write_config(config: TrainConfig) -> None:
+    """Leaves the configuration where the ranks read it. Raises OSError."""
+    (Path(config.out) / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
+
+
 def launch(config: TrainConfig, *, quiet_stdout: bool = False) -> int:
     """Runs the training on this machine and returns its exit code.
 
     Args:
-        config: a validated configuration with ``out`` and ``data`` filled in.
+        config: a validated configuration with ``out`` and ``data`` filled in, which ``write_config`` has written.
         quiet_stdout: what the ranks print goes to standard error.
     """
-    path = Path(config.out) / "config.json"
-    path.write_text(config.to_json(), encoding="utf-8")
     listener = socket.create_server(("127.0.0.1", 0))
     ranks = Ranks()
     try:
-        _start(ranks, config, path, listener.getsockname()[1], quiet_stdout)
+        _start(ranks, config, Path(config.out) / CONFIG_FILE, listener.getsockname()[1], quiet_stdout)
         store = host_store(listener)  # torch is imported while the ranks import theirs
         code = _watch(ranks, config)
         del store

@@ -54,7 +54,9 @@ def join(config: TrainConfig, store: dist.Store | None = None) -> Place:
 
         adapt(["cpu"])
     if not dist.is_initialized():
-        dist.init_process_group(device.backend, timeout=timedelta(seconds=config.timeout))
+        # NCCL warns about its barrier when it has to guess the device.
+        bound = device.torch_device(local_rank) if device.name == "cuda" else None
+        dist.init_process_group(device.backend, timeout=timedelta(seconds=config.timeout), device_id=bound)
     board = ProgressBoard(store or _own_store(config), rank, world, timeout_s=config.timeout).start()
     dp_rank, dp_size = _init_megatron(config)
     return Place(

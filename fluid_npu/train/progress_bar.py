@@ -38,15 +38,6 @@ class Progress:
             flush=True,
         )
 
-    def note(self, text: str) -> None:
-        """A line that does not break the bar."""
-        if not self.enabled:
-            return
-        if self._bar is not None:
-            self._bar.write(text)
-        else:
-            print(text, file=self.stream, flush=True)
-
     def close(self) -> None:
         """Ends the bar."""
         if self._bar is not None:

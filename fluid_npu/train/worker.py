@@ -50,6 +50,8 @@ def run_rank(config: object) -> int:
         return _fail(str(error), exit_codes.FAILED, everywhere=False)
     except KeyboardInterrupt:
         return exit_codes.INTERRUPTED
+    except OSError as error:
+        return _fail(f"--out: cannot be written ({error}); free some space or choose another", exit_codes.FAILED)
     except Exception as error:
         if is_communication(error):
             return _fail(f"{type(error).__name__}: {error}", exit_codes.RANK_LOST)
