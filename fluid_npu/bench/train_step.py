@@ -49,10 +49,12 @@ def measure(config: TrainConfig, options: dict[str, Any], place: Place) -> dict[
         rounds = options["rounds"] or rounds
         bench = Case(case, replace(config, preset=preset), place, options)
         agreement[case] = bench.agreement
-        for step in (bench.whole_step(), bench.layer_alone()):
-            if place.first:
-                print(f"{step.title}: {rounds} rounds of {len(step.steps)} variants", file=sys.stderr, flush=True)
-            rows += step.rows(rounds, min(warm_up, rounds))
+        # The layer first: it leaves the weights alone, so all variants still route alike.
+        layer, step = (
+            _announced(part, place).rows(rounds, min(warm_up, rounds))
+            for part in (bench.layer_alone(), bench.whole_step())
+        )
+        rows += [*step, *layer]
     return {
         "command": options["command"],
         "machine": {**machine, "load_average_end": describe_machine(place)["load_average"]},
@@ -149,6 +151,12 @@ class _Timed:
             return dict.fromkeys(names)
         ratio = paired_ratio(times[:, 0], times[:, index])
         return dict(zip(names, (ratio.value, ratio.low, ratio.high), strict=True))
+
+
+def _announced(part: _Timed, place: Place) -> _Timed:
+    if place.first:
+        print(f"{part.title}: {part.config.preset}, {len(part.steps)} variants", file=sys.stderr, flush=True)
+    return part
 
 
 def hidden(times: Times, index: int, twin: Exposure) -> dict[str, float | None]:
