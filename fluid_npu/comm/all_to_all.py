@@ -11,11 +11,13 @@ R rows of the local tensor; splits are rows per rank of the group, in rank order
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from fluid_npu.comm.cargo import AS_IS, Loading, Unloading
 from fluid_npu.comm.guard import collective
 from fluid_npu.comm.sink import DirectSink, OverlapSink, Passengers
 from fluid_npu.comm.transports import PendingWork
@@ -76,56 +78,58 @@ class Flight:
         return self.output
 
 
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """Who sends how many rows to whom, and what the exchange is called."""
+
+    group: Any
+    output_splits: Sequence[int] | None
+    input_splits: Sequence[int] | None
+    comm_type: str
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """For messages and records: "moe_dispatch AllToAll of layer 3"."""
+        return f"{self.comm_type} AllToAll{f' of {self.label}' if self.label else ''}"
+
+
 class _Exchange:
-    """What the four ends of one differentiable AllToAll share. One object per call: backward may run on any thread."""
+    """What the four ends of one differentiable AllToAll share. One object a call: backward may run on any thread."""
 
     def __init__(
-        self,
-        group: Any,
-        output_splits: Sequence[int] | None,
-        input_splits: Sequence[int] | None,
-        comm_type: str,
-        label: str,
-        sink: OverlapSink,
-        passengers: Passengers | None,
+        self, route: Route, loading: Loading, unloading: Unloading, sink: OverlapSink, passengers: Passengers | None
     ) -> None:
-        self.group = group
-        self.output_splits = output_splits
-        self.input_splits = input_splits
-        self.comm_type = comm_type
-        self.name = f"{comm_type} AllToAll{f' of {label}' if label else ''}"
+        self.route = route
+        self.loading = loading
+        self.unloading = unloading
         self.sink = sink
         self.passengers = passengers
         self._forward: Flight | None = None
         self._backward: Flight | None = None
 
-    def start_forward(self, source: torch.Tensor) -> None:
-        self._forward = Flight(
-            source, self.output_splits, self.input_splits, self.group, self.comm_type, self.name, self.sink
-        )
+    def start_forward(self, tensors: Sequence[torch.Tensor]) -> None:
+        r = self.route
+        rows = self.loading.load(*tensors)
+        self._forward = Flight(rows, r.output_splits, r.input_splits, r.group, r.comm_type, r.name, self.sink)
 
-    def land_forward(self) -> torch.Tensor:
+    def land_forward(self) -> tuple[torch.Tensor, ...]:
         assert self._forward is not None, "an AllToAll is waited for once"
         flight, self._forward = self._forward, None
-        return flight.land()
+        return self.unloading.unload(flight.land())
 
-    def start_backward(self, grad: torch.Tensor) -> None:
-        self._backward = Flight(
-            grad,
-            self.input_splits,
-            self.output_splits,
-            self.group,
-            f"{self.comm_type}_backward",
-            f"backward of {self.name}",
-            self.sink,
-        )
+    def start_backward(self, grads: Sequence[torch.Tensor]) -> None:
+        r = self.route
+        rows = self.unloading.load_grad(*grads)
+        kind, name = f"{r.comm_type}_backward", f"backward of {r.name}"
+        self._backward = Flight(rows, r.input_splits, r.output_splits, r.group, kind, name, self.sink)
 
-    def land_backward(self) -> torch.Tensor:
+    def land_backward(self) -> tuple[torch.Tensor | None, ...]:
         """Fills the flight of the gradient, then lands it."""
         assert self._backward is not None, "the wait's backward launches the exchange"
         flight, self._backward = self._backward, None
-        self.sink.fill(self.comm_type, self.name)
-        return flight.land()
+        self.sink.fill(self.route.comm_type, self.route.name)
+        return self.loading.unload_grad(flight.land())
 
 
 class _Launch(torch.autograd.Function):
@@ -133,45 +137,64 @@ class _Launch(torch.autograd.Function):
     directions differ in shape and autograd would refuse the one as the other's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, source: torch.Tensor, exchange: _Exchange, *weights: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, exchange: _Exchange, count: int, *inputs: torch.Tensor) -> torch.Tensor:
         ctx.exchange = exchange
-        exchange.start_forward(source)
-        return source.new_empty(0)
+        exchange.start_forward(inputs[:count])
+        return inputs[0].new_empty(0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, _token: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         passengers = ctx.exchange.passengers
-        grad = ctx.exchange.land_backward()
-        return (grad, None, *(passengers.collect() if passengers is not None else ()))
+        grads = ctx.exchange.land_backward()
+        return (None, None, *grads, *(passengers.collect() if passengers is not None else ()))
 
 
 class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, token: torch.Tensor, exchange: _Exchange) -> torch.Tensor:
+    def forward(ctx: Any, token: torch.Tensor, exchange: _Exchange) -> Any:
         ctx.exchange = exchange
-        return exchange.land_forward()
+        tensors = exchange.land_forward()
+        return tensors if len(tensors) > 1 else tensors[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        ctx.exchange.start_backward(grad)
-        return grad.new_empty(0), None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        ctx.exchange.start_backward(grads)
+        return grads[0].new_empty(0), None
 
 
 class AllToAllHandle:
-    """An AllToAll in flight; ``wait()`` gives the received rows, once or many times."""
+    """An AllToAll in flight; ``wait()`` gives what was received, once or many times."""
 
     def __init__(self, token: torch.Tensor, exchange: _Exchange) -> None:
         self._token = token
         self._exchange = exchange
-        self._result: torch.Tensor | None = None
+        self._result: Any = None
 
-    def wait(self) -> torch.Tensor:
-        """The received tensor. The input must not be written before this returns."""
+    def wait(self) -> Any:
+        """The received tensor, or the tensors of its unloading. The input must not be written before this returns."""
         if self._result is None:
             self._result = _Wait.apply(self._token, self._exchange)
         return self._result
+
+
+def start_exchange(
+    route: Route,
+    tensors: Sequence[torch.Tensor],
+    *,
+    loading: Loading = AS_IS,
+    unloading: Unloading = AS_IS,
+    sink: OverlapSink | None = None,
+    passengers: Passengers | None = None,
+) -> AllToAllHandle:
+    """Starts an AllToAll of what ``loading`` makes of the tensors; the splits of ``route`` are taken as right.
+
+    Raises CollectiveError when a peer died or did not arrive in time.
+    """
+    exchange = _Exchange(route, loading, unloading, sink if sink is not None else DirectSink(), passengers)
+    weights = passengers.weights if passengers is not None else ()
+    return AllToAllHandle(_Launch.apply(exchange, len(tensors), *tensors, *weights), exchange)
 
 
 def fluid_all_to_all(
@@ -211,11 +234,8 @@ def fluid_all_to_all(
     input_splits = _checked("input_splits", input_splits, world, tensor.shape[0], tensor.shape[0])
     if (output_splits is None) != (input_splits is None):
         raise ValueError("output_splits and input_splits must both be given or both be None")
-    exchange = _Exchange(
-        group, output_splits, input_splits, comm_type, label, sink if sink is not None else DirectSink(), passengers
-    )
-    token = _Launch.apply(tensor, exchange, *(passengers.weights if passengers is not None else ()))
-    handle = AllToAllHandle(token, exchange)
+    route = Route(group=group, output_splits=output_splits, input_splits=input_splits, comm_type=comm_type, label=label)
+    handle = start_exchange(route, [tensor], sink=sink, passengers=passengers)
     return handle if async_op else handle.wait()
 
 

@@ -23,7 +23,7 @@ from fluid_npu.mcore.dispatch_plan import DispatchPlan
 from fluid_npu.mcore.experts import FluidGroupedMLP
 from fluid_npu.mcore.router import FluidRouter
 from fluid_npu.mcore.token_dispatcher import FluidTokenDispatcher
-from fluid_npu.ops.payload import pack, probs_dtype_on_wire
+from fluid_npu.ops.payload import wire_dtype
 from fluid_npu.schedule.deferred import DeferredWeights
 from fluid_npu.schedule.scheduler import BackwardScheduler
 
@@ -31,23 +31,19 @@ from fluid_npu.schedule.scheduler import BackwardScheduler
 @dataclass(frozen=True)
 class _Prepared:
     plan: DispatchPlan
-    payload: Tensor
     hidden_states: Tensor
-    probs_dtype: torch.dtype
+    probs: Tensor
 
 
 @dataclass(frozen=True)
 class _Dispatched:
-    plan: DispatchPlan
+    prepared: _Prepared
     handle: AllToAllHandle
-    hidden_states: Tensor
-    probs_dtype: torch.dtype
     deferred: DeferredWeights | None
 
 
 @dataclass(frozen=True)
 class _Combined:
-    plan: DispatchPlan
     handle: AllToAllHandle
     shared_output: Tensor | None
 
@@ -124,11 +120,8 @@ class FluidMoELayer(MoELayer):
         """Nothing yet: shared experts run while the dispatch is in flight."""
 
     def preprocess(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Any, None]:
-        """Decides the plan and packs tokens and probabilities into one payload."""
-        x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        plan = self.token_dispatcher.plan(routing_map, hidden_states.shape)
-        payload = pack(x_TH, probs, plan.layout)
-        return _Prepared(plan, payload, hidden_states, probs_dtype_on_wire(x_TH.dtype, probs.dtype)), None
+        """Decides the plan."""
+        return _Prepared(self.token_dispatcher.plan(routing_map, hidden_states.shape), hidden_states, probs), None
 
     def dispatch(self, hidden_states: Any, probs: None) -> tuple[Any, None]:
         """Starts the dispatch AllToAll."""
@@ -138,29 +131,31 @@ class FluidMoELayer(MoELayer):
             self._say_if_nothing_is_carried()
             deferred = self.experts.defer(self.backward_scheduler, self.label)
         handle = self.token_dispatcher.send(
-            prepared.payload, prepared.plan, deferred.passengers if deferred is not None else None
+            prepared.hidden_states.reshape(-1, prepared.hidden_states.shape[-1]),
+            prepared.probs,
+            prepared.plan,
+            deferred.passengers if deferred is not None else None,
         )
-        return _Dispatched(prepared.plan, handle, prepared.hidden_states, prepared.probs_dtype, deferred), None
+        return _Dispatched(prepared, handle, deferred), None
 
     def routed_experts_compute(self, hidden_states: Any, probs: None) -> tuple[Any, None]:
         """Shared experts beside the dispatch, then the routed experts; starts the combine AllToAll."""
         sent: _Dispatched = hidden_states
-        shared_output = super().shared_experts_compute(sent.hidden_states)
-        x_RH, p_R = self.token_dispatcher.receive(
-            sent.handle.wait(), sent.plan, sent.hidden_states.shape[-1], sent.probs_dtype
-        )
+        plan, tokens, probs_TE = sent.prepared.plan, sent.prepared.hidden_states, sent.prepared.probs
+        shared_output = super().shared_experts_compute(tokens)
+        x_RH, p_R = self.token_dispatcher.receive(sent.handle, plan, wire_dtype(tokens.dtype, probs_TE.dtype))
         if sent.deferred is not None:
-            out_RH, _ = self.experts(x_RH, sent.plan.tokens_per_expert, p_R, deferred=sent.deferred)
+            out_RH, _ = self.experts(x_RH, plan.tokens_per_expert, p_R, deferred=sent.deferred)
         else:
-            out_RH, _ = self.experts(x_RH.contiguous(), torch.tensor(sent.plan.tokens_per_expert), p_R)
-        return _Combined(sent.plan, self.token_dispatcher.send_back(out_RH, sent.plan), shared_output), None
+            out_RH, _ = self.experts(x_RH.contiguous(), torch.tensor(plan.tokens_per_expert), p_R)
+        return _Combined(self.token_dispatcher.send_back(out_RH, plan), shared_output), None
 
     def combine(self, output: Any) -> Any:
         """The combine is in flight; ``postprocess`` completes it."""
         return output
 
     def postprocess(self, output: Any, shared_expert_output: None) -> Tensor:
-        """Completes the combine, sums each token's rows and adds the shared experts."""
+        """Completes the combine, which sums each token's rows, and adds the shared experts."""
         combined: _Combined = output
-        merged = self.token_dispatcher.merge(combined.handle.wait(), combined.plan)
+        merged = combined.handle.wait()
         return merged if combined.shared_output is None else merged + combined.shared_output

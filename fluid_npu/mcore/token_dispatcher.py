@@ -1,6 +1,6 @@
 """The AllToAll token dispatcher: one payload exchange per dispatch, nothing stuck on ``self`` between layers' steps.
 
-``FluidMoELayer`` uses ``plan``, ``send``, ``receive``, ``send_back`` and ``merge``, which pass a frozen plan along.
+``FluidMoELayer`` uses ``plan``, ``send``, ``receive`` and ``send_back``, which pass a frozen plan along.
 Megatron's six steps and the plain ``dispatch()`` / ``combine()`` are thin layers over them for other callers; they
 must remember the plan between two calls, as Megatron's own dispatchers do.
 """
@@ -17,11 +17,12 @@ from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from fluid_npu.comm.all_to_all import AllToAllHandle, fluid_all_to_all
+from fluid_npu.comm.all_to_all import AllToAllHandle, Route, start_exchange
+from fluid_npu.comm.cargo import AS_IS, Loading
 from fluid_npu.comm.sink import OverlapSink, Passengers
 from fluid_npu.mcore.dispatch_plan import DispatchPlan, ExpertGroups, exchange_counts, finish_counts, make_plan
-from fluid_npu.ops.payload import gather_rows, pack, probs_dtype_on_wire, replicate_payload, unpack
-from fluid_npu.ops.permute import PermuteLayout, unpermute_tokens
+from fluid_npu.ops.payload import Merge, Pack, Reorder, Replicate, SumParts, Unpack, wire_dtype
+from fluid_npu.ops.permute import PermuteLayout
 
 
 class FluidTokenDispatcher(MoETokenDispatcher):
@@ -64,9 +65,8 @@ class FluidTokenDispatcher(MoETokenDispatcher):
             ranks=dist.get_process_group_ranks(self.tp_ep_group) if dist.is_initialized() else [0],
         )
         self._current: DispatchPlan | None = None
-        self._combining: AllToAllHandle | None = None
 
-    # ---- the five steps, plan in hand
+    # ---- the steps of a layer, plan in hand
 
     def plan(self, routing_map_TE: Tensor, tokens_shape: torch.Size) -> DispatchPlan:
         """Decides rows and splits for a bool routing map; tells the other ranks how many rows they get."""
@@ -88,75 +88,69 @@ class FluidTokenDispatcher(MoETokenDispatcher):
             counts_QPL = finish_counts(pending, self.groups, self.num_local_experts, self._where("dispatch"))
         return make_plan(layout, tokens_shape, host_E, counts_QPL, self.groups)
 
-    def send(self, payload_NW: Tensor, plan: DispatchPlan, passengers: Passengers | None = None) -> AllToAllHandle:
-        """Starts the dispatch of packed tokens and probabilities."""
-        return self._exchange(payload_NW, plan.output_splits, plan.input_splits, "moe_dispatch", passengers)
-
-    def receive(
-        self, payload_RW: Tensor, plan: DispatchPlan, hidden: int, probs_dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """``[R, H]`` tokens by local expert and their ``[R]`` probabilities, from the landed dispatch."""
-        order = plan.order[0] if plan.order is not None else None
-        if self.tp_size > 1:
-            payload_RW = self._gather_tp(replicate_payload(payload_RW, self.tp_size, hidden, probs_dtype), plan)
-        return unpack(payload_RW, hidden, probs_dtype, order)
-
-    def send_back(self, out_RH: Tensor, plan: DispatchPlan) -> AllToAllHandle:
-        """Starts the combine of the experts' outputs."""
-        if plan.order is not None:
-            sort_rows, unsort_rows = plan.order
-            out_RH = gather_rows(out_RH, unsort_rows, sort_rows)
-        if self.tp_size > 1:
-            out_RH = self._reduce_scatter_tp(out_RH, plan)
-        return self._exchange(out_RH, plan.input_splits, plan.output_splits, "moe_combine", None)
-
-    def merge(self, rows_NH: Tensor, plan: DispatchPlan) -> Tensor:
-        """The sum of each token's rows, in the shape of the tokens."""
-        return unpermute_tokens(rows_NH, plan.layout).view(plan.tokens_shape)
-
-    def _gather_tp(self, copies: Tensor, plan: DispatchPlan) -> Tensor:
-        """The payloads of all expert-tensor-parallel ranks, which hold parts of the same experts.
-
-        An AllToAll that sends every rank the same rows: as many bytes as an all-gather, and the only form that
-        gloo has for uneven sizes. Its gradient sums what comes back, in rank order.
-        """
-        own = plan.gather_splits[self.tp_rank]
-        return self._exchange_tp(copies, plan.gather_splits, [own] * self.tp_size)
-
-    def _reduce_scatter_tp(self, out_RH: Tensor, plan: DispatchPlan) -> Tensor:
-        """The sum over expert-tensor-parallel ranks of this rank's rows, in rank order."""
-        own = plan.gather_splits[self.tp_rank]
-        parts = self._exchange_tp(out_RH, [own] * self.tp_size, plan.gather_splits)
-        return parts.view(self.tp_size, own, -1).sum(0)
-
-    def _exchange_tp(self, rows: Tensor, output_splits: list[int], input_splits: list[int]) -> Tensor:
-        received = fluid_all_to_all(
-            self.tp_group, rows, output_splits, input_splits, "moe_expert_tp", label=self.label, sink=self.sink
-        )
-        assert isinstance(received, Tensor)
-        return received
-
-    def _exchange(
-        self,
-        rows: Tensor,
-        output_splits: list[int],
-        input_splits: list[int],
-        comm_type: str,
-        passengers: Passengers | None,
+    def send(
+        self, x_TH: Tensor, probs_TE: Tensor, plan: DispatchPlan, passengers: Passengers | None = None
     ) -> AllToAllHandle:
-        handle = fluid_all_to_all(
-            self.ep_group,
-            rows,
-            output_splits,
-            input_splits,
-            comm_type,
-            async_op=True,
-            label=self.label,
+        """Starts the dispatch of tokens and probabilities; ``receive`` completes it."""
+        wire = wire_dtype(x_TH.dtype, probs_TE.dtype)
+        unpack = Unpack(x_TH.shape[1], wire, plan.order[0] if plan.order is not None else None)
+        return start_exchange(
+            self._route(plan.output_splits, plan.input_splits, "moe_dispatch"),
+            [x_TH, probs_TE.to(wire)],
+            loading=Pack(plan.layout, x_TH.shape[1], wire),
+            unloading=unpack if self.tp_size == 1 else AS_IS,
             sink=self.sink,
             passengers=passengers,
         )
-        assert isinstance(handle, AllToAllHandle)
-        return handle
+
+    def receive(self, handle: AllToAllHandle, plan: DispatchPlan, wire: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``[R, H]`` tokens by local expert and their ``[R]`` probabilities of dtype ``wire``.
+
+        Expert-tensor-parallel ranks hold parts of the same experts and need each other's rows: an AllToAll that
+        sends every rank the same rows, as many bytes as an all-gather and the only form that gloo has for
+        uneven sizes.
+        """
+        if self.tp_size == 1:
+            return handle.wait()
+        hidden = plan.tokens_shape[-1]
+        own = plan.gather_splits[self.tp_rank]
+        return start_exchange(
+            self._route(plan.gather_splits, [own] * self.tp_size, "moe_expert_tp", self.tp_group),
+            [handle.wait()],
+            loading=Replicate(self.tp_size, hidden, wire),
+            unloading=Unpack(hidden, wire, plan.order[0] if plan.order is not None else None),
+            sink=self.sink,
+        ).wait()
+
+    def send_back(self, out_RH: Tensor, plan: DispatchPlan) -> AllToAllHandle:
+        """Starts the combine of the experts' outputs; its ``wait()`` gives the sum of each token's rows."""
+        loading: Loading = AS_IS if plan.order is None else Reorder(plan.order[1], plan.order[0])
+        if self.tp_size > 1:
+            own = plan.gather_splits[self.tp_rank]
+            out_RH = start_exchange(
+                self._route([own] * self.tp_size, plan.gather_splits, "moe_expert_tp", self.tp_group),
+                [out_RH],
+                loading=loading,
+                unloading=SumParts(self.tp_size),
+                sink=self.sink,
+            ).wait()
+            loading = AS_IS
+        return start_exchange(
+            self._route(plan.input_splits, plan.output_splits, "moe_combine"),
+            [out_RH],
+            loading=loading,
+            unloading=Merge(plan.layout, plan.tokens_shape),
+            sink=self.sink,
+        )
+
+    def _route(self, output_splits: list[int], input_splits: list[int], comm_type: str, group: Any = None) -> Route:
+        return Route(
+            group=group if group is not None else self.ep_group,
+            output_splits=output_splits,
+            input_splits=input_splits,
+            comm_type=comm_type,
+            label=self.label,
+        )
 
     def _capacity(self, num_tokens: int) -> int | None:
         """Rows of each expert when they are padded to a fixed number, else None."""
@@ -179,49 +173,41 @@ class FluidTokenDispatcher(MoETokenDispatcher):
             routing_map: ``[T, E]`` bool.
             probs: ``[T, E]``.
         """
-        tokens, tail = self.dispatch_preprocess(hidden_states, routing_map, probs)
-        return self.dispatch_postprocess(*self.token_dispatch(tokens, tail))
+        tokens, probs = self.dispatch_preprocess(hidden_states, routing_map, probs)
+        return self.dispatch_postprocess(*self.token_dispatch(tokens, probs))
 
     def combine(self, expert_output: Tensor) -> Tensor:
         """Undoes the last ``dispatch``: the sum over each token's experts, in the shape of its hidden states."""
-        return self.combine_postprocess(self.token_combine(self.combine_preprocess(expert_output)))
+        return self.token_combine(expert_output)
 
-    # ---- Megatron's six steps
+    # ---- Megatron's six steps; the reorderings happen inside the two exchanges
 
-    def dispatch_preprocess(
-        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
-    ) -> tuple[Tensor, torch.dtype]:
-        """The payload to send, and the dtype in which probabilities travel in it."""
-        x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+    def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Decides rows and splits."""
         self._current = self.plan(routing_map, hidden_states.shape)
-        return pack(x_TH, probs, self._current.layout), probs_dtype_on_wire(x_TH.dtype, probs.dtype)
+        return hidden_states.reshape(-1, hidden_states.shape[-1]), probs
 
-    def token_dispatch(self, hidden_states: Tensor, probs: Any) -> tuple[Tensor, Any]:
-        """The dispatch AllToAll."""
-        return self.send(hidden_states, self._plan_of_step("token_dispatch")).wait(), probs
+    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """The dispatch AllToAll: tokens by local expert, and their probabilities."""
+        plan = self._plan_of_step("token_dispatch")
+        wire = wire_dtype(hidden_states.dtype, probs.dtype)
+        return self.receive(self.send(hidden_states, probs, plan), plan, wire)
 
-    def dispatch_postprocess(self, hidden_states: Tensor, probs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens by local expert, rows of each local expert, probabilities."""
-        plan = self._plan_of_step("dispatch_postprocess")
-        x_RH, p_R = self.receive(hidden_states, plan, plan.tokens_shape[-1], probs)
-        return x_RH, torch.tensor(plan.tokens_per_expert), p_R
+        return hidden_states, torch.tensor(self._plan_of_step("dispatch_postprocess").tokens_per_expert), probs
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
-        """Starts the combine; the exchange is completed by ``token_combine``."""
-        self._combining = self.send_back(hidden_states, self._plan_of_step("combine_preprocess"))
+        """Nothing: rows are put in order as they are sent."""
         return hidden_states
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
-        """Completes the combine AllToAll."""
-        self._plan_of_step("token_combine")
-        combining, self._combining = self._combining, None
-        if combining is None:
-            raise RuntimeError("FluidTokenDispatcher.token_combine() needs combine_preprocess() before it")
-        return combining.wait()
+        """The combine AllToAll and the sum of each token's rows."""
+        return self.send_back(hidden_states, self._plan_of_step("token_combine")).wait()
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
-        """Sums each token's rows."""
-        return self.merge(hidden_states, self._plan_of_step("combine_postprocess"))
+        """Nothing: rows are summed as they are received."""
+        return hidden_states
 
     def _plan_of_step(self, step: str) -> DispatchPlan:
         if self._current is None:

@@ -1,13 +1,14 @@
-"""Tokens and their probabilities as one payload, so that dispatch is one AllToAll and not two.
+"""What travels in a dispatch and a combine: tokens and probabilities as one payload, rows in and out of order.
 
 A payload row is ``[H token columns | tail]``: the tail holds the row's probability, bit for bit, repeated up to 16
-bytes so that rows stay aligned for matrix kernels. T tokens, N rows before dispatch, R rows after it, H hidden,
-W payload width in elements of the token dtype.
+bytes so that rows stay aligned for matrix kernels; so dispatch is one AllToAll and not two. The classes load and
+unload an exchange (``comm.cargo``); each method is the other direction's gradient. T tokens, N rows before dispatch, R
+rows after it, H hidden, W payload width in elements of the token dtype, Q expert-tensor-parallel ranks.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,117 +24,125 @@ def payload_width(hidden: int, dtype: torch.dtype) -> int:
     return hidden + _TAIL_BYTES // dtype.itemsize
 
 
-def probs_dtype_on_wire(tokens: torch.dtype, probs: torch.dtype) -> torch.dtype:
+def wire_dtype(tokens: torch.dtype, probs: torch.dtype) -> torch.dtype:
     """The dtype in which probabilities travel: their own, or the tokens' where that is wider."""
     return probs if probs.itemsize >= tokens.itemsize else tokens
 
 
-def pack(x_TH: Tensor, probs_TE: Tensor, layout: PermuteLayout) -> Tensor:
-    """``[N, W]``: the row of each (token, expert) pair with its probability. Differentiable in both.
+@dataclass(frozen=True)
+class Pack:
+    """Loads ``[T, H]`` tokens and ``[T, E]`` probabilities of dtype ``wire`` as ``[N, W]`` payload rows."""
 
-    Raises ValueError when the probabilities are wider than the tail (no dtype of torch is).
+    layout: PermuteLayout
+    hidden: int
+    wire: torch.dtype
+
+    def load(self, *tensors: Tensor) -> Tensor:
+        x_TH, probs_TE = tensors
+        payload = x_TH.new_empty(self.layout.num_rows, payload_width(self.hidden, x_TH.dtype))
+        torch.index_select(x_TH, 0, self.layout.token_of_row, out=payload[:, : self.hidden])
+        _write_tail(payload, self.hidden, torch.take(probs_TE, self.layout.pair_index))
+        return payload
+
+    def unload_grad(self, rows: Tensor) -> tuple[Tensor | None, ...]:
+        dx_TH = kernels_of(rows).unpermute(rows[:, : self.hidden].contiguous(), self.layout)
+        dp_N = _read_tail(rows, self.hidden, self.wire)
+        # Every (token, expert) has at most one row: a plain write, no sum.
+        dprobs = dp_N.new_zeros(self.layout.num_tokens * self.layout.num_experts)
+        return dx_TH, dprobs.scatter_(0, self.layout.pair_index, dp_N).view(self.layout.num_tokens, -1)
+
+
+@dataclass(frozen=True)
+class Unpack:
+    """Unloads payload rows as ``[R, H]`` tokens (rows of a wider buffer, stride W) and ``[R]`` probabilities.
+
+    ``rows`` says which payload row comes at each place; None keeps the order.
     """
-    wire = probs_dtype_on_wire(x_TH.dtype, probs_TE.dtype)
-    return _Pack.apply(x_TH, probs_TE.to(wire), layout)
+
+    hidden: int
+    wire: torch.dtype
+    rows: Tensor | None
+
+    def unload(self, rows: Tensor) -> tuple[Tensor, ...]:
+        ordered = rows if self.rows is None else rows.index_select(0, self.rows)
+        return ordered[:, : self.hidden], _read_tail(ordered, self.hidden, self.wire)
+
+    def load_grad(self, *grads: Tensor) -> Tensor:
+        dx_RH, dp_R = grads
+        payload = dx_RH.new_empty(dx_RH.shape[0], payload_width(self.hidden, dx_RH.dtype))
+        if self.rows is None:
+            payload[:, : self.hidden] = dx_RH
+        else:
+            payload[:, : self.hidden].index_copy_(0, self.rows, dx_RH)
+            dp_R = torch.empty_like(dp_R).index_copy_(0, self.rows, dp_R)
+        _write_tail(payload, self.hidden, dp_R)
+        return payload
 
 
-def unpack(payload_RW: Tensor, hidden: int, probs_dtype: torch.dtype, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Tokens ``[R, H]`` (rows of a wider buffer, stride W) and probabilities ``[R]``.
+@dataclass(frozen=True)
+class Reorder:
+    """Loads rows in another order; ``inverse`` undoes ``rows``."""
 
-    Args:
-        payload_RW: what ``pack`` made, after the exchange.
-        hidden: H.
-        probs_dtype: dtype on the wire (``probs_dtype_on_wire``).
-        rows: ``[R]`` int64, which payload row comes at each place; None keeps the order.
-    """
-    return _Unpack.apply(payload_RW, hidden, probs_dtype, rows)
+    rows: Tensor
+    inverse: Tensor
 
+    def load(self, *tensors: Tensor) -> Tensor:
+        return tensors[0].index_select(0, self.rows)
 
-def gather_rows(x_RH: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
-    """``x_RH[rows]`` for a permutation of the rows; the gradient is gathered by its inverse."""
-    return _GatherRows.apply(x_RH, rows, inverse)
+    def unload_grad(self, rows: Tensor) -> tuple[Tensor | None, ...]:
+        return (rows.index_select(0, self.inverse),)
 
 
-def replicate_payload(payload_RW: Tensor, times: int, hidden: int, probs_dtype: torch.dtype) -> Tensor:
-    """``[times * R, W]``: the payload repeated; the gradient is the sum over copies of tokens and probabilities."""
-    return _Replicate.apply(payload_RW, times, hidden, probs_dtype)
+@dataclass(frozen=True)
+class Merge:
+    """Unloads ``[N, H]`` rows as the sum of each token's rows, in ``shape``."""
+
+    layout: PermuteLayout
+    shape: torch.Size
+
+    def unload(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return (kernels_of(rows).unpermute(rows, self.layout).view(self.shape),)
+
+    def load_grad(self, *grads: Tensor) -> Tensor:
+        return kernels_of(grads[0]).permute(grads[0].reshape(-1, self.shape[-1]), self.layout)
+
+
+@dataclass(frozen=True)
+class Replicate:
+    """Loads a payload ``times`` times over; the gradient is the sum over copies of tokens and of probabilities."""
+
+    times: int
+    hidden: int
+    wire: torch.dtype
+
+    def load(self, *tensors: Tensor) -> Tensor:
+        return tensors[0].repeat(self.times, 1)
+
+    def unload_grad(self, rows: Tensor) -> tuple[Tensor | None, ...]:
+        total = rows.view(self.times, -1, rows.shape[1]).sum(0)
+        # The tail is bits, not numbers of the payload's dtype: it is summed as probabilities.
+        _write_tail(total, self.hidden, _read_tail(rows, self.hidden, self.wire).view(self.times, -1).sum(0))
+        return (total,)
+
+
+@dataclass(frozen=True)
+class SumParts:
+    """Unloads ``times`` blocks of rows as their sum, in rank order."""
+
+    times: int
+
+    def unload(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return (rows.view(self.times, -1, rows.shape[1]).sum(0),)
+
+    def load_grad(self, *grads: Tensor) -> Tensor:
+        return grads[0].repeat(self.times, 1)
 
 
 def _write_tail(payload: Tensor, hidden: int, p: Tensor) -> None:
     words = p.unsqueeze(-1).view(payload.dtype)
-    tail = payload[:, hidden:]
-    tail.unflatten(1, (-1, words.shape[1])).copy_(words.unsqueeze(1))
+    payload[:, hidden:].unflatten(1, (-1, words.shape[1])).copy_(words.unsqueeze(1))
 
 
 def _read_tail(payload: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
     words = dtype.itemsize // payload.element_size()
     return payload[:, hidden : hidden + words].contiguous().view(dtype).view(-1)
-
-
-class _Pack(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, probs_TE: Tensor, layout: PermuteLayout) -> Tensor:
-        ctx.layout, ctx.hidden, ctx.probs = layout, x_TH.shape[1], (probs_TE.shape, probs_TE.dtype)
-        payload = x_TH.new_empty(layout.num_rows, payload_width(x_TH.shape[1], x_TH.dtype))
-        torch.index_select(x_TH, 0, layout.token_of_row, out=payload[:, : x_TH.shape[1]])
-        _write_tail(payload, x_TH.shape[1], torch.take(probs_TE, layout.pair_index))
-        return payload
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_NW: Tensor) -> tuple[Tensor, Tensor, None]:
-        shape, dtype = ctx.probs
-        dx_TH = kernels_of(grad_NW).unpermute(grad_NW[:, : ctx.hidden].contiguous(), ctx.layout)
-        dp_N = _read_tail(grad_NW, ctx.hidden, dtype)
-        # Every (token, expert) has at most one row: a plain write, no sum.
-        dprobs = dp_N.new_zeros(shape[0] * shape[1]).scatter_(0, ctx.layout.pair_index, dp_N)
-        return dx_TH, dprobs.view(shape), None
-
-
-class _Unpack(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, payload: Tensor, hidden: int, probs_dtype: torch.dtype, rows: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        ctx.width, ctx.hidden, ctx.rows = payload.shape[1], hidden, rows
-        ordered = payload.clone() if rows is None else payload.index_select(0, rows)
-        return ordered[:, :hidden], _read_tail(ordered, hidden, probs_dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dx_RH: Tensor, dp_R: Tensor) -> tuple[Tensor, None, None, None]:
-        ordered = dx_RH.new_empty(dx_RH.shape[0], ctx.width)
-        ordered[:, : ctx.hidden] = dx_RH
-        _write_tail(ordered, ctx.hidden, dp_R)
-        if ctx.rows is None:
-            return ordered, None, None, None
-        return torch.empty_like(ordered).index_copy_(0, ctx.rows, ordered), None, None, None
-
-
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_RH: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
-        ctx.inverse = inverse
-        return x_RH.index_select(0, rows)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.index_select(0, ctx.inverse), None, None
-
-
-class _Replicate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, payload: Tensor, times: int, hidden: int, probs_dtype: torch.dtype) -> Tensor:
-        ctx.times, ctx.hidden, ctx.probs_dtype = times, hidden, probs_dtype
-        return payload.repeat(times, 1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        # The tail is bits, not numbers of the payload's dtype: it is summed as probabilities.
-        copies = grad.view(ctx.times, -1, grad.shape[1])
-        total = copies.sum(0)
-        p = _read_tail(grad, ctx.hidden, ctx.probs_dtype).view(ctx.times, -1).sum(0)
-        _write_tail(total, ctx.hidden, p)
-        return total, None, None, None

@@ -124,5 +124,5 @@ def test_unsupported_options_are_named(run_ranks: Ranks) -> None:
     messages = run_ranks(2, refusals, sizes={"expert_model_parallel_size": 2})[0]
     assert "moe_router_padding_for_quantization=True" in messages["moe_router_padding_for_quantization"]
     assert "moe_latent_size=8" in messages["moe_latent_size"]
-    assert "combine_preprocess() needs dispatch_preprocess() or dispatch() before it" in messages["early"]
+    assert "token_combine() needs dispatch_preprocess() or dispatch() before it" in messages["early"]
     assert "moe_token_dispatcher_type='allgather'" in messages["kind"]
