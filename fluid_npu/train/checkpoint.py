@@ -36,6 +36,7 @@ from fluid_npu.train.checkpoint_files import (
 )
 from fluid_npu.train.checkpoint_writer import InProcessSave
 from fluid_npu.train.config import ConfigError, TrainConfig, differing_flag
+from fluid_npu.train.data.build import info
 from fluid_npu.train.optimizer import allocate_states, load_optimizer
 from fluid_npu.train.parallel import Place
 
@@ -75,6 +76,11 @@ def restore(config: TrainConfig, place: Place, state: RunState) -> int:
         difference = differing_flag(json.loads(content["config"]), config)
         if difference is not None:
             raise ConfigError(difference)
+        if content["data"] != _data_digest(config):
+            raise ConfigError(
+                f"--data {config.data}: the checkpoint was written with other data (sha256 {content['data'][:12]}...); "
+                "resume with the data set that the run began with"
+            )
         return _load(place, state, chosen)
 
 
@@ -90,6 +96,7 @@ def _choose(config: TrainConfig) -> str | None:
 
 def _write(config: TrainConfig, place: Place, state: RunState, step: int, work: Path) -> None:
     content = {**_sharded(place, state, loading=False), "step": step, "config": config.to_json()}
+    content["data"] = _data_digest(config)
     try:
         dist_checkpointing.save(content, str(work), sharded_strategy=InProcessSave())
     except BaseException as error:
@@ -104,6 +111,12 @@ def _publish(folder: Path, work: Path) -> Path:
         final = finish(work)
     prune(folder)
     return final
+
+
+def _data_digest(config: TrainConfig) -> str:
+    """Of the tokens: the path may change, the data may not."""
+    assert config.data is not None
+    return info(config.data, checksum=False).sha256[".bin"]
 
 
 def _load_common(checkpoint: str) -> dict[str, Any]:

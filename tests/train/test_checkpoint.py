@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -24,7 +25,7 @@ from fluid_npu.train.checkpoint_files import (
     start_writing,
 )
 from tests.support.ranks import RankError, run_ranks
-from tests.support.training import tiny, train_here
+from tests.support.training import data_prefix, tiny, train_here
 
 
 def write_one(folder: Path, step: int) -> Path:
@@ -118,10 +119,10 @@ def test_a_full_disk_ends_the_run_on_all_ranks(tmp_path: Path) -> None:
     ids=["dw", "distributed-bf16", "fp16"],
 )
 def test_a_resumed_run_equals_an_unbroken_one(tmp_path: Path, changes: dict[str, Any]) -> None:
-    whole = tiny(tmp_path / "whole", steps=12, checkpoint_every=6, **changes)
-    broken = tiny(tmp_path / "broken", steps=12, checkpoint_every=100, resume=True, **changes)
+    whole = tiny(tmp_path / "whole", steps=8, checkpoint_every=4, **changes)
+    broken = tiny(tmp_path / "broken", steps=8, checkpoint_every=100, resume=True, **changes)
     unbroken = run_ranks(2, train_here, whole.to_json())
-    later = tmp_path / "whole" / "checkpoints" / "step_000012"
+    later = tmp_path / "whole" / "checkpoints" / "step_000008"
     shutil.copytree(tmp_path / "whole", tmp_path / "broken", ignore=shutil.ignore_patterns(later.name))
     resumed = run_ranks(2, train_here, broken.to_json())
     for one, other in zip(unbroken, resumed, strict=True):
@@ -133,6 +134,23 @@ def test_resuming_with_another_flag_is_refused_by_name(tmp_path: Path) -> None:
     run_ranks(2, train_here, tiny(tmp_path, steps=2).to_json())
     with pytest.raises(RankError, match=r"--seed 7: the checkpoint was written with --seed 1234"):
         run_ranks(2, train_here, tiny(tmp_path, steps=2, seed=7, resume=True).to_json())
+
+
+def test_resuming_with_other_data_is_refused(tmp_path: Path) -> None:
+    config = tiny(tmp_path / "run", steps=1)
+    run_ranks(2, train_here, config.to_json())
+    prefix = Path(data_prefix())
+    for file in prefix.parent.glob(f"{prefix.name}.*.json"):
+        shutil.copy(file, tmp_path / file.name)
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{prefix}{suffix}", tmp_path / f"{prefix.name}{suffix}")
+    meta = tmp_path / f"{prefix.name}.meta.json"
+    described = json.loads(meta.read_text())
+    described["sha256"][".bin"] = "0" * 64
+    meta.write_text(json.dumps(described))
+    other = dataclasses.replace(config, data=str(tmp_path / prefix.name), resume=True)
+    with pytest.raises(RankError, match="was written with other data"):
+        run_ranks(2, train_here, other.to_json())
 
 
 def test_manifest_lists_every_file(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from fluid_npu.train.checkpoint_files import latest_checkpoint
 from fluid_npu.train.config import TrainConfig
 from tests.support.training import flags, start_cli, tiny
 
-STEPS = 24
+STEPS = 16
 # Delayed exchanges, so that a kill at any moment hits the wait for one.
 COMMON = {"steps": STEPS, "checkpoint_every": 8, "plant_delay_ms": 15.0, "timeout": 20.0}
 
@@ -58,7 +58,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, int, 
     """A run whose rank 1 was killed after its first checkpoint: configuration, exit code, errors, seconds."""
     config = tiny(tmp_path_factory.mktemp("killed"), **COMMON)
     process = start_cli("train", *flags(config))
-    wait_for_step(config, 12, process)
+    wait_for_step(config, 10, process)
     workers = psutil.Process(process.pid).children()
     rank_process(process, 1).send_signal(signal.SIGKILL)
     start = time.monotonic()
