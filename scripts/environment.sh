@@ -76,6 +76,7 @@ install_into() {
     fi
     say "installing fluid_npu and what it needs"
     "$python" -m pip install --disable-pip-version-check --editable ".[$extras]" \
+        | { grep --line-buffered -v '^Requirement already satisfied' || true; } \
         || fail "pip could not install fluid_npu; the reason stands above"
     printf '%s\n' "$key" >"$stamp" 2>/dev/null || true # a read-only environment is only asked again next time
 }
