@@ -4,14 +4,15 @@
         ...
     fluid_npu.adapt(["cpu"])            # stays until the process ends, or .rollback()
 
-Feature ``cpu`` makes megatron-core run on a machine without CUDA, over gloo. What it changes and why stands in
-``patches/*.toml``, one row per change. Layer Specs need no feature on CUDA.
+Feature ``cpu`` makes megatron-core run on a machine without CUDA, over gloo; ``no_te`` repairs what fails on any device
+without Transformer Engine. What they change and why stands in ``patches/*.toml``, one row per change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from types import TracebackType
 
 from fluid_npu.adaptor.manifest import load_manifest, manifest_names
@@ -20,7 +21,11 @@ from fluid_npu.adaptor.registry import Registry
 
 __all__ = ["FEATURES", "Adaptation", "Patch", "PatchError", "Registry", "adapt", "select"]
 
-FEATURES = ("cpu",)
+#: Each feature and what it does; ``cpu`` brings ``no_te`` along where Transformer Engine is not installed.
+FEATURES = {
+    "cpu": "megatron-core without CUDA, over gloo",
+    "no_te": "repairs of megatron-core where it assumes Transformer Engine although it is not installed",
+}
 
 _REGISTRY = Registry()
 _ACTIVE: list[str] = []
@@ -29,14 +34,22 @@ _ACTIVE: list[str] = []
 class Adaptation:
     """The features that one ``adapt`` call switched on; a context manager that rolls them back."""
 
-    def __init__(self, features: list[str]) -> None:
+    def __init__(self, features: list[str], before: int, after: int) -> None:
         self.features = features
+        self._before = before
+        self._after = after
 
     def rollback(self) -> None:
-        """Restores what this call changed. Does nothing if the call found its features already on."""
+        """Restores what this call changed. Does nothing if the call found its features already on.
+
+        Raises PatchError, changing nothing, if features were switched on later or someone patched on top.
+        """
         if not self.features:
             return
-        _REGISTRY.rollback()
+        if len(_REGISTRY.applied) != self._after:
+            later = ", ".join(_ACTIVE[_ACTIVE.index(self.features[-1]) + 1 :])
+            raise PatchError(f"roll back {later} first: it was switched on after {', '.join(self.features)}")
+        _REGISTRY.rollback(self._before)
         for feature in self.features:
             _ACTIVE.remove(feature)
         self.features = []
@@ -62,8 +75,7 @@ def megatron_line() -> str:
 def select(features: Sequence[str]) -> list[Patch]:
     """The rows that the features own, for the installed versions. Raises PatchError for an unknown feature."""
     for feature in features:
-        if feature not in FEATURES:
-            raise PatchError(f"adapt(features=...): {feature!r} is unknown; allowed: {', '.join(FEATURES)}")
+        _known(feature)
     name = f"megatron_core-{megatron_line()}"
     if name not in manifest_names():
         lines = ", ".join(n.removeprefix("megatron_core-") for n in manifest_names() if n.startswith("megatron_core"))
@@ -84,7 +96,18 @@ def adapt(features: Sequence[str]) -> Adaptation:
     Raises:
         PatchError: unknown feature, unsupported Megatron line, missing target or conflict; nothing was changed.
     """
-    fresh = [feature for feature in features if feature not in _ACTIVE]
+    for feature in features:
+        _known(feature)
+    wanted = list(features)
+    if "cpu" in wanted and "no_te" not in wanted and find_spec("transformer_engine") is None:
+        wanted.append("no_te")
+    fresh = [feature for feature in wanted if feature not in _ACTIVE]
+    before = len(_REGISTRY.applied)
     _REGISTRY.apply(select(fresh))
     _ACTIVE.extend(fresh)
-    return Adaptation(fresh)
+    return Adaptation(fresh, before, len(_REGISTRY.applied))
+
+
+def _known(feature: str) -> None:
+    if feature not in FEATURES:
+        raise PatchError(f"adapt(features=...): {feature!r} is unknown; allowed: {', '.join(FEATURES)}")

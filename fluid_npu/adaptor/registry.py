@@ -68,16 +68,19 @@ class Registry:
                 raise
             raise PatchError(f"applying failed and was undone: {error}") from error
 
-    def rollback(self) -> None:
-        """Restores everything. Raises PatchError, changing nothing, if a target was patched again since."""
+    def rollback(self, count: int = 0) -> None:
+        """Restores all but the oldest ``count`` patches.
+
+        Raises PatchError, changing nothing, if a target was patched again since.
+        """
         # Of several wraps of one target only the outermost is in the holder's dict.
-        outermost = {entry.patch.target: entry for entry in self._applied}
+        outermost = {entry.patch.target: entry for entry in self._applied[count:]}
         foreign = [entry.patch.name for entry in outermost.values() if not self._is_ours(entry)]
         if foreign:
             raise PatchError(
                 "cannot roll back: someone else patched on top of " + "; ".join(foreign) + ". Undo that first."
             )
-        self._undo_to(0)
+        self._undo_to(count)
 
     def _check(self, rows: list[Patch]) -> None:
         owners = {entry.patch.target: entry.patch for entry in self._applied}

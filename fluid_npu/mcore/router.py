@@ -9,6 +9,7 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from fluid_npu.device import device_of
 from fluid_npu.mcore.late import LateWeights
 from fluid_npu.ops.dense_linear import add_dense_dw_, dense_linear
 from fluid_npu.schedule.deferred import landed
@@ -25,18 +26,24 @@ class FluidRouter(LateWeights, TopKRouter):
     label = ""
 
     def gating(self, input: Tensor) -> Tensor:
-        """``[..., E]`` logits in ``moe_router_dtype``."""
-        hooks = self.late_hooks(self.weight)
-        if not hooks or self.backward_scheduler is None or not torch.is_grad_enabled() or self.bias is not None:
-            return super().gating(input)
+        """``[..., E]`` logits in ``moe_router_dtype``; unlike upstream's, it needs no Transformer Engine symbol."""
+        self._move_to_device()
         dtype = _DTYPES.get(self.config.moe_router_dtype, input.dtype)
-        return dense_linear(input, self.weight, defer_dw=self._queue, out_dtype=dtype)
+        late = self.backward_scheduler is not None and self.late_hooks(self.weight) and torch.is_grad_enabled()
+        return dense_linear(input, self.weight, self.bias, defer_dw=self._queue if late else None, out_dtype=dtype)
+
+    def _move_to_device(self) -> None:
+        """Megatron creates the router's weight on the CPU and moves it at its first use."""
+        for parameter in (self.weight, self.bias):
+            if parameter is not None and parameter.device.type == "cpu":
+                parameter.data = parameter.data.to(torch.cuda.current_device())
 
     def _queue(self, x: Tensor, dy: Tensor) -> None:
         assert self.backward_scheduler is not None
         shape = (x.shape[0], x.shape[1], dy.shape[1])
         run = lambda: self._land(x, dy)
-        self.backward_scheduler.submit(DWTask(name=f"{self.label} router", run=run, shape=shape, carry=True))
+        task = DWTask(name=f"{self.label} router", run=run, shape=shape, device=device_of(x), carry=True)
+        self.backward_scheduler.submit(task)
 
     def _land(self, x: Tensor, dy: Tensor) -> None:
         weight = self.weight

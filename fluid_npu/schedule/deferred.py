@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from fluid_npu.comm.sink import Passengers
+from fluid_npu.device import device_of
 from fluid_npu.ops.grouped_matmul import grouped_weight_grad
 from fluid_npu.schedule.scheduler import BackwardScheduler
 from fluid_npu.schedule.task import DWTask
@@ -83,6 +84,7 @@ class DeferredWeights:
                     name=f"{self._label} {weight.name}",
                     run=lambda: self._land(index, x, dy, counts),
                     shape=(x.shape[0], x.shape[1], dy.shape[1]),
+                    device=device_of(x),
                     carry=bool(weight.late_hooks),
                 )
             )

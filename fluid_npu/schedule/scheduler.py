@@ -19,8 +19,11 @@ import torch
 
 from fluid_npu.comm.stats import CommStats
 from fluid_npu.comm.transports import CollectiveTransport, Transport
+from fluid_npu.device.base import TimingEvent
 from fluid_npu.device.recorder import Recorder
 from fluid_npu.schedule.task import DWTask
+
+_FOLD_AT = 2048
 
 #: What ``overlap`` may be. 'full' (pipelined forward) is not built yet.
 OVERLAP_MODES = ("off", "dw")
@@ -107,13 +110,23 @@ class BackwardScheduler:
 
     def _run(self, task: DWTask, region: str) -> None:
         self.recorder.add("dw", task.name, region=region)
+        start, end = task.device.event(), task.device.event()
+        start.record()
         try:
             task.run()
         except BaseException:
             # A failed backward must not leave work behind for the next one.
             self._queue.clear()
             raise
+        end.record()
         self._completed += 1
+        self._timed.append((start, end))
+        if len(self._timed) >= _FOLD_AT:
+            self._fold()
+
+    def _fold(self) -> None:
+        self._dw_ms += sum(end.elapsed_ms(start) for start, end in self._timed)
+        self._timed.clear()
 
     def _end_of_backward(self) -> None:
         while self._queue:
@@ -122,14 +135,17 @@ class BackwardScheduler:
     def get_stats(self) -> dict[str, float]:
         """Counters since ``reset_stats``.
 
-        ``total_dw_tasks``, ``completed_dw_tasks``, ``dw_flops`` (this rank), and from the AllToAlls ``a2a_count``,
-        ``a2a_bytes`` (to other ranks), ``a2a_ms`` (those waited for at once), ``exposed_ms`` (time in waits), with
-        bytes and ms per kind of exchange. Reading synchronises with the device's timing events.
+        ``total_dw_tasks``, ``completed_dw_tasks``, ``dw_flops`` and ``dw_ms`` (this rank), and from the AllToAlls
+        ``a2a_count``, ``a2a_bytes`` (to other ranks), ``a2a_ms`` (those waited for at once), ``exposed_ms`` (time in
+        waits), with bytes and ms per kind of exchange. Reading synchronises with the device's timing events.
         """
+        self._fold()
         tasks = {"total_dw_tasks": self._total, "completed_dw_tasks": self._completed, "dw_flops": self._flops}
-        return {**tasks, **self.comm.as_dict()}
+        return {**tasks, "dw_ms": self._dw_ms, **self.comm.as_dict()}
 
     def reset_stats(self) -> None:
         """Starts counting from zero."""
         self._total = self._completed = self._flops = 0
+        self._dw_ms = 0.0
+        self._timed: list[tuple[TimingEvent, TimingEvent]] = []
         self.comm.reset()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fluid_npu.device.base import Device
+
 
 @dataclass(frozen=True, kw_only=True)
 class DWTask:
@@ -12,12 +14,13 @@ class DWTask:
 
     ``run`` owns its inputs: they stay alive, and must stay unchanged, until it ran. ``shape`` is (rows, inputs,
     outputs) of this rank and ``flops`` its cost, 2 * rows * inputs * outputs. ``carry`` marks work that may be
-    left for the combine of the layer below.
+    left for the combine of the layer below. ``device`` is where it runs, for timing.
     """
 
     name: str
     run: Callable[[], None]
     shape: tuple[int, int, int]
+    device: Device
     carry: bool = False
 
     @property

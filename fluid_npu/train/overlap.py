@@ -51,8 +51,8 @@ class OverlapStats:
         """Takes one step; ``counters`` are the scheduler's of that step."""
         (self.twin_ms if twin else self.overlapped_ms).append(step_ms)
         if twin:
-            # What dW may run beside: the dispatch's backward. That dW lasts at least as long is assumed.
-            self.coverable_ms.append(counters.get("moe_dispatch_backward_ms", 0.0))
+            # dW may run beside the dispatch's backward, and no more of either than the other lasts.
+            self.coverable_ms.append(min(counters.get("moe_dispatch_backward_ms", 0.0), counters.get("dw_ms", 0.0)))
 
     def report(self, overlap: str) -> dict[str, float | None]:
         """hidden_ms, signed, and hidden_fraction; 0 and None with overlap off, None where no twin ran."""

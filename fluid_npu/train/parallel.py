@@ -6,11 +6,13 @@ import os
 import random
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from fluid_npu.adaptor import adapt
 from fluid_npu.comm.guard import collective
 from fluid_npu.comm.progress import ProgressBoard
 from fluid_npu.device import Device, get_device
@@ -49,10 +51,7 @@ def join(config: TrainConfig, store: dist.Store | None = None) -> Place:
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     device = get_device(config.device).announce("device").value
     device.set_current(local_rank)
-    if device.name == "cpu":
-        from fluid_npu.adaptor import adapt
-
-        adapt(["cpu"])
+    adapt(["cpu"] if device.name == "cpu" else [] if find_spec("transformer_engine") else ["no_te"])
     if not dist.is_initialized():
         # NCCL warns about its barrier when it has to guess the device.
         bound = device.torch_device(local_rank) if device.name == "cuda" else None

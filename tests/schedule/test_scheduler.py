@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from fluid_npu.device import get_device
 from fluid_npu.schedule.live import get_backward_scheduler, register
 from fluid_npu.schedule.scheduler import BackwardScheduler
 from fluid_npu.schedule.task import DWTask
 
+CPU = get_device("cpu").value
 Ranks = Callable[..., list[Any]]
 
 
@@ -31,7 +33,7 @@ class _Queues(torch.autograd.Function):
 
 
 def _task(name: str, done: list[str], carry: bool = False) -> DWTask:
-    return DWTask(name=name, run=lambda: done.append(name), shape=(2, 3, 5), carry=carry)
+    return DWTask(name=name, run=lambda: done.append(name), shape=(2, 3, 5), device=CPU, carry=carry)
 
 
 def _backward(submit: Callable[[], None]) -> None:
@@ -60,6 +62,7 @@ def test_tasks_run_in_order_and_carried_ones_wait_for_the_combine() -> None:
     assert states == [["fc1"], ["fc1", "fc2"]]
     stats = scheduler.get_stats()
     assert stats["total_dw_tasks"] == stats["completed_dw_tasks"] == 2
+    assert stats["dw_ms"] > 0
     assert stats["dw_flops"] == 2 * 2 * 2 * 3 * 5
 
 
@@ -86,7 +89,7 @@ def test_a_failing_task_leaves_no_work_for_the_next_backward() -> None:
         raise RuntimeError("no memory for dW")
 
     def submit() -> None:
-        scheduler.submit(DWTask(name="bad", run=fail, shape=(1, 1, 1)))
+        scheduler.submit(DWTask(name="bad", run=fail, shape=(1, 1, 1), device=CPU))
         scheduler.submit(_task("later", done))
 
     with pytest.raises(RuntimeError, match="no memory for dW"):

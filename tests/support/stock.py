@@ -20,7 +20,7 @@ def without_each(targets: list[str]) -> dict[str, str]:
 
     No error is ''. For ranks of an expert-parallel group of two.
     """
-    rows = select(["cpu"])
+    rows = select(["cpu", "no_te"])
     outcome = {"": _try(rows)}
     for target in targets:
         outcome[target] = _try([row for row in rows if row.target != target])
