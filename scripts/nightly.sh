@@ -42,7 +42,7 @@ trap 'rm -rf "$work"' EXIT
 failed=0
 mkdir -p benchmarks
 
-note() { printf '%s\n' "$*" | tee -a "$record"; }
+note() { printf '%s\n' "$@" | tee -a "$record"; }
 
 # Runs a part, records its verdict and the last lines of its output: part NAME COMMAND...
 part() {
@@ -55,7 +55,7 @@ part() {
     fi
     note "" "$name: $verdict after $((SECONDS - start)) s"
     # The record travels with the repository: no paths of this machine in it.
-    tail -n "${TAIL:-3}" "$work/output" | sed -e "s|$PWD/||g" -e "s|$PWD|.|g" -e "s|$work/||g" -e "s|${HOME:-/nonexistent}|~|g" | sed 's/^/    /' | tee -a "$record"
+    tail -n "${TAIL:-3}" "$work/output" | sed -e "s|${HOME:-/nonexistent}/|~/|g" -e "s|$work/||g" -e "s|$PWD/||g" | sed 's/^/    /' | tee -a "$record"
 }
 
 other_python() {
@@ -72,7 +72,7 @@ print("imports without torch:", sys.version.split()[0])'
 }
 
 memory_run() {
-    "$python" -m fluid_npu train --preset h64 --steps "$steps" --overlap dw --out "$work/run" --checkpoint-every "$steps" || return 1
+    "$python" -m fluid_npu train --preset h64 --vocab-size 4096 --steps "$steps" --overlap dw --out "$work/run" --checkpoint-every "$steps" || return 1
     "$python" - "$work/run/metrics.jsonl" <<'PY'
 import json
 import sys
@@ -104,7 +104,7 @@ with_torch() {
 
 {
     printf 'scripts/nightly.sh, %s UTC, commit %s\n' "$(date -u '+%Y-%m-%d %H:%M')" "$(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
-    printf 'machine: %s, %s cores\n' "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo 2>/dev/null | head -n 1)" "$(nproc)"
+    printf 'machine: %s, %s cores\n' "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo 2>/dev/null | head -n 1)" "$(getconf _NPROCESSORS_ONLN)"
     "$python" -c '
 import platform
 from importlib.metadata import version as v
