@@ -10,6 +10,7 @@ R rows of the local tensor; splits are rows per rank of the group, in rank order
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,45 +25,71 @@ from fluid_npu.comm.transports import PendingWork
 from fluid_npu.device import device_of
 
 
+@dataclass(frozen=True)
+class Peers:
+    """A process group and what is asked of it at every exchange; looked up once."""
+
+    group: Any
+    ranks: tuple[int, ...]
+    """Global ranks in the group's order."""
+    index: int
+    """This rank's place among them."""
+
+    @staticmethod
+    def of(group: Any) -> Peers:
+        """The peers of a torch.distributed group that this rank belongs to."""
+        return Peers(group, tuple(dist.get_process_group_ranks(group)), dist.get_rank(group))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """Who sends how many rows to whom, and what the exchange is called."""
+
+    peers: Peers
+    output_splits: Sequence[int] | None
+    input_splits: Sequence[int] | None
+    comm_type: str
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """For messages and records: "moe_dispatch AllToAll of layer 3"."""
+        return f"{self.comm_type} AllToAll{f' of {self.label}' if self.label else ''}"
+
+    def reversed(self) -> Route:
+        """The way of the gradient."""
+        return Route(
+            peers=self.peers,
+            output_splits=self.input_splits,
+            input_splits=self.output_splits,
+            comm_type=f"{self.comm_type}_backward",
+            label=self.label,
+        )
+
+
 class Flight:
     """One exchange under way in one direction. Keeps both buffers alive until it has landed."""
 
-    def __init__(
-        self,
-        source: torch.Tensor,
-        output_splits: Sequence[int] | None,
-        input_splits: Sequence[int] | None,
-        group: Any,
-        comm_type: str,
-        name: str,
-        sink: OverlapSink,
-    ) -> None:
+    def __init__(self, source: torch.Tensor, route: Route, name: str, sink: OverlapSink) -> None:
         self.name = name
         self._sink = sink
-        self._comm_type = comm_type
-        self._ranks = dist.get_process_group_ranks(group)
+        self._comm_type = route.comm_type
+        self._ranks = route.peers.ranks
         self._source: torch.Tensor | None = source.contiguous()
-        rows = source.shape[0] if output_splits is None else sum(output_splits)
+        rows = source.shape[0] if route.output_splits is None else sum(route.output_splits)
         self.output = source.new_empty((rows, *source.shape[1:]))
         device = device_of(source)
         self._launched, self._reached, self._passed = device.event(), device.event(), device.event()
-        sink.comm.count(comm_type, self._bytes_to_peers(source, input_splits, group))
-        sink.recorder.add("launch", name, peers=len(self._ranks))
+        sink.comm.count(route.comm_type, _bytes_to_peers(source, route))
+        sink.recorder.add("launch", name)
         self._launched.record()
         with collective(name, self._ranks):
             self._work: PendingWork | None = sink.transport.start(
-                self.output, self._source, output_splits, input_splits, group
+                self.output, self._source, route.output_splits, route.input_splits, route.peers.group
             )
         if sink.serialised or torch.is_anomaly_enabled():
             # Anomaly mode reads what a node returns, which must not still be in flight.
             self.land(at_once=True)
-
-    @staticmethod
-    def _bytes_to_peers(source: torch.Tensor, input_splits: Sequence[int] | None, group: Any) -> int:
-        row_bytes = source[:1].numel() * source.element_size() if source.shape[0] else 0
-        mine = dist.get_rank(group)
-        own = source.shape[0] // dist.get_world_size(group) if input_splits is None else input_splits[mine]
-        return (source.shape[0] - own) * row_bytes
 
     def land(self, at_once: bool = False) -> torch.Tensor:
         """The received rows, once they are there; a second call does not wait again."""
@@ -78,20 +105,10 @@ class Flight:
         return self.output
 
 
-@dataclass(frozen=True, kw_only=True)
-class Route:
-    """Who sends how many rows to whom, and what the exchange is called."""
-
-    group: Any
-    output_splits: Sequence[int] | None
-    input_splits: Sequence[int] | None
-    comm_type: str
-    label: str = ""
-
-    @property
-    def name(self) -> str:
-        """For messages and records: "moe_dispatch AllToAll of layer 3"."""
-        return f"{self.comm_type} AllToAll{f' of {self.label}' if self.label else ''}"
+def _bytes_to_peers(source: torch.Tensor, route: Route) -> int:
+    splits, peers = route.input_splits, route.peers
+    own = source.shape[0] // len(peers.ranks) if splits is None else splits[peers.index]
+    return (source.shape[0] - own) * math.prod(source.shape[1:]) * source.element_size()
 
 
 class _Exchange:
@@ -109,9 +126,7 @@ class _Exchange:
         self._backward: Flight | None = None
 
     def start_forward(self, tensors: Sequence[torch.Tensor]) -> None:
-        r = self.route
-        rows = self.loading.load(*tensors)
-        self._forward = Flight(rows, r.output_splits, r.input_splits, r.group, r.comm_type, r.name, self.sink)
+        self._forward = Flight(self.loading.load(*tensors), self.route, self.route.name, self.sink)
 
     def land_forward(self) -> tuple[torch.Tensor, ...]:
         assert self._forward is not None, "an AllToAll is waited for once"
@@ -119,10 +134,8 @@ class _Exchange:
         return self.unloading.unload(flight.land())
 
     def start_backward(self, grads: Sequence[torch.Tensor]) -> None:
-        r = self.route
         rows = self.unloading.load_grad(*grads)
-        kind, name = f"{r.comm_type}_backward", f"backward of {r.name}"
-        self._backward = Flight(rows, r.input_splits, r.output_splits, r.group, kind, name, self.sink)
+        self._backward = Flight(rows, self.route.reversed(), f"backward of {self.route.name}", self.sink)
 
     def land_backward(self) -> tuple[torch.Tensor | None, ...]:
         """Fills the flight of the gradient, then lands it."""
@@ -229,12 +242,13 @@ def fluid_all_to_all(
         ValueError: splits whose length is not the group's size, whose sum is not R, or negative ones.
         CollectiveError: a peer died or did not arrive in time; names the exchange and the ranks waited for.
     """
-    world = dist.get_world_size(group)
+    peers = Peers.of(group)
+    world = len(peers.ranks)
     output_splits = _checked("output_splits", output_splits, world, None, tensor.shape[0])
     input_splits = _checked("input_splits", input_splits, world, tensor.shape[0], tensor.shape[0])
     if (output_splits is None) != (input_splits is None):
         raise ValueError("output_splits and input_splits must both be given or both be None")
-    route = Route(group=group, output_splits=output_splits, input_splits=input_splits, comm_type=comm_type, label=label)
+    route = Route(peers=peers, output_splits=output_splits, input_splits=input_splits, comm_type=comm_type, label=label)
     handle = start_exchange(route, [tensor], sink=sink, passengers=passengers)
     return handle if async_op else handle.wait()
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fluid_npu.comm.all_to_all import Peers
 from fluid_npu.comm.guard import collective
 from fluid_npu.ops.permute import PermuteLayout
 
@@ -40,10 +42,10 @@ def exchange_counts(counts_E: Tensor, groups: ExpertGroups) -> Any:
     """Starts telling the other ranks how many rows they get; returns what ``finish_counts`` takes."""
     if groups.etp_size > 1:
         received = counts_E.new_empty(groups.etp_size * groups.ep_size * counts_E.shape[0])
-        work = dist.all_gather_into_tensor(received, counts_E, group=groups.tp_ep, async_op=True)
+        work = dist.all_gather_into_tensor(received, counts_E, group=groups.tp_ep.group, async_op=True)
     else:
         received = torch.empty_like(counts_E)
-        work = dist.all_to_all_single(received, counts_E, group=groups.ep, async_op=True)
+        work = dist.all_to_all_single(received, counts_E, group=groups.ep.group, async_op=True)
     return received, work
 
 
@@ -51,14 +53,29 @@ def exchange_counts(counts_E: Tensor, groups: ExpertGroups) -> Any:
 class ExpertGroups:
     """The process groups that a dispatch moves rows in, and this rank's place."""
 
-    ep: Any
-    etp: Any
-    tp_ep: Any
-    ep_size: int
-    etp_size: int
-    ep_rank: int
-    etp_rank: int
-    ranks: list[int]
+    ep: Peers
+    etp: Peers
+    tp_ep: Peers
+
+    @property
+    def ep_size(self) -> int:
+        """P."""
+        return len(self.ep.ranks)
+
+    @property
+    def etp_size(self) -> int:
+        """Q."""
+        return len(self.etp.ranks)
+
+    @property
+    def ep_rank(self) -> int:
+        """This rank's place in the expert-parallel group."""
+        return self.ep.index
+
+    @property
+    def etp_rank(self) -> int:
+        """This rank's place in the expert-tensor-parallel group."""
+        return self.etp.index
 
     @property
     def alone(self) -> bool:
@@ -69,7 +86,7 @@ class ExpertGroups:
 def finish_counts(pending: Any, groups: ExpertGroups, local_experts: int, name: str) -> Tensor:
     """``[Q, P, L]`` on the host: rows from each (tp rank, source rank) for each local expert."""
     received, work = pending
-    with collective(f"token counts of {name}", groups.ranks):
+    with collective(f"token counts of {name}", groups.tp_ep.ranks):
         work.wait()
         host = received.cpu()
     if groups.etp_size == 1:
@@ -82,32 +99,32 @@ def make_plan(
     layout: PermuteLayout, tokens_shape: torch.Size, counts_E: Tensor, counts_QPL: Tensor, groups: ExpertGroups
 ) -> DispatchPlan:
     """The plan for these counts. ``counts_E``: rows of this rank per expert, on the host."""
-    etp_size, ep_size, local_experts = counts_QPL.shape
-    rank_QP = counts_QPL.sum(2)
+    by_source = counts_QPL.numpy()
+    _, ep_size, local_experts = by_source.shape
     order = None
-    if local_experts > 1 and etp_size * ep_size > 1:
+    if local_experts > 1 and not groups.alone:
         device = layout.token_of_row.device
-        rows, inverse = _chunk_order(counts_QPL.reshape(-1, local_experts))
-        order = rows.to(device), inverse.to(device)
+        rows, inverse = _chunk_order(by_source.reshape(-1, local_experts))
+        order = torch.from_numpy(rows).to(device), torch.from_numpy(inverse).to(device)
+    from_rank = by_source.sum(2)
     return DispatchPlan(
         layout=layout,
         tokens_shape=tokens_shape,
-        input_splits=counts_E.view(ep_size, local_experts).sum(1).tolist(),
-        output_splits=rank_QP[groups.etp_rank].tolist(),
-        gather_splits=rank_QP.sum(1).tolist(),
-        tokens_per_expert=counts_QPL.sum((0, 1)).tolist(),
+        input_splits=counts_E.numpy().reshape(ep_size, local_experts).sum(1).tolist(),
+        output_splits=from_rank[groups.etp_rank].tolist(),
+        gather_splits=from_rank.sum(1).tolist(),
+        tokens_per_expert=by_source.sum((0, 1)).tolist(),
         order=order,
     )
 
 
-def _chunk_order(counts_CL: Tensor) -> tuple[Tensor, Tensor]:
+def _chunk_order(counts_CL: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows come in chunks by (source, expert); gives the order by (expert, source) and its inverse."""
-    counts = counts_CL.t().reshape(-1)
-    starts = (counts_CL.reshape(-1).cumsum(0) - counts_CL.reshape(-1)).view_as(counts_CL).t().reshape(-1)
-    total = int(counts.sum())
-    place = torch.arange(total)
-    shift = torch.repeat_interleave(starts - (counts.cumsum(0) - counts), counts, output_size=total)
-    rows = place + shift
-    inverse = torch.empty_like(rows)
+    counts = counts_CL.T.reshape(-1)
+    ends = counts_CL.cumsum().reshape(counts_CL.shape)
+    starts = (ends - counts_CL).T.reshape(-1)
+    place = np.arange(counts.sum())
+    rows = place + np.repeat(starts - (counts.cumsum() - counts), counts)
+    inverse = np.empty_like(rows)
     inverse[rows] = place
     return rows, inverse

@@ -12,6 +12,7 @@ from torch import Tensor
 from fluid_npu.device import device_of
 from fluid_npu.mcore.late import LateWeights
 from fluid_npu.ops.dense_linear import add_dense_dw_, dense_linear
+from fluid_npu.ops.grouped_matmul import placeholder_grad
 from fluid_npu.schedule.deferred import landed
 from fluid_npu.schedule.scheduler import BackwardScheduler
 from fluid_npu.schedule.task import DWTask
@@ -50,4 +51,4 @@ class FluidRouter(LateWeights, TopKRouter):
         with torch.no_grad():
             add_dense_dw_(weight.main_grad, x, dy)
         weight.grad_added_to_main_grad = True
-        landed(weight, torch.empty_like(weight), self.late_hooks(weight))
+        landed(weight, placeholder_grad(weight), self.late_hooks(weight))

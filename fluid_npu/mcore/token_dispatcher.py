@@ -7,17 +7,14 @@ must remember the plan between two calls, as Megatron's own dispatchers do.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import get_capacity
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from fluid_npu.comm.all_to_all import AllToAllHandle, Route, start_exchange
+from fluid_npu.comm.all_to_all import AllToAllHandle, Peers, Route, start_exchange
 from fluid_npu.comm.cargo import AS_IS, Loading
 from fluid_npu.comm.sink import OverlapSink, Passengers
 from fluid_npu.mcore.dispatch_plan import DispatchPlan, ExpertGroups, exchange_counts, finish_counts, make_plan
@@ -55,14 +52,7 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         self.sink: OverlapSink | None = None
         self.label = ""
         self.groups = ExpertGroups(
-            ep=self.ep_group,
-            etp=self.tp_group,
-            tp_ep=self.tp_ep_group,
-            ep_size=self.ep_size,
-            etp_size=self.tp_size,
-            ep_rank=dist.get_rank(self.ep_group) if self.ep_size > 1 else 0,
-            etp_rank=self.tp_rank,
-            ranks=dist.get_process_group_ranks(self.tp_ep_group) if dist.is_initialized() else [0],
+            ep=Peers.of(self.ep_group), etp=Peers.of(self.tp_group), tp_ep=Peers.of(self.tp_ep_group)
         )
         self._current: DispatchPlan | None = None
 
@@ -115,7 +105,7 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         hidden = plan.tokens_shape[-1]
         own = plan.gather_splits[self.tp_rank]
         return start_exchange(
-            self._route(plan.gather_splits, [own] * self.tp_size, "moe_expert_tp", self.tp_group),
+            self._route(plan.gather_splits, [own] * self.tp_size, "moe_expert_tp", self.groups.etp),
             [handle.wait()],
             loading=Replicate(self.tp_size, hidden, wire),
             unloading=Unpack(hidden, wire, plan.order[0] if plan.order is not None else None),
@@ -128,7 +118,7 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         if self.tp_size > 1:
             own = plan.gather_splits[self.tp_rank]
             out_RH = start_exchange(
-                self._route([own] * self.tp_size, plan.gather_splits, "moe_expert_tp", self.tp_group),
+                self._route([own] * self.tp_size, plan.gather_splits, "moe_expert_tp", self.groups.etp),
                 [out_RH],
                 loading=loading,
                 unloading=SumParts(self.tp_size),
@@ -143,9 +133,11 @@ class FluidTokenDispatcher(MoETokenDispatcher):
             sink=self.sink,
         )
 
-    def _route(self, output_splits: list[int], input_splits: list[int], comm_type: str, group: Any = None) -> Route:
+    def _route(
+        self, output_splits: list[int], input_splits: list[int], comm_type: str, peers: Peers | None = None
+    ) -> Route:
         return Route(
-            group=group if group is not None else self.ep_group,
+            peers=peers if peers is not None else self.groups.ep,
             output_splits=output_splits,
             input_splits=input_splits,
             comm_type=comm_type,

@@ -141,11 +141,12 @@ def grouped_weight_grad(
     """dW of ``w_LKN``, or with ``fuse_into`` the placeholder after it was added to that parameter's main_grad."""
     if fuse_into is None:
         return kernels_of(x_RK).grouped_dw(x_RK, dy_RN, counts_L)
-    return _add_to_main_grad(fuse_into, w_LKN, x_RK, dy_RN, counts_L)
+    add_to_main_grad(fuse_into, w_LKN, x_RK, dy_RN, counts_L)
+    return placeholder_grad(fuse_into, w_LKN)
 
 
-def _add_to_main_grad(parameter: Any, w_LKN: Tensor, x_RK: Tensor, dy_RN: Tensor, counts_L: Sequence[int]) -> Tensor:
-    """Adds dW to the parameter's main_grad and returns the placeholder gradient of the weight's shape."""
+def add_to_main_grad(parameter: Any, w_LKN: Tensor, x_RK: Tensor, dy_RN: Tensor, counts_L: Sequence[int]) -> None:
+    """Adds dW to the ``main_grad`` of the parameter behind ``w_LKN`` and sets ``grad_added_to_main_grad``."""
     add_ = kernels_of(x_RK).grouped_dw_add_
     groups, inner, outer = w_LKN.shape
     if w_LKN.transpose(1, 2).is_contiguous() and not w_LKN.is_contiguous():
@@ -154,8 +155,17 @@ def _add_to_main_grad(parameter: Any, w_LKN: Tensor, x_RK: Tensor, dy_RN: Tensor
     else:
         add_(parameter.main_grad.view(groups, inner, outer), x_RK, dy_RN, counts_L)
     parameter.grad_added_to_main_grad = True
+
+
+def placeholder_grad(parameter: Any, like: Tensor | None = None) -> Tensor:
+    """What autograd gets for a weight whose gradient is in ``main_grad`` already: nobody may read it.
+
+    Zeros if ``parameter.zero_out_wgrad``, since a hook then adds it, else uninitialised memory. It has the shape of
+    ``like``, or of the parameter.
+    """
     make = torch.zeros if getattr(parameter, "zero_out_wgrad", False) else torch.empty
-    return make(w_LKN.shape, dtype=w_LKN.dtype, device=w_LKN.device)
+    shape = parameter.shape if like is None else like.shape
+    return make(shape, dtype=parameter.dtype, device=parameter.device)
 
 
 class _DeferredGroupedMM(torch.autograd.Function):

@@ -139,10 +139,16 @@ class SumParts:
 
 
 def _write_tail(payload: Tensor, hidden: int, p: Tensor) -> None:
+    tail = payload[:, hidden:]
+    if p.dtype == payload.dtype:
+        tail.copy_(p.unsqueeze(-1))
+        return
     words = p.unsqueeze(-1).view(payload.dtype)
-    payload[:, hidden:].unflatten(1, (-1, words.shape[1])).copy_(words.unsqueeze(1))
+    tail.unflatten(1, (-1, words.shape[1])).copy_(words.unsqueeze(1))
 
 
 def _read_tail(payload: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
+    if dtype == payload.dtype:
+        return payload.select(1, hidden).contiguous()
     words = dtype.itemsize // payload.element_size()
     return payload[:, hidden : hidden + words].contiguous().view(dtype).view(-1)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from fluid_npu.comm.sink import Passengers
-from fluid_npu.device import device_of
-from fluid_npu.ops.grouped_matmul import grouped_weight_grad
+from fluid_npu.device import device_of, kernels_of
+from fluid_npu.ops.grouped_matmul import add_to_main_grad, placeholder_grad
 from fluid_npu.schedule.scheduler import BackwardScheduler
 from fluid_npu.schedule.task import DWTask
 
@@ -37,19 +37,7 @@ class DeferredWeight:
     late_hooks: Sequence[Callable[[], None]] = ()
 
 
-def add_grouped_dw(
-    weight: DeferredWeight, x: torch.Tensor, dy: torch.Tensor, counts: Sequence[int], fuse: bool
-) -> torch.Tensor:
-    """Computes dW of one grouped weight; into ``main_grad`` when ``fuse`` and the parameter has one.
-
-    Returns the gradient for autograd: the real one, or a placeholder when it was added already.
-    """
-    parameter = weight.parameter
-    fuse_into = parameter if fuse and getattr(parameter, "main_grad", None) is not None else None
-    return grouped_weight_grad(parameter.view(weight.view), x, dy, counts, fuse_into).view(parameter.shape)
-
-
-def landed(weight: torch.nn.Parameter, grad: torch.Tensor, hooks: Sequence[Callable[[], None]]) -> None:
+def landed(weight: torch.nn.Parameter, grad: torch.Tensor | None, hooks: Sequence[Callable[[], None]]) -> None:
     """Tells a late DDP that the gradient of ``weight`` is there: in ``main_grad``, or in ``grad`` to be added."""
     weight.grad = grad
     for hook in hooks:
@@ -65,6 +53,7 @@ class DeferredWeights:
         self._label = label
         self._fuse = fuse
         self._grads: list[torch.Tensor | None] = [None] * len(self._weights)
+        self._fused = [False] * len(self._weights)
         self._delivered = [i for i, weight in enumerate(self._weights) if not weight.late_hooks]
 
     @property
@@ -93,14 +82,24 @@ class DeferredWeights:
 
     def _land(self, index: int, x: torch.Tensor, dy: torch.Tensor, counts: Sequence[int]) -> None:
         weight = self._weights[index]
+        parameter = weight.parameter
+        fused = self._fuse and getattr(parameter, "main_grad", None) is not None
         with torch.no_grad():
-            grad = add_grouped_dw(weight, x, dy, counts, self._fuse)
+            if fused:
+                add_to_main_grad(parameter, parameter.view(weight.view), x, dy, counts)
+            else:
+                self._grads[index] = kernels_of(x).grouped_dw(x, dy, counts).view(parameter.shape)
+        self._fused[index] = fused
         if weight.late_hooks:
-            landed(weight.parameter, grad, weight.late_hooks)
-        else:
-            self._grads[index] = grad
+            landed(parameter, self._take(index), weight.late_hooks)
+
+    def _take(self, index: int) -> torch.Tensor | None:
+        """The gradient for autograd; placeholders are made only now, so that they do not outlive their use."""
+        grad, self._grads[index] = self._grads[index], None
+        if self._fused[index]:
+            self._fused[index] = False
+            return placeholder_grad(self._weights[index].parameter)
+        return grad
 
     def _collect(self) -> tuple[torch.Tensor | None, ...]:
-        grads = tuple(self._grads[i] for i in self._delivered)
-        self._grads = [None] * len(self._weights)
-        return grads
+        return tuple(self._take(index) for index in self._delivered)
