@@ -1,7 +1,7 @@
 """fluid_npu hides the AllToAll of Mixture-of-Experts training behind computation.
 
 The public names are loaded when first used: importing this package imports neither torch nor Megatron and
-has no side effects. Only ``fluid_npu.megatron_adaptor`` and ``fluid_npu.adapt()`` change anything.
+has no side effects. Only ``fluid_npu.adapt()`` changes anything outside.
 """
 
 from __future__ import annotations

@@ -38,22 +38,19 @@ class SchedulerBinder:
     def bind(self, layer: FluidMoELayer, number: int | None) -> BackwardScheduler:
         """The scheduler of the model that ``layer`` belongs to."""
         if number is None:
-            return getattr(layer, "backward_scheduler", None) or self._new(layer)
+            return getattr(layer, "backward_scheduler", None) or self._new(layer, "a layer alone")
         current = self._scheduler() if self._scheduler is not None else None
         holder = self._layers[number]() if number in self._layers else None
         taken = holder is not None and holder is not layer
         if current is None or taken or layer.config is not self._config:
             self._layers = {}
             self._config = layer.config
-            current = self._new(layer)
+            current = self._new(layer, f"model {next(_NUMBERS)}")
             self._scheduler = weakref.ref(current)
         self._layers[number] = weakref.ref(layer)
         return current
 
-    def _new(self, layer: FluidMoELayer) -> BackwardScheduler:
+    def _new(self, layer: FluidMoELayer, whose: str) -> BackwardScheduler:
         config = layer.config
-        name = (
-            f"model {next(_NUMBERS)}: hidden {config.hidden_size}, {config.num_moe_experts} experts, "
-            f"top-{config.moe_router_topk}"
-        )
-        return register(BackwardScheduler(**self._settings, name=name))
+        sizes = f"hidden {config.hidden_size}, {config.num_moe_experts} experts, top-{config.moe_router_topk}"
+        return register(BackwardScheduler(**self._settings, name=f"{whose}: {sizes}"))

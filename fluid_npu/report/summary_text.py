@@ -12,9 +12,9 @@ def format_summary(summary: Mapping[str, Any]) -> str:
     """Plain text from the keys of summary.json.
 
     Reads loss_first, loss_last, unigram_entropy (nats per token), steps, step_ms_median, tokens_per_s, a2a_ms,
-    hidden_ms (ms per step; hidden_ms is a signed difference), hidden_fraction (0 to 1, or None where nothing can
-    be covered), peak_memory_mb, device, versions (mapping), overlap (mapping or pair of value and reason),
-    generated, out.
+    hidden_ms (ms per step; a signed difference), hidden_fraction (of what dW could cover, or None where nothing was
+    overlapped), peak_memory_mb, device, versions (mapping), overlap (mapping or pair of value and reason), generated,
+    out.
     """
     lines = ["Training finished" if summary.get("loss_last") is not None else "Training ended without a loss"]
     for label, text in (
@@ -64,7 +64,7 @@ def _alltoall(summary: Mapping[str, Any]) -> str | None:
     text += f", {hidden:.1f} ms of it hidden" if hidden >= 0 else f"; overlapping cost {-hidden:.1f} ms more"
     fraction = summary.get("hidden_fraction")
     if fraction is None:
-        return text + " (there was nothing that could cover it)"
+        return text if hidden else text + " (nothing ran beside it)"
     return text + f" ({100 * fraction:.0f} % of what could be covered)"
 
 
@@ -72,12 +72,11 @@ def _overlap(summary: Mapping[str, Any]) -> str | None:
     value, reason = _choice(summary.get("overlap"))
     if value is None:
         return None
-    why = f" because {reason}" if reason else ""
-    if value == "off" and not reason:
-        return "off, as asked"
+    if reason in (None, "", "as asked"):
+        return f"{value}, as asked"
     if value in ("off", "plain"):
-        return f"overlap chose plain{why}; see fluid-npu bench overlap --link"
-    return f"overlap chose {value}{why}"
+        return f"overlap chose plain because {reason}; see fluid-npu bench overlap --link"
+    return f"overlap chose {value} because {reason}"
 
 
 def _choice(overlap: Any) -> tuple[str | None, str | None]:

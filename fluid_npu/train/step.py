@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from fluid_npu.train.config import TrainConfig
 from fluid_npu.train.parallel import Place
 
-COUNTERS = ("a2a_ms", "a2a_count", "a2a_bytes", "exposed_ms", "moe_dispatch_backward_ms")
+COUNTERS = ("a2a_ms", "a2a_count", "a2a_bytes", "exposed_ms", "moe_dispatch_backward_ms", "dw_ms")
 
 
 class TrainingDiverged(RuntimeError):

@@ -62,7 +62,7 @@ def test_off_by_request_points_nowhere() -> None:
 def test_negative_hidden_time_and_nothing_to_cover_are_said_honestly() -> None:
     assert "overlapping cost 3.0 ms more" in format_summary({**SUMMARY, "hidden_ms": -3.0})
     text = format_summary({**SUMMARY, "hidden_ms": 0.0, "hidden_fraction": None})
-    assert "0.0 ms of it hidden (there was nothing that could cover it)" in text
+    assert "0.0 ms of it hidden (nothing ran beside it)" in text
 
 
 def test_rising_loss_is_not_called_a_fall() -> None:

@@ -228,7 +228,10 @@ def reference(case: Case, ranks: list[dict[str, Any]], dtype: torch.dtype = torc
 def _dense_layer(x: torch.Tensor, w: dict[str, torch.Tensor], routing: torch.Tensor, case: Case) -> torch.Tensor:
     logits = x @ w["router"].t()
     if case.topk == 1:
-        probs = torch.softmax(logits, dim=-1) * routing
+        masked = logits.clone()
+        if case.empty_experts:
+            masked[:, -case.empty_experts :] = float("-inf")
+        probs = torch.softmax(masked, dim=-1) * routing
     else:
         probs = torch.softmax(logits.masked_fill(~routing, float("-inf")), dim=-1)
     out = torch.zeros_like(x)

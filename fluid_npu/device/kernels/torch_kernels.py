@@ -94,16 +94,17 @@ class TorchKernels(Kernels):
 
 
 def _swiglu_grad_into(dh: Tensor, dp: Tensor, da: Tensor, h: Tensor, p_R1: Tensor) -> None:
-    da, h = _wide(da), _wide(h)
-    wide_dh = dh if dh.dtype == h.dtype else torch.empty_like(h)
-    (h0, h1), (dh0, dh1) = h.chunk(2, dim=-1), wide_dh.chunk(2, dim=-1)
+    (h0, h1), (dh0, dh1) = h.chunk(2, dim=-1), dh.chunk(2, dim=-1)
+    h0 = _wide(h0)  # half precision is computed in fp32, with two temporaries and no more
     scratch = F.silu(h0).mul_(da)
     torch.mul(scratch, p_R1, out=dh1)
     dp.copy_(scratch.mul_(h1).sum(-1))
-    torch.mul(da, h1, out=scratch).mul_(p_R1)
-    torch.ops.aten.silu_backward.grad_input(scratch, h0, grad_input=dh0)
-    if wide_dh is not dh:
-        dh.copy_(wide_dh)
+    if dh.dtype == h0.dtype:
+        torch.mul(da, h1, out=scratch).mul_(p_R1)
+        torch.ops.aten.silu_backward.grad_input(scratch, h0, grad_input=dh0)
+    else:
+        scratch.copy_(da).mul_(h1).mul_(p_R1)
+        dh0.copy_(torch.ops.aten.silu_backward.grad_input(scratch, h0, grad_input=scratch))
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -1,0 +1,63 @@
+"""Planted milliseconds: what dW covers is hidden, what nothing covers is exposed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import pytest
+
+DELAY_MS, DW_MS = 150.0, 100.0  # the second for each of FC1 and FC2: together longer than the delay
+
+
+def step_times() -> dict[str, Any]:
+    """Steps of one MoE layer whose AllToAlls take a planted time and whose dW sleeps instead of computing longer."""
+    import torch.distributed as dist
+    from megatron.core.transformer.spec_utils import build_module
+
+    from fluid_npu.comm.transports import CollectiveTransport, DelayedTransport
+    from fluid_npu.mcore.layer_spec import get_fluid_moe_layer_spec
+    from tests.support.moe import Case, inputs, make_config
+
+    case = Case(fuse=False)
+    config = make_config(case)
+    transport = DelayedTransport(CollectiveTransport(), DELAY_MS)
+    layer = build_module(get_fluid_moe_layer_spec(config, transport=transport).submodules.mlp, config=config)
+    layer.set_layer_number(1)
+    scheduler = layer.backward_scheduler
+    submit = scheduler.submit
+    slow = lambda task: replace(task, run=lambda: (time.sleep(DW_MS / 1e3), task.run())[1])
+    scheduler.submit = lambda task: submit(slow(task))
+    x, _ = inputs(case, dist.get_rank(), 0)
+
+    def step(twin: bool) -> tuple[float, dict[str, float]]:
+        scheduler.reset_stats()
+        dist.barrier()
+        start = time.perf_counter()
+        if twin:
+            with scheduler.serialise():
+                layer(x.requires_grad_())[0].sum().backward()
+        else:
+            layer(x.requires_grad_())[0].sum().backward()
+        return (time.perf_counter() - start) * 1e3, scheduler.get_stats()
+
+    step(True)
+    steps = {twin: [step(twin) for _ in range(3)] for twin in (True, False)}
+    return {
+        "hidden": median(t for t, _ in steps[True]) - median(t for t, _ in steps[False]),
+        "twin": steps[True][-1][1],
+        "overlapped": steps[False][-1][1],
+    }
+
+
+def test_the_dispatch_backward_hides_behind_planted_dw(run_ranks: Callable[..., list[Any]]) -> None:
+    for rank in run_ranks(2, step_times, sizes={"expert_model_parallel_size": 2}):
+        assert rank["hidden"] == pytest.approx(DELAY_MS, rel=0.1)
+        # Dispatch and combine, forward and backward: four exchanges, of which dW covers one.
+        assert rank["twin"]["a2a_ms"] == pytest.approx(4 * DELAY_MS, rel=0.1)
+        assert rank["twin"]["exposed_ms"] == pytest.approx(4 * DELAY_MS, rel=0.1)
+        assert rank["overlapped"]["exposed_ms"] == pytest.approx(3 * DELAY_MS, rel=0.1)
+        assert rank["twin"]["dw_ms"] == pytest.approx(2 * DW_MS, rel=0.1)
