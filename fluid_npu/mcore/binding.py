@@ -48,6 +48,7 @@ class SchedulerBinder:
             current = self._new(layer, f"model {next(_NUMBERS)}")
             self._scheduler = weakref.ref(current)
         self._layers[number] = weakref.ref(layer)
+        current.lowest_layer = min(self._layers)
         return current
 
     def _new(self, layer: FluidMoELayer, whose: str) -> BackwardScheduler:

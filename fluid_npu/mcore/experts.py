@@ -119,10 +119,13 @@ class FluidGroupedMLP(LateWeights, MegatronModule):
         hooks = self.late_hooks(parameter)
         return DeferredWeight(name=f"fc{index + 1}", parameter=parameter, view=view, late_hooks=hooks)
 
-    def defer(self, scheduler: BackwardScheduler, label: str) -> DeferredWeights:
-        """What takes this forward's weight gradients: tasks of ``scheduler``, delivered by the dispatch's launch."""
+    def defer(self, scheduler: BackwardScheduler, label: str, carry: bool = True) -> DeferredWeights:
+        """What takes this forward's weight gradients: tasks of ``scheduler``, delivered by the dispatch's launch.
+
+        Without ``carry`` no task waits for another layer.
+        """
         weights = [self._weight(0), self._weight(1)]
-        return DeferredWeights(weights, scheduler, label, self.config.gradient_accumulation_fusion)
+        return DeferredWeights(weights, scheduler, label, self.config.gradient_accumulation_fusion, carry)
 
     def backward_dw(self) -> None:
         """Nothing: weight gradients have landed when ``backward()`` returns."""

@@ -129,7 +129,8 @@ class FluidMoELayer(MoELayer):
         deferred = None
         if isinstance(self.experts, FluidGroupedMLP) and torch.is_grad_enabled():
             self._say_if_nothing_is_carried()
-            deferred = self.experts.defer(self.backward_scheduler, self.label)
+            scheduler = self.backward_scheduler
+            deferred = self.experts.defer(scheduler, self.label, carry=self.layer_number != scheduler.lowest_layer)
         handle = self.token_dispatcher.send(
             prepared.hidden_states.reshape(-1, prepared.hidden_states.shape[-1]),
             prepared.probs,

@@ -47,11 +47,19 @@ def landed(weight: torch.nn.Parameter, grad: torch.Tensor | None, hooks: Sequenc
 class DeferredWeights:
     """The weights of one layer's experts during one forward and backward."""
 
-    def __init__(self, weights: Sequence[DeferredWeight], scheduler: BackwardScheduler, label: str, fuse: bool) -> None:
+    def __init__(
+        self,
+        weights: Sequence[DeferredWeight],
+        scheduler: BackwardScheduler,
+        label: str,
+        fuse: bool,
+        carry: bool = True,
+    ) -> None:
         self._weights = list(weights)
         self._scheduler = scheduler
         self._label = label
         self._fuse = fuse
+        self._carry = carry
         self._grads: list[torch.Tensor | None] = [None] * len(self._weights)
         self._fused = [False] * len(self._weights)
         self._delivered = [i for i, weight in enumerate(self._weights) if not weight.late_hooks]
@@ -74,7 +82,7 @@ class DeferredWeights:
                     run=lambda: self._land(index, x, dy, counts),
                     shape=(x.shape[0], x.shape[1], dy.shape[1]),
                     device=device_of(x),
-                    carry=bool(weight.late_hooks),
+                    carry=self._carry and bool(weight.late_hooks),
                 )
             )
 

@@ -87,6 +87,7 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
         shown = text if value is None else f"{text} ({value:g})"
         group.add_argument(flag_of(name), type=kind, default=value, metavar="X", help=shown)
     group.add_argument("--distributed-optimizer", action="store_true", help="shard optimizer states over ranks")
+    group.add_argument("--carry-over", action="store_true", help="FC2's dW may wait for the combine of the layer below")
     impl = _DEFAULTS.impl
     group.add_argument("--impl", default=impl, metavar="NAME", help=f"MoE layers: {' or '.join(IMPLS)} ({impl})")
 

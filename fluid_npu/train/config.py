@@ -23,7 +23,7 @@ NOT_BUILT = {"full": "the pipelined schedule behind --overlap full"}
 #: Fields that may differ between a checkpoint and the run that resumes it; all others must be equal.
 RESUME_MAY_DIFFER = frozenset(
     ("device", "data", "steps", "overlap", "timeout", "out", "resume", "checkpoint_every", "twin_every")
-    + ("plant_delay_ms",)
+    + ("plant_delay_ms", "carry_over")
 )
 
 
@@ -36,7 +36,8 @@ class TrainConfig:
     """One run. Sizes of the model come from ``preset`` and its ``cut`` (figure name to value).
 
     ``dtype`` None is the device's own; ``data`` None the default corpus; ``lr_decay_steps`` None is ``steps``.
-    ``plant_delay_ms`` delays every AllToAll, for tests and demonstrations.
+    ``plant_delay_ms`` delays every AllToAll, for tests and demonstrations. ``carry_over`` lets dW of FC2 and of the
+    router wait for the combine of the layer below.
     """
 
     preset: str = "mixtral-tiny"
@@ -66,6 +67,7 @@ class TrainConfig:
     checkpoint_every: int = 50
     twin_every: int = 10
     plant_delay_ms: float = 0.0
+    carry_over: bool = False
     impl: str = "fluid"
 
     def model(self) -> Preset:
@@ -145,6 +147,10 @@ def _check_choices(c: TrainConfig) -> None:
         raise ConfigError(f"--overlap {c.overlap}: {NOT_BUILT[c.overlap]} is not built yet; use --overlap dw or auto")
     if c.overlap not in OVERLAPS:
         raise ConfigError(f"--overlap {c.overlap!r}: allowed are {', '.join(OVERLAPS)}")
+    if c.carry_over and c.overlap == "off":
+        raise ConfigError("--carry-over: with --overlap off no AllToAll is in flight; use --overlap dw or auto")
+    if c.carry_over and c.impl == "stock":
+        raise ConfigError("--carry-over: stock Megatron (--impl stock) has none; leave it out or use --impl fluid")
     if c.cp > 1:
         raise ConfigError(f"--cp {c.cp}: context parallelism is not built yet; use --cp 1")
     if c.impl == "stock" and c.plant_delay_ms:

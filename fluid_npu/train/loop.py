@@ -49,7 +49,7 @@ class Run:
         self.step = TrainStep(
             config, place, self.model_config, self.ddp, self.optimizer, self.schedule, self.backward_scheduler
         )
-        self.stats = OverlapStats()
+        self.stats = OverlapStats(config.carry_over)
 
     @property
     def tokens_per_step(self) -> int:

@@ -65,7 +65,13 @@ def _layer_spec(config: TrainConfig, model_config: TransformerConfig, overlap: s
     if config.impl == "fluid":
         from fluid_npu.mcore.layer_spec import get_fluid_moe_block_spec
 
-        block = get_fluid_moe_block_spec(model_config, overlap=overlap, transport=_transport(config), backend="local")
+        block = get_fluid_moe_block_spec(
+            model_config,
+            overlap=overlap,
+            carry_over=config.carry_over,
+            transport=_transport(config),
+            backend="local",
+        )
     else:
         block = get_gpt_decoder_block_spec(
             model_config, use_transformer_engine=False, normalization=model_config.normalization

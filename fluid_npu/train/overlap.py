@@ -43,6 +43,7 @@ def is_twin(step: int, overlap: str, every: int) -> bool:
 class OverlapStats:
     """Step times of overlapped steps and of twins, warm-up left out."""
 
+    carry_over: bool = False
     overlapped_ms: list[float] = field(default_factory=list)
     twin_ms: list[float] = field(default_factory=list)
     coverable_ms: list[float] = field(default_factory=list)
@@ -51,8 +52,11 @@ class OverlapStats:
         """Takes one step; ``counters`` are the scheduler's of that step."""
         (self.twin_ms if twin else self.overlapped_ms).append(step_ms)
         if twin:
-            # dW may run beside the dispatch's backward, and no more of either than the other lasts.
-            self.coverable_ms.append(min(counters.get("moe_dispatch_backward_ms", 0.0), counters.get("dw_ms", 0.0)))
+            # dW may run beside the dispatch's backward (carried over: beside the combine's too), and no more of
+            # either than the other lasts.
+            flights = counters.get("moe_dispatch_backward_ms", 0.0)
+            flights += counters.get("moe_combine_backward_ms", 0.0) if self.carry_over else 0.0
+            self.coverable_ms.append(min(flights, counters.get("dw_ms", 0.0)))
 
     def report(self, overlap: str) -> dict[str, float | None]:
         """hidden_ms, signed, and hidden_fraction; 0 and None with overlap off, None where no twin ran."""

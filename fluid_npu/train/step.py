@@ -26,7 +26,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from fluid_npu.train.config import TrainConfig
 from fluid_npu.train.parallel import Place
 
-COUNTERS = ("a2a_ms", "a2a_count", "a2a_bytes", "exposed_ms", "moe_dispatch_backward_ms", "dw_ms")
+COUNTERS = (
+    *("a2a_ms", "a2a_count", "a2a_bytes", "exposed_ms", "dw_ms"),
+    *("moe_dispatch_backward_ms", "moe_combine_backward_ms"),
+)
 
 
 class TrainingDiverged(RuntimeError):
@@ -58,6 +61,7 @@ def wrap_ddp(config: TrainConfig, model_config: TransformerConfig, model: GPTMod
         overlap_grad_reduce=False,
         use_distributed_optimizer=config.distributed_optimizer,
         check_for_nan_in_grad=False,
+        delay_wgrad_compute=config.carry_over,
     )
     # Also turns what torch made in fp32, such as norms, into the run's precision; Megatron's optimizer expects that.
     wrapped = Float16Module(model_config, model) if model_config.bf16 or model_config.fp16 else model

@@ -122,7 +122,9 @@ def test_carried_over_dw_lands_before_backward_returns(bucket: int, run_ranks: R
         assert carried["regions"]["layer 3 fc2"] == carried["regions"]["layer 3 router"]
         assert carried["regions"]["layer 3 fc2"] == "backward of moe_combine AllToAll of layer 2"
         assert carried["regions"]["layer 3 fc1"] == "backward of moe_dispatch AllToAll of layer 3"
-        assert carried["regions"]["layer 1 fc2"] == "end of backward"
+        # Below the lowest layer there is no combine: its FC2 stays with its own dispatch.
+        assert carried["regions"]["layer 1 fc2"] == "backward of moe_dispatch AllToAll of layer 1"
+        assert carried["regions"]["layer 1 router"] == "end of backward"
         assert unflagged["regions"]["layer 3 fc2"] == "backward of moe_dispatch AllToAll of layer 3"
 
 

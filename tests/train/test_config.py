@@ -35,6 +35,8 @@ REFUSED = [
     (["--timeout", "-5"], r"--timeout -5.0: must be above 0"),
     (["--lr", "1e-4", "--min-lr", "1e-3"], r"--min-lr 0.001: must be at most --lr"),
     (["--impl", "stock", "--overlap", "dw"], r"--overlap dw: stock Megatron"),
+    (["--carry-over", "--overlap", "off"], r"--carry-over: with --overlap off"),
+    (["--carry-over", "--impl", "stock"], r"--carry-over: stock Megatron"),
     (["--impl", "stock", "--plant-delay-ms", "5"], r"--plant-delay-ms: stock Megatron"),
     (["--topk", "9"], r"--topk 9: must be at most --experts 8"),
     (["--hidden", "257"], r"--heads 8: must divide --hidden 257"),

@@ -96,14 +96,16 @@ def test_variants_learn(tmp_path: Path, changes: dict[str, Any]) -> None:
 
 def test_planted_delay_is_hidden_by_overlap_and_twins_change_nothing(tmp_path: Path) -> None:
     runs = {}
-    for overlap in ("off", "dw"):
-        config = tiny(tmp_path / overlap, steps=21, twin_every=3, overlap=overlap, plant_delay_ms=4.0)
-        runs[overlap] = run_ranks(2, train_here, config.to_json())[0]
-    plain, overlapped = runs["off"], runs["dw"]
+    for name, changes in {"off": {}, "dw": {}, "carried": {"overlap": "dw", "carry_over": True}}.items():
+        settings = {"overlap": name, "plant_delay_ms": 4.0, **changes}
+        config = tiny(tmp_path / name, steps=21, twin_every=3, **settings)
+        runs[name] = run_ranks(2, train_here, config.to_json())[0]
+    plain, overlapped, carried = runs["off"], runs["dw"], runs["carried"]
     assert plain["summary"]["hidden_ms"] == 0 and plain["summary"]["hidden_fraction"] is None
     assert plain["summary"]["a2a_ms"] > 2 * 4 * 4.0  # layers, exchanges of each, delay
     assert overlapped["summary"]["hidden_fraction"] is not None
     assert overlapped["losses"] == pytest.approx(plain["losses"], rel=1e-4)
+    assert carried["losses"] == overlapped["losses"] and carried["weights"] == overlapped["weights"]
     rows = [json.loads(line) for line in (tmp_path / "dw" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["twin"]] == [3, 6, 9, 12, 15, 18, 21]
     assert all((row["a2a_ms"] is not None) == row["twin"] for row in rows)
