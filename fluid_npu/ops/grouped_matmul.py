@@ -1,8 +1,8 @@
 """Grouped matmul: the rows of each group times that group's weight.
 
 ``npu_gmm`` and ``npu_gmm_v2`` keep the documented contract of Ascend's operator and check what they are given.
-``grouped_linear`` is the path of the engine: counts on the host, no checks, dW on request handed over instead of
-computed. Shapes: M or R rows, K inner, N outer, E or L groups.
+The engine's own path, with counts on the host and without checks, is ``expert_mlp``. Shapes: M or R rows, K inner, N
+outer, E or L groups.
 """
 
 from __future__ import annotations
@@ -68,28 +68,6 @@ def npu_gmm_v2(
     check_gmm("npu_gmm_v2", x, weight, bias, group_list, group_type, gemm_fusion, original_weight)
     counts = host_counts("npu_gmm_v2", x, weight, group_list, group_type, cumulative=False)
     return _gmm(x, weight, bias, counts, group_type, original_weight if gemm_fusion else None)
-
-
-def grouped_linear(
-    x_RK: Tensor,
-    w_LKN: Tensor,
-    counts_L: Sequence[int],
-    *,
-    defer_dw: DeferDW | None = None,
-    fuse_into: Tensor | None = None,
-) -> Tensor:
-    """[R, N]: each group's rows times its weight; ``counts_L`` must sum to R (not checked).
-
-    With ``defer_dw`` the weight is a constant for autograd: the backward returns dX only and calls
-    ``defer_dw(x_RK, dy_RN, counts_L)``, which owns dW from there. ``fuse_into`` is the parameter behind the
-    weight: dW is added to its ``main_grad`` (as ``gemm_fusion``). With neither dW is returned as usual.
-    """
-    if defer_dw is None:
-        return _GroupedMM.apply(x_RK, w_LKN, counts_L, fuse_into)
-    # A graph is needed although the weight is constant: an input that needs no gradient still owes dW.
-    if torch.is_grad_enabled() and not x_RK.requires_grad:
-        x_RK = x_RK.detach().requires_grad_()
-    return _DeferredGroupedMM.apply(x_RK, w_LKN.detach(), counts_L, defer_dw)
 
 
 def _gmm(
@@ -166,20 +144,3 @@ def placeholder_grad(parameter: Any, like: Tensor | None = None) -> Tensor:
     make = torch.zeros if getattr(parameter, "zero_out_wgrad", False) else torch.empty
     shape = parameter.shape if like is None else like.shape
     return make(shape, dtype=parameter.dtype, device=parameter.device)
-
-
-class _DeferredGroupedMM(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_RK: Tensor, w_LKN: Tensor, counts_L: Sequence[int], defer_dw: DeferDW) -> Tensor:
-        ctx.save_for_backward(x_RK, w_LKN)
-        ctx.counts_L, ctx.defer_dw = counts_L, defer_dw
-        return kernels_of(x_RK).grouped_mm(x_RK, w_LKN, counts_L)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy_RN: Tensor) -> tuple[Tensor | None, ...]:
-        x_RK, w_LKN = ctx.saved_tensors
-        dy_RN = dy_RN.contiguous()
-        dx_RK = kernels_of(x_RK).grouped_mm(dy_RN, w_LKN, ctx.counts_L, trans_w=True)
-        ctx.defer_dw(x_RK, dy_RN, ctx.counts_L)
-        return dx_RK, None, None, None

@@ -1,9 +1,8 @@
-"""npu_gmm, npu_gmm_v2 and grouped_linear against a float64 loop, and the contract's errors."""
+"""npu_gmm and npu_gmm_v2 against a float64 loop, and the contract's errors."""
 
 from __future__ import annotations
 
 from itertools import accumulate
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 
 from fluid_npu.device.kernels import torch_kernels
 from fluid_npu.ops import reference
-from fluid_npu.ops.grouped_matmul import grouped_linear, npu_gmm, npu_gmm_v2
+from fluid_npu.ops.grouped_matmul import npu_gmm, npu_gmm_v2
 from fluid_npu.ops.reference import relative_error
 
 SPLITS = [[3, 5, 2, 6], [0, 7, 0, 1], [5, 0, 0, 0], [0, 0, 4], [0, 0, 0], [9], [0], [1, 1]]
@@ -275,25 +274,9 @@ def test_illegal_input_is_refused_by_name(error, words, operator, changes):
         operator(call.pop("x"), call.pop("weight"), **call)
 
 
-@pytest.mark.parametrize("counts", SPLITS, ids=str)
-@pytest.mark.parametrize("needs_dx", [True, False])
-def test_deferred_dw_is_handed_over_once_and_the_weight_gets_no_gradient(counts, needs_dx):
-    x, weight, dy = operands(counts)
-    x.requires_grad_(needs_dx)
-    handed = []
-    y = grouped_linear(x, weight, counts, defer_dw=lambda *given: handed.append(SimpleNamespace(given=given)))
-    y.backward(dy)
-    _, dx64, dw64 = reference_gradients(x, weight, dy, counts)
-    ((x_RK, dy_RN, same_counts),) = [entry.given for entry in handed]
-    assert weight.grad is None and same_counts == counts
-    assert relative_error(reference.grouped_dw(x_RK, dy_RN, counts), dw64) <= TOLERANCE
-    if needs_dx:
-        assert relative_error(x.grad, dx64) <= TOLERANCE
-
-
 def test_an_expanded_gradient_is_accepted():
     x, weight, _ = operands([3, 2])
-    grouped_linear(x, weight, [3, 2]).sum().backward()
+    npu_gmm(x, weight, group_list=[3, 5]).sum().backward()
     _, dx64, dw64 = reference_gradients(x, weight, torch.ones(5, 12), [3, 2])
     assert relative_error(x.grad, dx64) <= TOLERANCE
     assert relative_error(weight.grad, dw64) <= TOLERANCE
