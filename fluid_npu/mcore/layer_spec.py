@@ -16,6 +16,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from fluid_npu.comm.transports import Transport
 from fluid_npu.device.choice import Choice
@@ -24,6 +25,7 @@ from fluid_npu.mcore.experts import FluidGroupedMLP
 from fluid_npu.mcore.moe_layer import FluidMoELayer
 from fluid_npu.mcore.norm import FluidNorm
 from fluid_npu.mcore.router import FluidRouter
+from fluid_npu.mcore.transformer_layer import FluidTransformerLayer
 
 _ANY_EXPERTS = 2  # Megatron's helper only asks whether there are experts; their number comes from the config.
 
@@ -45,6 +47,9 @@ def get_fluid_moe_layer_spec(
             ``delay_wgrad_compute``).
         transport: moves the bytes; None takes torch.distributed's collective.
         backend: 'local' or 'te' for the modules around the MoE layer; 'auto' takes te where it is installed.
+
+    For Megatron's multi-token prediction take ``get_fluid_moe_block_spec``: its helper accepts Megatron's own
+    TransformerLayer alone as a layer's spec.
 
     Raises:
         ValueError: an unknown overlap or backend.
@@ -82,6 +87,8 @@ def _with_fluid_moe(layer: ModuleSpec, binder: SchedulerBinder) -> ModuleSpec:
     mlp = layer.submodules.mlp
     if isinstance(mlp, ModuleSpec) and mlp.module is MoELayer:
         layer.submodules.mlp = fluid_moe_spec(mlp, binder)
+        if layer.module is TransformerLayer:
+            layer.module = FluidTransformerLayer
     for name in ("input_layernorm", "pre_mlp_layernorm"):
         if getattr(layer.submodules, name) is WrappedTorchNorm:
             setattr(layer.submodules, name, FluidNorm)

@@ -1,4 +1,4 @@
-"""Distributed checkpoints exchanged with stock SequentialMLP, both ways and across expert-parallel sizes."""
+"""Distributed checkpoints exchanged with stock SequentialMLP and legacy GroupedMLP, both ways, and across EP sizes."""
 
 from __future__ import annotations
 
@@ -40,11 +40,13 @@ def load(run: Run, folder: str, metadata: dict[str, Any] | None) -> dict[str, to
 
 
 @pytest.mark.parametrize("singletons", [False, True], ids=["stacked", "singletons"])
-@pytest.mark.parametrize("direction", ["stock_to_ours", "ours_to_stock", "ours_ep2_to_ours_ep1"])
+@pytest.mark.parametrize(
+    "direction", ["stock_to_ours", "ours_to_stock", "grouped_to_ours", "ours_to_grouped", "ours_ep2_to_ours_ep1"]
+)
 def test_exchange_with_stock(direction: str, singletons: bool, run_ranks: Ranks, tmp_path: Path) -> None:
     metadata = {"singleton_local_shards": True} if singletons else None
-    stock, ours = Run(impl="stock"), Run()
-    source, target = (stock, ours) if direction == "stock_to_ours" else (ours, stock)
+    stock, ours = Run(impl="grouped" if "grouped" in direction else "stock"), Run()
+    source, target = (stock, ours) if direction.endswith("_to_ours") else (ours, stock)
     if direction == "ours_ep2_to_ours_ep1":
         source, target = ours, replace(ours, ep=1)
     written = run_ranks(2, save, source, str(tmp_path), metadata, sizes={"expert_model_parallel_size": 2})

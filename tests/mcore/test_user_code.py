@@ -143,3 +143,27 @@ def test_printed_information_names_true_modules(run_ranks: Ranks) -> None:
     assert "MoE layers: 2 FluidMoELayer\n  - decoder.layers.0.mlp\n  - decoder.layers.1.mlp" in text
     assert "Scheduler status: Enabled (overlap dw)" in text
     assert "dW tasks       4 of 4 done" in text
+
+
+def own_groups() -> bool:
+    """A model built with process groups of its own: are they the MoE layer's too?"""
+    import torch.distributed as dist
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from fluid_npu.mcore.layer_spec import get_fluid_moe_layer_spec
+
+    config = make_config(Run(config=UNFUSED))
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    groups.ep = dist.new_group([0, 1])
+    spec = get_fluid_moe_layer_spec(config)
+    model = GPTModel(
+        config, spec, vocab_size=64, max_sequence_length=16, position_embedding_type="rope", pg_collection=groups
+    )
+    layers = [layer.mlp for layer in model.decoder.layers]
+    model(**batch(dist.get_rank(), 0, 0)).float().mean().backward()
+    return all(m.ep_group is m.experts.ep_group is m.token_dispatcher.groups.ep.group is groups.ep for m in layers)
+
+
+def test_process_groups_of_ones_own_reach_the_moe_layer(run_ranks: Ranks) -> None:
+    assert run_ranks(2, own_groups, sizes={"expert_model_parallel_size": 2}) == [True, True]

@@ -35,7 +35,7 @@ BASE: dict[str, Any] = dict(
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training run. ``impl`` is stock, off, dw or twin (overlap dw, each call waited for at once)."""
+    """One training run. ``impl`` is stock (SequentialMLP), grouped (legacy GroupedMLP), off, dw or twin."""
 
     impl: str = "dw"
     ep: int = 2
@@ -77,9 +77,12 @@ def make_model(run: Run, config: Any) -> Any:
 
     from fluid_npu.mcore.layer_spec import get_fluid_moe_block_spec, get_fluid_moe_layer_spec
 
-    if run.impl == "stock":
-        # SequentialMLP: Megatron's grouped experts need a CUDA package.
-        grouped, config.moe_grouped_gemm = config.moe_grouped_gemm, False
+    if run.impl in ("stock", "grouped"):
+        # Megatron's grouped experts need a CUDA package: they can be built here, not run.
+        from megatron.core.transformer.moe import grouped_gemm_util
+
+        grouped_gemm_util.assert_grouped_gemm_is_available = lambda: None
+        grouped, config.moe_grouped_gemm = config.moe_grouped_gemm, run.impl == "grouped"
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
         config.moe_grouped_gemm = grouped
     else:
