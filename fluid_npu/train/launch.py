@@ -137,8 +137,15 @@ def host_store(listener: socket.socket) -> Any:
     from torch.distributed import TCPStore
 
     port = listener.getsockname()[1]
-    descriptor = listener.detach()
-    return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor)
+    # torch 2.7's libuv server cannot take over a listening socket; the older one can, in every version.
+    return TCPStore(
+        "127.0.0.1",
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+        use_libuv=False,
+    )
 
 
 def _watch(ranks: Ranks, config: TrainConfig) -> int:
