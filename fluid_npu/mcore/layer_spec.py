@@ -55,7 +55,7 @@ def get_fluid_moe_layer_spec(
         ValueError: an unknown overlap or backend.
     """
     binder = SchedulerBinder(overlap, carry_over=carry_over, transport=transport)
-    return _with_fluid_moe(_layer_spec(config, choose_backend(backend).value), binder)
+    return with_fluid_moe(_layer_spec(config, choose_backend(backend).value), binder)
 
 
 def get_fluid_moe_block_spec(
@@ -74,13 +74,19 @@ def get_fluid_moe_block_spec(
     binder = SchedulerBinder(overlap, carry_over=carry_over, transport=transport)
     use_te = choose_backend(backend).value == "te"
     block = get_gpt_decoder_block_spec(config, use_te, normalization=config.normalization, vp_stage=vp_stage)
-    block.layer_specs = [_with_fluid_moe(layer, binder) for layer in block.layer_specs]
+    return with_fluid_block(block, binder)
+
+
+def with_fluid_block(block: TransformerBlockSubmodules, binder: SchedulerBinder) -> TransformerBlockSubmodules:
+    """A copy of a block's spec with ``with_fluid_moe`` applied to every layer, and our final norm."""
+    block = copy.copy(block)
+    block.layer_specs = [with_fluid_moe(layer, binder) for layer in block.layer_specs]
     if block.layer_norm is WrappedTorchNorm:
         block.layer_norm = FluidNorm
     return block
 
 
-def _with_fluid_moe(layer: ModuleSpec, binder: SchedulerBinder) -> ModuleSpec:
+def with_fluid_moe(layer: ModuleSpec, binder: SchedulerBinder) -> ModuleSpec:
     """A copy of a layer's spec with our MoE layer, where it has one, and norms for sequence parallelism."""
     layer = copy.copy(layer)
     layer.submodules = copy.copy(layer.submodules)
