@@ -112,7 +112,7 @@ def _parser_stops(line: Line, dtype: str, device: str) -> Answer | None:
     return Answer(
         value="stops",
         reason="validate_args calls torch.cuda.get_device_capability(), which raises without CUDA"
-        + (" (MindSpeed replaces it)" if device == "npu" else ""),
+        + ("; MindSpeed replaces it, and then bf16 runs" if device == "npu" else ""),
         source=line.at(line.arguments, line.capability),
     )
 
@@ -153,7 +153,10 @@ def _legacy(line: Line, dtype: str, device: str) -> Answer:
 
 
 _OURS = {
-    "cpu": ("torch's grouped_mm, or a loop of mm where this torch has none", "fluid_npu/device/kernels/torch_kernels.py"),
+    "cpu": (
+        "torch's grouped_mm, or a loop of mm where this torch has none",
+        "fluid_npu/device/kernels/torch_kernels.py",
+    ),
     "cuda": ("torch's grouped_mm, or a loop of mm; dW into fp32 main_grad", "fluid_npu/device/kernels/cuda_kernels.py"),
     "npu": (
         "npu_grouped_matmul takes it; dW by npu_grouped_matmul_add_ into fp32 main_grad",
@@ -171,9 +174,7 @@ _RAN = {
 }
 
 
-def ours_would(
-    megatron_version: str, dtype: str, device: str, *, supported: Sequence[str] | None = None
-) -> Answer:
+def ours_would(megatron_version: str, dtype: str, device: str, *, supported: Sequence[str] | None = None) -> Answer:
     """What ours does with the same arguments as ``stock_would``.
 
     A dtype outside the operator table is refused by name, as ``npu_gmm`` does with a TypeError. ``supported`` are
