@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from types import TracebackType
 
 from fluid_npu.adaptor.manifest import load_manifest, manifest_names
 from fluid_npu.adaptor.patch import Patch, PatchError
 from fluid_npu.adaptor.registry import Registry
+from fluid_npu.probes import installed
 
 __all__ = ["FEATURES", "Adaptation", "Patch", "PatchError", "Registry", "adapt", "select"]
 
@@ -99,7 +99,7 @@ def adapt(features: Sequence[str]) -> Adaptation:
     for feature in features:
         _known(feature)
     wanted = list(features)
-    if "cpu" in wanted and "no_te" not in wanted and find_spec("transformer_engine") is None:
+    if "cpu" in wanted and "no_te" not in wanted and not installed("transformer_engine").value:
         wanted.append("no_te")
     fresh = [feature for feature in wanted if feature not in _ACTIVE]
     before = len(_REGISTRY.applied)

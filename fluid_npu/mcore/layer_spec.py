@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from importlib.util import find_spec
 
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
@@ -26,6 +25,7 @@ from fluid_npu.mcore.moe_layer import FluidMoELayer
 from fluid_npu.mcore.norm import FluidNorm
 from fluid_npu.mcore.router import FluidRouter
 from fluid_npu.mcore.transformer_layer import FluidTransformerLayer
+from fluid_npu.probes import installed
 
 _ANY_EXPERTS = 2  # Megatron's helper only asks whether there are experts; their number comes from the config.
 
@@ -121,9 +121,8 @@ def choose_backend(backend: str) -> Choice[str]:
         raise ValueError(f"backend={backend!r}: allowed are 'auto', 'te', 'local'")
     if backend != "auto":
         return Choice(backend, "as asked")
-    if find_spec("transformer_engine") is not None:
-        return Choice("te", "Transformer Engine is installed")
-    return Choice("local", "Transformer Engine is not installed")
+    found, reason = installed("transformer_engine")
+    return Choice("te" if found else "local", reason)
 
 
 def _layer_spec(config: TransformerConfig | None, backend: str) -> ModuleSpec:

@@ -6,7 +6,6 @@ import os
 import random
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from fluid_npu.adaptor import adapt
 from fluid_npu.comm.guard import collective
 from fluid_npu.comm.progress import ProgressBoard
 from fluid_npu.device import Device, get_device
+from fluid_npu.probes import installed
 from fluid_npu.train.config import TrainConfig
 
 
@@ -51,7 +51,7 @@ def join(config: TrainConfig, store: dist.Store | None = None) -> Place:
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     device = get_device(config.device).announce("device").value
     device.set_current(local_rank)
-    adapt(["cpu"] if device.name == "cpu" else [] if find_spec("transformer_engine") else ["no_te"])
+    adapt(["cpu"] if device.name == "cpu" else [] if installed("transformer_engine").value else ["no_te"])
     if not dist.is_initialized():
         # NCCL warns about its barrier when it has to guess the device.
         bound = device.torch_device(local_rank) if device.name == "cuda" else None
