@@ -2,13 +2,18 @@
 
 A Layer Spec builds layers one by one and may be used for several models. A layer number that comes a second time, or
 another configuration, starts the next model; the chunks of an interleaved pipeline have disjoint numbers and share.
+They are told apart all the same: the backward of one chunk ends before another's begins, so each has a lowest layer.
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import weakref
 from typing import TYPE_CHECKING, Any
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from fluid_npu.comm.transports import Transport
 from fluid_npu.schedule.live import register
@@ -28,6 +33,7 @@ class SchedulerBinder:
         # Checked here so that a wrong value is refused where it was written.
         BackwardScheduler(**self._settings)
         self._layers: dict[int, weakref.ref[FluidMoELayer]] = {}
+        self._lowest: dict[int, int] = {}
         self._config: Any = None
         self._scheduler: weakref.ref[BackwardScheduler] | None = None
 
@@ -35,23 +41,36 @@ class SchedulerBinder:
         # Megatron copies specs per layer; copies must still give one scheduler per model.
         return self
 
-    def bind(self, layer: FluidMoELayer, number: int | None) -> BackwardScheduler:
-        """The scheduler of the model that ``layer`` belongs to."""
+    def bind(self, layer: FluidMoELayer, number: int | None, pp_rank: int | None = None) -> BackwardScheduler:
+        """The scheduler of the model that ``layer`` belongs to; ``pp_rank`` None asks Megatron's global state."""
         if number is None:
             return getattr(layer, "backward_scheduler", None) or self._new(layer, "a layer alone")
         current = self._scheduler() if self._scheduler is not None else None
         holder = self._layers[number]() if number in self._layers else None
         taken = holder is not None and holder is not layer
         if current is None or taken or layer.config is not self._config:
-            self._layers = {}
+            self._layers, self._lowest = {}, {}
             self._config = layer.config
             current = self._new(layer, f"model {next(_NUMBERS)}")
             self._scheduler = weakref.ref(current)
         self._layers[number] = weakref.ref(layer)
-        current.lowest_layer = min(self._layers)
+        chunk = chunk_offset(layer.config, number, pp_rank)
+        self._lowest[chunk] = min(number, self._lowest.get(chunk, number))
+        current.lowest_layers = frozenset(self._lowest.values())
         return current
 
     def _new(self, layer: FluidMoELayer, whose: str) -> BackwardScheduler:
         config = layer.config
         sizes = f"hidden {config.hidden_size}, {config.num_moe_experts} experts, top-{config.moe_router_topk}"
         return register(BackwardScheduler(**self._settings, name=f"{whose}: {sizes}"))
+
+
+def chunk_offset(config: TransformerConfig, number: int, pp_rank: int | None = None) -> int:
+    """Layers of the whole model below the pipeline chunk of layer ``number``; 0 where a stage is one chunk."""
+    chunks = config.virtual_pipeline_model_parallel_size
+    if not chunks:
+        return 0
+    if "vp_stage" not in inspect.signature(get_transformer_layer_offset).parameters:
+        return int(get_transformer_layer_offset(config))  # 0.12: of the chunk that is being built
+    offsets = [get_transformer_layer_offset(config, vp_stage=stage, pp_rank=pp_rank) for stage in range(chunks)]
+    return max(offset for offset in offsets if offset < number)

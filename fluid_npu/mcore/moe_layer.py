@@ -82,6 +82,8 @@ class FluidMoELayer(MoELayer):
             self.num_local_experts, self.local_expert_indices, config=config, pg_collection=pg_collection
         )
         self.shared_expert_overlap = False
+        pipeline = getattr(pg_collection, "pp", None)
+        self._pp_rank = None if pipeline is None else pipeline.rank()
         self._binder = binder if binder is not None else SchedulerBinder()
         self._bind(layer_number)
 
@@ -92,7 +94,7 @@ class FluidMoELayer(MoELayer):
 
     def _bind(self, layer_number: int | None) -> None:
         self.label = f"layer {layer_number}" if layer_number is not None else ""
-        self.backward_scheduler: BackwardScheduler = self._binder.bind(self, layer_number)
+        self.backward_scheduler: BackwardScheduler = self._binder.bind(self, layer_number, self._pp_rank)
         self.token_dispatcher.sink = self.backward_scheduler
         self.token_dispatcher.label = self.label
         if isinstance(self.router, FluidRouter):
@@ -130,7 +132,7 @@ class FluidMoELayer(MoELayer):
         if isinstance(self.experts, FluidGroupedMLP) and torch.is_grad_enabled():
             self._say_if_nothing_is_carried()
             scheduler = self.backward_scheduler
-            deferred = self.experts.defer(scheduler, self.label, carry=self.layer_number != scheduler.lowest_layer)
+            deferred = self.experts.defer(scheduler, self.label, carry=self.layer_number not in scheduler.lowest_layers)
         handle = self.token_dispatcher.send(
             prepared.hidden_states.reshape(-1, prepared.hidden_states.shape[-1]),
             prepared.probs,

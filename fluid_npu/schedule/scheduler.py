@@ -57,8 +57,8 @@ class BackwardScheduler:
         self.carry_over = carry_over and overlap != "off"
         self.transport: Transport = transport if transport is not None else CollectiveTransport()
         self.name = name
-        #: Number of the model's lowest layer on this rank: below it there is no combine to wait for.
-        self.lowest_layer: int | None = None
+        #: Numbers of the lowest layer of each pipeline chunk on this rank: below it there is no combine to wait for.
+        self.lowest_layers: frozenset[int] = frozenset()
         self.comm = CommStats()
         self.recorder = Recorder()
         self._twin = False

@@ -1,0 +1,228 @@
+"""One converted checkpoint trained under different pipelines, by Megatron's own schedules; losses and gradients.
+
+The checkpoint is what a stock model without a pipeline (SequentialMLP) was initialised with, by global names. Its
+router keeps experts 4 to 7 of layer 2, and 0 to 3 of layer 3, from ever being chosen: with EP 2 a rank gets no token
+there. All other layers are uneven.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from tests.support.gpt import BATCH, SEQUENCE, VOCAB, batch, make_config
+from tests.support.gpt import Run as GptRun
+
+LAYERS, EXPERTS = 4, 8
+#: Sigmoid scores with a bias per expert: the bias decides who is chosen, and is part of the checkpoint.
+ROUTER: dict[str, Any] = {
+    "num_layers": LAYERS,
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_bias_update_rate": 0.0,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run. ``impl`` is stock, off, dw or twin; ``samples`` are micro-batches of all data ranks."""
+
+    impl: str = "dw"
+    pp: int = 1
+    vpp: int = 1
+    ep: int = 2
+    steps: int = 20
+    samples: int = 4
+    carry_over: bool = False
+    block: bool = False
+    tied: bool = False
+    config: dict[str, Any] = field(default_factory=dict)
+    ddp: dict[str, Any] = field(default_factory=dict)
+
+
+def train_all(runs: list[Run], weights: dict[str, torch.Tensor] | None = None) -> list[dict[str, Any]]:
+    """Several runs one after the other in the same processes; each result holds the checkpoint it started from."""
+    results = []
+    for run in runs:
+        set_pipeline(run)
+        results.append(train(run, weights if weights is not None else checkpoint(run)))
+    return results
+
+
+def set_pipeline(run: Run) -> None:
+    """Megatron's process groups of a run."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        pipeline_model_parallel_size=run.pp,
+        virtual_pipeline_model_parallel_size=run.vpp if run.vpp > 1 else None,
+        expert_model_parallel_size=run.ep,
+    )
+    model_parallel_cuda_manual_seed(7, force_reset_rng=True)
+
+
+def checkpoint(run: Run) -> dict[str, torch.Tensor]:
+    """The weights of a freshly initialised stock model without a pipeline, gathered from the ranks of its experts."""
+    import torch.distributed as dist
+
+    from fluid_npu.mcore.convert import weights_by_name
+
+    assert run.pp == 1
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, weights_by_name(make_chunks(replace(run, impl="stock"))[1]))
+    weights = {name: value for mine in reversed(found) for name, value in mine.items()}
+    for name, value in weights.items():
+        if name.endswith("expert_bias"):
+            value.zero_()
+    for layer, closed in ((1, slice(EXPERTS // 2, EXPERTS)), (2, slice(0, EXPERTS // 2))):
+        weights[f"decoder.layers.{layer}.mlp.router.expert_bias"][closed] = -100.0
+    return weights
+
+
+def make_chunks(run: Run) -> tuple[Any, list[Any]]:
+    """This rank's configuration and model chunks."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+
+    interleaved = {"virtual_pipeline_model_parallel_size": run.vpp} if run.vpp > 1 else {}
+    # Megatron asks for this with PP 2: otherwise activations and gradients go between the same two ranks unordered.
+    p2p = {"overlap_p2p_comm": True, "batch_p2p_comm": False} if run.vpp > 1 else {}
+    sizes = {"pipeline_model_parallel_size": run.pp, "pipeline_dtype": torch.float32, **interleaved, **p2p}
+    config = make_config(GptRun(ep=run.ep, config={**ROUTER, **sizes, **run.config}))
+    specs = layer_specs(run, config)
+    rank, chunks = parallel_state.get_pipeline_model_parallel_rank(), []
+    for stage, spec in enumerate(specs):
+        vp_stage = {"vp_stage": stage} if run.vpp > 1 else {}
+        chunks.append(
+            GPTModel(
+                config,
+                spec,
+                vocab_size=VOCAB,
+                max_sequence_length=SEQUENCE,
+                pre_process=rank == 0 and stage == 0,
+                post_process=rank == run.pp - 1 and stage == run.vpp - 1,
+                position_embedding_type="rope",
+                share_embeddings_and_output_weights=run.tied,
+                **vp_stage,
+            )
+        )
+    return config, chunks
+
+
+def layer_specs(run: Run, config: Any) -> list[Any]:
+    """One spec per chunk."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from fluid_npu.mcore.layer_spec import get_fluid_moe_block_spec, get_fluid_moe_layer_spec
+
+    if run.impl == "stock":
+        spec = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False, normalization="RMSNorm")
+        return [spec] * run.vpp
+    settings = {"overlap": "off" if run.impl == "off" else "dw", "carry_over": run.carry_over}
+    if not run.block:
+        return [get_fluid_moe_layer_spec(config, **settings)] * run.vpp
+    return [get_fluid_moe_block_spec(config, vp_stage=stage, **settings) for stage in range(run.vpp)]
+
+
+def train(run: Run, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Trains from the checkpoint; the mean loss of each step, gradients of the first step, weights at the end."""
+    import contextlib
+
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from fluid_npu.mcore.convert import gradients_by_name, load_weights, weights_by_name
+    from fluid_npu.schedule.live import get_backward_scheduler
+
+    config, chunks = make_chunks(run)
+    load_weights(weights, chunks)
+    settings = DistributedDataParallelConfig(**{"grad_reduce_in_fp32": True, **run.ddp})
+    ddps = [DistributedDataParallel(config, settings, chunk) for chunk in chunks]
+    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-3, weight_decay=0.0, clip_grad=1.0), ddps)
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    if settings.overlap_grad_reduce:
+        no_sync, sync = [ddp.no_sync for ddp in ddps], [ddp.start_grad_sync for ddp in ddps]
+        config.no_sync_func = no_sync if run.vpp > 1 else no_sync[0]
+        if run.pp > 1:  # as Megatron-LM does by default (align_grad_reduce)
+            config.grad_sync_func = sync if run.vpp > 1 else sync[0]
+    scheduler = None if run.impl == "stock" else get_backward_scheduler(torch.nn.ModuleList(ddps))
+    if scheduler is not None:
+        scheduler.recorder.enabled = True
+    losses, grads = [], {}
+    for step in range(run.steps):
+        for ddp in ddps:
+            ddp.zero_grad_buffer()
+        optimizer.zero_grad()
+        with scheduler.serialise() if run.impl == "twin" else contextlib.nullcontext():
+            outputs = get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=[batches(run, step) for _ in ddps] if run.vpp > 1 else batches(run, step),
+                model=ddps if run.vpp > 1 else ddps[0],
+                num_microbatches=micro_batches(run),
+                seq_length=SEQUENCE,
+                micro_batch_size=BATCH,
+                forward_only=False,
+            )
+        assert scheduler is None or scheduler.pending == 0, "dW left over when the schedule returned"
+        if step == 0:
+            grads = {name: grad.clone() for name, grad in gradients_by_name(ddps).items()}
+        assert optimizer.step()[0]
+        losses.append(mean_loss(outputs))
+    return {
+        "losses": losses,
+        "grads": grads,
+        "weights": {name: value.clone() for name, value in weights_by_name(ddps).items()},
+        "start": weights,
+        "regions": {r.name: r.detail["region"] for r in scheduler.recorder.take() if r.kind == "dw"}
+        if scheduler
+        else {},
+        "stats": scheduler.get_stats() if scheduler else {},
+    }
+
+
+def micro_batches(run: Run) -> int:
+    """Of one data-parallel rank and step."""
+    from megatron.core import parallel_state
+
+    return run.samples // parallel_state.get_data_parallel_world_size()
+
+
+def batches(run: Run, step: int) -> Iterator[dict[str, torch.Tensor]]:
+    """This data rank's micro-batches: all runs see the same ones in a step, whatever their data-parallel size."""
+    from megatron.core import parallel_state
+
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    return (batch(1, step, micro) for micro in range(rank, run.samples, size))
+
+
+def forward_step(data: Iterator[dict[str, torch.Tensor]], model: Any) -> tuple[torch.Tensor, Any]:
+    """Megatron's ``forward_step_func``."""
+    return model(**next(data)), partial(_loss)
+
+
+def _loss(losses_BS: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    mean = losses_BS.float().mean()
+    return mean, {"loss": mean.detach().clone()}
+
+
+def mean_loss(outputs: list[dict[str, torch.Tensor]]) -> float:
+    """Mean over micro-batches and data ranks, on every rank."""
+    import torch.distributed as dist
+
+    total = torch.tensor([sum(float(one["loss"]) for one in outputs), float(len(outputs))], dtype=torch.float64)
+    dist.all_reduce(total)
+    return float(total[0] / total[1])
+
+
+def whole(results: list[dict[str, Any]], key: str) -> dict[str, torch.Tensor]:
+    """Tensors of all ranks under their global names."""
+    return {name: value for result in reversed(results) for name, value in result[key].items()}
