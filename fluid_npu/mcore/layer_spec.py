@@ -66,12 +66,15 @@ def get_fluid_moe_block_spec(
     transport: Transport | None = None,
     backend: str = "auto",
     vp_stage: int | None = None,
+    binder: SchedulerBinder | None = None,
 ) -> TransformerBlockSubmodules:
     """The specs of all layers of a pipeline stage, for models with dense layers too (``moe_layer_freq``).
 
-    Arguments as ``get_fluid_moe_layer_spec``; ``vp_stage`` is the chunk of an interleaved pipeline.
+    Arguments as ``get_fluid_moe_layer_spec``; ``vp_stage`` is the chunk of an interleaved pipeline. Chunks whose specs
+    are made with one ``binder`` share a scheduler; it then stands for overlap, carry_over and transport.
     """
-    binder = SchedulerBinder(overlap, carry_over=carry_over, transport=transport)
+    if binder is None:
+        binder = SchedulerBinder(overlap, carry_over=carry_over, transport=transport)
     use_te = choose_backend(backend).value == "te"
     block = get_gpt_decoder_block_spec(config, use_te, normalization=config.normalization, vp_stage=vp_stage)
     return with_fluid_block(block, binder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 
 import torch
 
@@ -17,8 +18,8 @@ def register(scheduler: BackwardScheduler) -> BackwardScheduler:
     return scheduler
 
 
-def get_backward_scheduler(model: torch.nn.Module | None = None) -> BackwardScheduler:
-    """The scheduler of ``model``, or without a model the only live one.
+def get_backward_scheduler(model: torch.nn.Module | Sequence[torch.nn.Module] | None = None) -> BackwardScheduler:
+    """The scheduler of ``model`` (or of its chunks on this rank), or without a model the only live one.
 
     Raises:
         LookupError: the model has no Fluid layer or layers of several schedulers; or, without a model, no
@@ -27,10 +28,11 @@ def get_backward_scheduler(model: torch.nn.Module | None = None) -> BackwardSche
     if model is None:
         return _only(list(_LIVE), "get_backward_scheduler()")
     found: dict[int, BackwardScheduler] = {}
-    for module in model.modules():
-        scheduler = getattr(module, "backward_scheduler", None)
-        if isinstance(scheduler, BackwardScheduler):
-            found[id(scheduler)] = scheduler
+    for chunk in [model] if isinstance(model, torch.nn.Module) else model:
+        for module in chunk.modules():
+            scheduler = getattr(module, "backward_scheduler", None)
+            if isinstance(scheduler, BackwardScheduler):
+                found[id(scheduler)] = scheduler
     return _only(list(found.values()), f"get_backward_scheduler({type(model).__name__})")
 
 

@@ -119,23 +119,24 @@ def layer_specs(run: Run, config: Any) -> list[Any]:
     """One spec per chunk."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
+    from fluid_npu.mcore.binding import SchedulerBinder
     from fluid_npu.mcore.layer_spec import get_fluid_moe_block_spec, get_fluid_moe_layer_spec
 
     if run.impl == "stock":
         spec = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False, normalization="RMSNorm")
         return [spec] * run.vpp
-    settings = {"overlap": "off" if run.impl == "off" else "dw", "carry_over": run.carry_over}
+    overlap = "off" if run.impl == "off" else "dw"
     if not run.block:
-        return [get_fluid_moe_layer_spec(config, **settings)] * run.vpp
-    return [get_fluid_moe_block_spec(config, vp_stage=stage, **settings) for stage in range(run.vpp)]
+        return [get_fluid_moe_layer_spec(config, overlap=overlap, carry_over=run.carry_over)] * run.vpp
+    binder = SchedulerBinder(overlap, carry_over=run.carry_over)
+    return [get_fluid_moe_block_spec(config, vp_stage=stage, binder=binder) for stage in range(run.vpp)]
 
 
 def train(run: Run, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Trains from the checkpoint; the mean loss of each step, gradients of the first step, weights at the end."""
     import contextlib
 
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -146,7 +147,9 @@ def train(run: Run, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     load_weights(weights, chunks)
     settings = DistributedDataParallelConfig(**{"grad_reduce_in_fp32": True, **run.ddp})
     ddps = [DistributedDataParallel(config, settings, chunk) for chunk in chunks]
-    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-3, weight_decay=0.0, clip_grad=1.0), ddps)
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(optimizer="adam", lr=1e-3, weight_decay=0.0, clip_grad=1.0), ddps
+    )
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
     if settings.overlap_grad_reduce:
@@ -154,7 +157,7 @@ def train(run: Run, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
         config.no_sync_func = no_sync if run.vpp > 1 else no_sync[0]
         if run.pp > 1:  # as Megatron-LM does by default (align_grad_reduce)
             config.grad_sync_func = sync if run.vpp > 1 else sync[0]
-    scheduler = None if run.impl == "stock" else get_backward_scheduler(torch.nn.ModuleList(ddps))
+    scheduler = None if run.impl == "stock" else get_backward_scheduler(ddps)
     if scheduler is not None:
         scheduler.recorder.enabled = True
     losses, grads = [], {}
