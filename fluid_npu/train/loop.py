@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from fluid_npu.device import Choice
 from fluid_npu.report.loss_plot import plot_loss
+from fluid_npu.schedule.hidden import OverlapStats, is_twin
 from fluid_npu.train import checkpoint
 from fluid_npu.train.config import ConfigError, TrainConfig
 from fluid_npu.train.data.build import info, load_tokenizer
@@ -18,7 +19,7 @@ from fluid_npu.train.generate import generate
 from fluid_npu.train.metrics import MetricsWriter, read_metrics
 from fluid_npu.train.model import build_model, build_model_config
 from fluid_npu.train.optimizer import adam_in_use, build_optimizer, build_scheduler
-from fluid_npu.train.overlap import OverlapStats, as_dict, choose_overlap, is_twin
+from fluid_npu.train.overlap import as_dict, choose_overlap
 from fluid_npu.train.parallel import Place
 from fluid_npu.train.progress_bar import Progress
 from fluid_npu.train.step import TrainStep, wrap_ddp
