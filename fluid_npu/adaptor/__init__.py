@@ -4,28 +4,41 @@
         ...
     fluid_npu.adapt(["cpu"])            # stays until the process ends, or .rollback()
 
-Feature ``cpu`` makes megatron-core run on a machine without CUDA, over gloo; ``no_te`` repairs what fails on any device
-without Transformer Engine. What they change and why stands in ``patches/*.toml``, one row per change.
+The features stand in ``features.py``; what they change and why in ``patches/*.toml``, one row per change.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
+from typing import Any
 
-from fluid_npu.adaptor.manifest import load_manifest, manifest_names
-from fluid_npu.adaptor.patch import Patch, PatchError
+from fluid_npu.adaptor import settings as _settings
+from fluid_npu.adaptor.features import FEATURES, Feature, expand
+from fluid_npu.adaptor.manifest import Manifest, installed_manifests, manifest_names, read_manifest
+from fluid_npu.adaptor.patch import Patch, PatchError, PatchWarning
 from fluid_npu.adaptor.registry import Registry
-from fluid_npu.probes import installed
+from fluid_npu.adaptor.settings import Settings
+from fluid_npu.adaptor.status import PatchStatus, report_text, statuses
+from fluid_npu.adaptor.versions import fits, importable, installed_version
 
-__all__ = ["FEATURES", "Adaptation", "Patch", "PatchError", "Registry", "adapt", "select"]
-
-#: Each feature and what it does; ``cpu`` brings ``no_te`` along where Transformer Engine is not installed.
-FEATURES = {
-    "cpu": "megatron-core without CUDA, over gloo",
-    "no_te": "repairs of megatron-core where it assumes Transformer Engine although it is not installed",
-}
+__all__ = [
+    "FEATURES",
+    "Adaptation",
+    "Feature",
+    "Patch",
+    "PatchError",
+    "PatchStatus",
+    "PatchWarning",
+    "Registry",
+    "Settings",
+    "adapt",
+    "resume",
+    "select",
+    "status",
+    "suspend",
+]
 
 _REGISTRY = Registry()
 _ACTIVE: list[str] = []
@@ -34,25 +47,37 @@ _ACTIVE: list[str] = []
 class Adaptation:
     """The features that one ``adapt`` call switched on; a context manager that rolls them back."""
 
-    def __init__(self, features: list[str], before: int, after: int) -> None:
+    def __init__(self, features: list[str], before: int, after: int, settings: Settings) -> None:
         self.features = features
         self._before = before
         self._after = after
+        self._settings = settings
+        self._over = False
 
     def rollback(self) -> None:
-        """Restores what this call changed. Does nothing if the call found its features already on.
+        """Restores what this call changed, and the settings before it. A second time does nothing.
 
         Raises PatchError, changing nothing, if features were switched on later or someone patched on top.
         """
-        if not self.features:
+        if self._over:
             return
-        if len(_REGISTRY.applied) != self._after:
+        if self.features:
+            self._take_off()
+        _settings.remove(self._settings)
+        self._over = True
+
+    def _take_off(self) -> None:
+        if len(_REGISTRY.applied) != self._after and not _REGISTRY.suspended:
             later = ", ".join(_ACTIVE[_ACTIVE.index(self.features[-1]) + 1 :])
             raise PatchError(f"roll back {later} first: it was switched on after {', '.join(self.features)}")
         _REGISTRY.rollback(self._before)
         for feature in self.features:
             _ACTIVE.remove(feature)
         self.features = []
+
+    def report(self) -> str:
+        """One line per patch of this call, then what was never reached and what cannot be reached."""
+        return report_text(statuses(_REGISTRY, _REGISTRY.applied[self._before : self._after]))
 
     def __enter__(self) -> Adaptation:
         return self
@@ -63,51 +88,90 @@ class Adaptation:
         self.rollback()
 
 
-def megatron_line() -> str:
-    """The installed megatron-core line, '0.16' for 0.16.1. Raises PatchError when it is not installed."""
-    try:
-        installed = version("megatron-core")
-    except PackageNotFoundError as error:
-        raise PatchError("megatron-core is not installed; pip install 'megatron-core>=0.16.1,<0.17'") from error
-    return ".".join(installed.split(".")[:2])
-
-
-def select(features: Sequence[str]) -> list[Patch]:
-    """The rows that the features own, for the installed versions. Raises PatchError for an unknown feature."""
-    for feature in features:
-        _known(feature)
-    name = f"megatron_core-{megatron_line()}"
-    if name not in manifest_names():
-        lines = ", ".join(n.removeprefix("megatron_core-") for n in manifest_names() if n.startswith("megatron_core"))
-        raise PatchError(f"megatron-core {megatron_line()} has no manifest; supported lines: {lines}")
-    rows = load_manifest("torch") + load_manifest(name)
-    return [row for row in rows if row.feature in features]
-
-
-def adapt(features: Sequence[str]) -> Adaptation:
+def adapt(features: Sequence[str], *, fingerprints: str | None = None, **settings: Any) -> Adaptation:
     """Switches features on. Applying a feature twice is once.
 
     Args:
         features: names from ``FEATURES``.
+        fingerprints: 'strict' refuses rows whose upstream source changed, 'warn' warns; None takes the environment
+            variable FLUID_FINGERPRINTS, or 'strict'.
+        settings: fields of ``Settings``, for the replacements to read.
 
     Returns:
         A handle whose ``rollback()``, or end as a context manager, restores the exact objects.
 
     Raises:
-        PatchError: unknown feature, unsupported Megatron line, missing target or conflict; nothing was changed.
+        PatchError: an unknown feature or setting, an unsupported version, a missing or changed target, a conflict;
+            nothing was changed.
+    """
+    if isinstance(features, str):
+        raise PatchError(f"adapt(features={features!r}): give a list of names: adapt([{features!r}])")
+    chosen = _settings.changed(settings)
+    policy = fingerprints if fingerprints is not None else os.environ.get("FLUID_FINGERPRINTS") or "strict"
+    fresh = [feature for feature in expand(features) if feature not in _ACTIVE]
+    before = len(_REGISTRY.applied)
+    _REGISTRY.apply(select(fresh), policy)
+    _ACTIVE.extend(fresh)
+    _settings.push(chosen)
+    return Adaptation(fresh, before, len(_REGISTRY.applied), chosen)
+
+
+def select(features: Sequence[str]) -> list[Patch]:
+    """The rows that the features own, for the installed versions, in the order of FEATURES and of the manifests.
+
+    Raises PatchError for an unknown feature, an unsupported version, and a feature that has no rows on these versions.
     """
     for feature in features:
-        _known(feature)
-    wanted = list(features)
-    if "cpu" in wanted and "no_te" not in wanted and not installed("transformer_engine").value:
-        wanted.append("no_te")
-    fresh = [feature for feature in wanted if feature not in _ACTIVE]
-    before = len(_REGISTRY.applied)
-    _REGISTRY.apply(select(fresh))
-    _ACTIVE.extend(fresh)
-    return Adaptation(fresh, before, len(_REGISTRY.applied))
+        if feature not in FEATURES:
+            raise PatchError(f"select(features=...): {feature!r} is unknown; allowed: {', '.join(FEATURES)}")
+    if not features:
+        return []
+    manifests = installed_manifests(features)
+    return [row for feature in FEATURES if feature in features for row in _rows(feature, manifests)]
 
 
-def _known(feature: str) -> None:
-    if feature not in FEATURES:
-        raise PatchError(f"adapt(features=...): {feature!r} is unknown; allowed: {', '.join(FEATURES)}")
+def _rows(feature: str, manifests: list[Manifest]) -> list[Patch]:
+    for manifest in manifests:
+        if feature in manifest.refused:
+            raise PatchError(
+                f"feature {feature!r} is not for {manifest.package} {installed_version(manifest.package)}: "
+                f"{manifest.refused[feature]}"
+            )
+    rows = [row for manifest in manifests for row in manifest.rows if row.feature == feature and _is_for_installed(row)]
+    if not rows and not any(feature in manifest.needless for manifest in manifests):
+        lines = [name for name in manifest_names() if any(row.feature == feature for row in read_manifest(name).rows)]
+        here = ", ".join(f"{manifest.package} {installed_version(manifest.package)}" for manifest in manifests)
+        raise PatchError(
+            f"feature {feature!r} has no rows for {here}; it has rows in: {', '.join(lines) or 'no manifest'}"
+        )
+    return rows
+
+
+def _is_for_installed(row: Patch) -> bool:
+    return fits(installed_version(row.package) or "0", row.versions)
+
+
+def status(features: Sequence[str] | None = None) -> list[PatchStatus]:
+    """Every row of the installed versions, of these features or of all that can be used here; nothing is applied."""
+    if features is None:
+        owners = {row.feature for manifest in installed_manifests([]) for row in manifest.rows}
+        features = [name for name, feature in FEATURES.items() if name in owners and _usable(feature)]
+    return statuses(_REGISTRY, select(features))
+
+
+def _usable(feature: Feature) -> bool:
+    needless = feature.unless is not None and importable(feature.unless)
+    return not needless and all(importable(name) for name in feature.needs)
+
+
+def suspend() -> None:
+    """Takes all patches off, newest first, so that another patch system may change what lies under them.
+
+    Raises PatchError, changing nothing, if someone patched on top.
+    """
+    _REGISTRY.suspend()
+
+
+def resume() -> None:
+    """Puts the rows that ``suspend`` took off back on top. Raises PatchError, and stays suspended, if one cannot be."""
+    _REGISTRY.resume()

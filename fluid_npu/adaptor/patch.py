@@ -1,8 +1,8 @@
 """One patch: what it replaces, with what, who owns it and why. Data only; the registry applies it.
 
 Kinds: ``replace`` (the target must exist), ``wrap`` (the replacement is called with the original and returns
-the new object), ``add`` (the target must not exist), ``context`` (enters a context manager; the target only
-names what it changes).
+the new object), ``add`` (the target must not exist), ``context`` (enters a context manager; the target names
+what the manager calls or changes, and must exist).
 """
 
 from __future__ import annotations
@@ -12,15 +12,27 @@ from importlib import import_module
 from typing import Any
 
 KINDS = ("replace", "wrap", "add", "context")
+#: The fingerprint of a row of kind ``add``: there is nothing upstream yet.
+ABSENT = "absent"
 
 
 class PatchError(RuntimeError):
     """A patch cannot be resolved, applied or rolled back; the message names target, owner and fix."""
 
 
+class PatchWarning(UserWarning):
+    """What ``fingerprints="warn"`` lets pass."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Patch:
-    """A row of a manifest. ``replacement`` is ``package.module:attribute``."""
+    """A row of a manifest.
+
+    ``replacement`` is ``package.module:attribute``. ``package`` and ``versions`` (a specifier such as
+    ``>=0.16.1,<0.17``) come from the manifest's header; a row may narrow ``versions``. ``fingerprint`` is what
+    ``fingerprint.py`` makes of the upstream source that the row was written against. ``upstream`` is a link, or
+    ``none: <reason>``.
+    """
 
     target: str
     kind: str
@@ -28,6 +40,10 @@ class Patch:
     feature: str
     why: str
     goes_when: str
+    upstream: str
+    fingerprint: str
+    package: str = ""
+    versions: str = ""
     manifest: str = "<inline>"
 
     def __post_init__(self) -> None:
@@ -36,6 +52,11 @@ class Patch:
         if ":" not in self.replacement:
             raise PatchError(
                 f"{self.name}: replacement={self.replacement!r} must be written 'package.module:attribute'"
+            )
+        if (self.kind == "add") != (self.fingerprint == ABSENT):
+            raise PatchError(
+                f"{self.name}: fingerprint={self.fingerprint!r} does not go with kind={self.kind!r}; "
+                f"'{ABSENT}' is for 'add' and for nothing else"
             )
 
     @property
@@ -50,26 +71,3 @@ class Patch:
             return getattr(import_module(module_name), attribute)
         except (ImportError, AttributeError) as error:
             raise PatchError(f"{self.name}: replacement {self.replacement!r} cannot be loaded: {error}") from error
-
-
-def resolve(target: str) -> tuple[Any, str]:
-    """The object that holds ``target`` and the attribute's name in it.
-
-    ``a.b.C.method`` imports the longest importable module and walks the rest. Raises PatchError naming the
-    part that does not exist.
-    """
-    parts = target.split(".")
-    for cut in range(len(parts) - 1, 0, -1):
-        module_name = ".".join(parts[:cut])
-        try:
-            holder: Any = import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
-                continue
-            raise PatchError(f"{target}: importing {module_name} failed: {error}") from error
-        for part in parts[cut:-1]:
-            if not hasattr(holder, part):
-                raise PatchError(f"{target}: {module_name} has no {part!r}; was it renamed or removed upstream?")
-            holder = getattr(holder, part)
-        return holder, parts[-1]
-    raise PatchError(f"{target}: no module of that name can be imported; is the package installed?")

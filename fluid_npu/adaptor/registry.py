@@ -6,58 +6,108 @@ inherited. A rollback refuses when somebody else has patched on top of ours.
 
 from __future__ import annotations
 
-import inspect
+import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from fluid_npu.adaptor.patch import Patch, PatchError, resolve
-
-_MISSING = object()
-
-
-def _own(holder: Any, attribute: str) -> Any:
-    """The raw object stored in the holder itself, or _MISSING when it is inherited or absent."""
-    return vars(holder).get(attribute, _MISSING)
+from fluid_npu.adaptor.checks import POLICIES, check, in_order
+from fluid_npu.adaptor.patch import Patch, PatchError, PatchWarning
+from fluid_npu.adaptor.target import MISSING, Slot, resolve
 
 
-def _visible(holder: Any, attribute: str) -> Any:
-    """What a reader finds, as a raw descriptor where the holder is a class."""
-    try:
-        return inspect.getattr_static(holder, attribute)
-    except AttributeError:
-        return getattr(holder, attribute, _MISSING)
+@dataclass(frozen=True, kw_only=True)
+class Applied:
+    """One patch in force. ``before`` and ``installed`` are the slot's own raw objects, MISSING where it had none."""
 
-
-@dataclass(frozen=True)
-class _Applied:
     patch: Patch
-    holder: Any
-    attribute: str
-    before: Any
-    installed: Any
+    slot: Slot
+    before: Any = MISSING
+    installed: Any = MISSING
+    manager: AbstractContextManager[Any] | None = None
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the slot still holds what we put there."""
+        return self.manager is not None or self.slot.own is self.installed
 
 
 class Registry:
     """The patches applied through this object, in order."""
 
     def __init__(self) -> None:
-        self._applied: list[_Applied] = []
+        self._applied: list[Applied] = []
+        self._suspended: list[Patch] = []
 
     @property
     def applied(self) -> list[Patch]:
         """The patches in force, oldest first."""
         return [entry.patch for entry in self._applied]
 
-    def apply(self, patches: Iterable[Patch]) -> None:
+    @property
+    def entries(self) -> tuple[Applied, ...]:
+        """The same with what they changed."""
+        return tuple(self._applied)
+
+    @property
+    def suspended(self) -> bool:
+        """Whether ``suspend`` took rows off that ``resume`` has not put back."""
+        return bool(self._suspended)
+
+    def apply(self, patches: Iterable[Patch], fingerprints: str = "strict") -> None:
         """Checks every patch, then applies all of them; undoes all of this call if one fails.
 
+        Args:
+            patches: rows; wraps are applied after the others, else in the order given.
+            fingerprints: 'strict' refuses rows whose upstream source changed; 'warn' warns.
+
         Raises:
-            PatchError: a missing target, an existing target of ``add``, or two owners of one target.
+            PatchError: with every problem that was found (see ``checks``); nothing was changed.
         """
-        rows = list(patches)
-        self._check(rows)
+        if fingerprints not in POLICIES:
+            raise PatchError(f"fingerprints={fingerprints!r}: allowed are {', '.join(POLICIES)}")
+        if self._suspended:
+            raise PatchError("patches are suspended: call fluid_npu.adaptor.resume() before switching on more")
+        rows = in_order(patches)
+        found = check(rows, self.applied)
+        problems = found.errors + (found.changes if fingerprints == "strict" else [])
+        if problems:
+            raise PatchError("\n".join(problems))
+        for change in found.changes:
+            warnings.warn(change, PatchWarning, stacklevel=2)
+        self._install_all(rows)
+
+    def rollback(self, count: int = 0) -> None:
+        """Restores all but the oldest ``count`` patches.
+
+        Raises PatchError, changing nothing, if a target was patched again since.
+        """
+        if self._suspended:
+            raise PatchError("patches are suspended: call fluid_npu.adaptor.resume() before rolling back")
+        self._refuse_foreign(count)
+        self._undo_to(count)
+
+    def suspend(self) -> None:
+        """Takes everything off, newest first, and remembers the rows. Raises PatchError as ``rollback`` does."""
+        if self._suspended:
+            raise PatchError("patches are suspended already")
+        rows = self.applied
+        self.rollback()
+        self._suspended = rows
+
+    def resume(self) -> None:
+        """Puts the suspended rows back, in the same order, on top of what is there now.
+
+        Raises PatchError, and stays suspended, when a row cannot be applied any more.
+        """
+        found = check(self._suspended, [])
+        if found.errors:
+            raise PatchError("\n".join(found.errors))
+        self._install_all(self._suspended)
+        self._suspended = []
+
+    def _install_all(self, rows: list[Patch]) -> None:
         start = len(self._applied)
         try:
             for patch in rows:
@@ -68,63 +118,32 @@ class Registry:
                 raise
             raise PatchError(f"applying failed and was undone: {error}") from error
 
-    def rollback(self, count: int = 0) -> None:
-        """Restores all but the oldest ``count`` patches.
+    def _install(self, patch: Patch) -> Applied:
+        replacement, slot = patch.load_replacement(), resolve(patch.target)
+        if patch.kind == "context":
+            manager: AbstractContextManager[Any] = replacement()
+            manager.__enter__()
+            return Applied(patch=patch, slot=slot, manager=manager)
+        before = slot.own
+        if patch.kind == "wrap":
+            replacement = replacement(slot.visible)
+        slot.write(replacement)
+        # What a reader of the holder's dict sees: setattr may store a different object (a property setter).
+        return Applied(patch=patch, slot=slot, before=before, installed=slot.own)
 
-        Raises PatchError, changing nothing, if a target was patched again since.
-        """
+    def _refuse_foreign(self, count: int) -> None:
         # Of several wraps of one target only the outermost is in the holder's dict.
         outermost = {entry.patch.target: entry for entry in self._applied[count:]}
-        foreign = [entry.patch.name for entry in outermost.values() if not self._is_ours(entry)]
+        foreign = [entry.patch.name for entry in outermost.values() if not entry.in_place]
         if foreign:
             raise PatchError(
                 "cannot roll back: someone else patched on top of " + "; ".join(foreign) + ". Undo that first."
             )
-        self._undo_to(count)
-
-    def _check(self, rows: list[Patch]) -> None:
-        owners = {entry.patch.target: entry.patch for entry in self._applied}
-        for patch in rows:
-            if patch.kind == "replace" and patch.target in owners:
-                other = owners[patch.target]
-                raise PatchError(f"conflict: {patch.name} and {other.name} both replace the same target")
-            owners[patch.target] = patch
-            patch.load_replacement()
-            if patch.kind == "context":
-                continue
-            holder, attribute = resolve(patch.target)
-            exists = _visible(holder, attribute) is not _MISSING
-            if patch.kind == "add" and exists:
-                raise PatchError(f"{patch.name}: kind 'add' but the target already exists; upstream grew its own")
-            if patch.kind != "add" and not exists:
-                raise PatchError(f"{patch.name}: the target does not exist; was it renamed or removed upstream?")
-
-    def _install(self, patch: Patch) -> _Applied:
-        replacement = patch.load_replacement()
-        if patch.kind == "context":
-            manager: AbstractContextManager[Any] = replacement()
-            manager.__enter__()
-            return _Applied(patch, None, "", _MISSING, manager)
-        holder, attribute = resolve(patch.target)
-        before = _own(holder, attribute)
-        if patch.kind == "wrap":
-            replacement = replacement(_visible(holder, attribute))
-        setattr(holder, attribute, replacement)
-        # What a reader of the holder's dict sees: setattr may store a different object (a property setter).
-        return _Applied(patch, holder, attribute, before, _own(holder, attribute))
-
-    @staticmethod
-    def _is_ours(entry: _Applied) -> bool:
-        if entry.patch.kind == "context":
-            return True
-        return _own(entry.holder, entry.attribute) is entry.installed
 
     def _undo_to(self, start: int) -> None:
         while len(self._applied) > start:
             entry = self._applied.pop()
-            if entry.patch.kind == "context":
-                entry.installed.__exit__(None, None, None)
-            elif entry.before is _MISSING:
-                delattr(entry.holder, entry.attribute)
+            if entry.manager is not None:
+                entry.manager.__exit__(None, None, None)
             else:
-                setattr(entry.holder, entry.attribute, entry.before)
+                entry.slot.write(entry.before)

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from fluid_npu.adaptor import FEATURES, adapt, select
-from fluid_npu.adaptor.manifest import load_manifest, manifest_names
-from fluid_npu.adaptor.patch import Patch, resolve
+from fluid_npu.adaptor.manifest import installed_manifests
+from fluid_npu.adaptor.patch import Patch
+from fluid_npu.adaptor.target import MISSING, resolve
 from tests.support.stock import without_each
 
-ROWS = [row for name in manifest_names() for row in load_manifest(name)]
+ROWS = [row for manifest in installed_manifests([]) for row in manifest.rows]
 # A CPU build of torch, a CUDA build without a driver, and the latter in a forked process.
 NO_CUDA = "AssertionError: Torch not compiled with CUDA enabled|RuntimeError: (Found no NVIDIA driver|Cannot re-init)"
 
@@ -35,11 +36,11 @@ PREVENTS = {
 def test_row_resolves_and_gives_its_reasons(row: Patch) -> None:
     assert row.feature in FEATURES
     assert row.why.endswith(".") and len(row.why) > 15
-    assert row.goes_when
+    assert row.goes_when and row.goes_when != "as above", "each row is readable on its own"
+    assert row.upstream.startswith(("https://", "none: "))
     row.load_replacement()
     if row.kind != "context":
-        holder, attribute = resolve(row.target)
-        assert hasattr(holder, attribute) == (row.kind != "add")
+        assert (resolve(row.target).visible is MISSING) == (row.kind == "add")
 
 
 def targets() -> dict[str, Any]:
@@ -47,8 +48,7 @@ def targets() -> dict[str, Any]:
     found = {}
     for row in ROWS:
         if row.kind != "context":
-            holder, attribute = resolve(row.target)
-            found[row.target] = vars(holder).get(attribute, "absent")
+            found[row.target] = resolve(row.target).own
     return found
 
 

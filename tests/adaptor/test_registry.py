@@ -12,8 +12,10 @@ import pytest
 
 from fluid_npu.adaptor import adapt, select
 from fluid_npu.adaptor.manifest import load_manifest
-from fluid_npu.adaptor.patch import Patch, PatchError, resolve
+from fluid_npu.adaptor.patch import Patch, PatchError
 from fluid_npu.adaptor.registry import Registry
+from fluid_npu.adaptor.target import resolve
+from tests.support.patch_rows import patch_row
 
 EVENTS: list[str] = []
 
@@ -69,22 +71,14 @@ def upstream(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def row(target: str, kind: str = "replace", replacement: str = "ours", feature: str = "tests") -> Patch:
-    return Patch(
-        target=f"upstream_pkg.{target}",
-        kind=kind,
-        replacement=f"upstream_ours:{replacement}",
-        feature=feature,
-        why="a test",
-        goes_when="never",
-        manifest="test.toml",
-    )
+    return patch_row(f"upstream_pkg.{target}", kind, f"upstream_ours:{replacement}", feature)
 
 
 def test_every_kind_is_applied_and_undone_in_reverse(upstream: ModuleType) -> None:
     EVENTS.clear()
     before = upstream.function
     registry = Registry()
-    rows = [row("function", "wrap", "wrapper"), row("added", "add"), row("anything", "context", "entered")]
+    rows = [row("added", "add"), row("function", "context", "entered"), row("function", "wrap", "wrapper")]
     registry.apply(rows)
     assert upstream.function() == "wrapped original"
     assert upstream.added() == "ours"
@@ -120,19 +114,19 @@ def test_wrapping_twice_nests_and_unwinds(upstream: ModuleType) -> None:
 @pytest.mark.parametrize(
     "bad, message",
     [
-        (row("gone"), r"upstream_pkg\.gone.*does not exist; was it renamed"),
-        (row("Absent.method"), r"upstream_pkg has no 'Absent'"),
-        (row("function", "add"), r"kind 'add' but the target already exists"),
-        (row("Upstream.method", replacement="nowhere"), r"replacement 'upstream_ours:nowhere' cannot be loaded"),
-        (row("Upstream.method", "wrap", "failing_wrapper"), r"undone: planted failure"),
+        (("gone",), r"upstream_pkg\.gone.*does not exist; was it renamed"),
+        (("Absent.method",), r"upstream_pkg has no 'Absent'"),
+        (("function", "add"), r"kind 'add' but the target already exists"),
+        (("Upstream.method", "replace", "nowhere"), r"replacement 'upstream_ours:nowhere' cannot be loaded"),
+        (("Upstream.method", "wrap", "failing_wrapper"), r"undone: planted failure"),
     ],
     ids=["missing", "missing holder", "existing add", "no replacement", "fails while applying"],
 )
-def test_one_bad_row_and_nothing_is_changed(upstream: ModuleType, bad: Patch, message: str) -> None:
+def test_one_bad_row_and_nothing_is_changed(upstream: ModuleType, bad: tuple[str, ...], message: str) -> None:
     before, method = upstream.function, vars(Upstream)["method"]
     registry = Registry()
     with pytest.raises(PatchError, match=message):
-        registry.apply([row("function", "wrap", "wrapper"), bad])
+        registry.apply([row("function", "wrap", "wrapper"), row(*bad)])
     assert upstream.function is before
     assert vars(Upstream)["method"] is method
     assert registry.applied == []
@@ -172,7 +166,9 @@ def test_a_row_that_cannot_be_is_refused_where_it_is_written() -> None:
     with pytest.raises(PatchError, match=r"kind='swap' is unknown; allowed: replace, wrap, add, context"):
         row("function", "swap")
     with pytest.raises(PatchError, match=r"must be written 'package.module:attribute'"):
-        Patch(target="a.b", kind="replace", replacement="a.b", feature="f", why="w", goes_when="g")
+        patch_row("a.b", "replace", "a.b")
+    with pytest.raises(PatchError, match=r"fingerprint='absent' does not go with kind='replace'"):
+        patch_row("a.b", "replace", "a:b", fingerprint="absent")
 
 
 def test_a_target_outside_any_package_is_named() -> None:
@@ -188,13 +184,14 @@ def test_an_unknown_feature_or_manifest_is_refused_with_what_exists() -> None:
 
 
 def test_an_unsupported_megatron_is_refused_with_the_supported_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fluid_npu.adaptor.version", lambda _name: "0.99.1")
-    with pytest.raises(PatchError, match=r"megatron-core 0\.99 has no manifest; supported lines: 0\.16"):
+    monkeypatch.setattr("fluid_npu.adaptor.manifest.installed_version", {"megatron-core": "0.99.1"}.get)
+    with pytest.raises(PatchError, match=r"megatron-core 0\.99\.1 has no manifest.*supported: .*>=0\.16\.1,<0\.17"):
         select(["cpu"])
 
 
 def test_a_broken_manifest_row_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    (tmp_path / "broken.toml").write_text('[[patch]]\ntarget = "a.b"\nkind = "replace"\n')
+    header = '[manifest]\npackage = "a"\nversions = ">=1"\n'
+    (tmp_path / "broken.toml").write_text(header + '[[patch]]\ntarget = "a.b"\nkind = "replace"\n')
     monkeypatch.setattr("fluid_npu.adaptor.manifest.resources.files", lambda _package: tmp_path)
     with pytest.raises(PatchError, match=r"broken\.toml: row a\.b: .*missing"):
         load_manifest("broken")

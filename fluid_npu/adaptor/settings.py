@@ -1,0 +1,57 @@
+"""What replacements may read while a feature is on: the keyword arguments of ``adapt``.
+
+They are process-wide, as the patches are, and the ones before come back when the adaptation is rolled back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from fluid_npu.adaptor.patch import PatchError
+
+OVERLAPS = ("off", "dw", "full", "auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """``overlap`` and ``carry_over`` mean what they mean to ``get_fluid_moe_layer_spec``."""
+
+    overlap: str = "dw"
+    carry_over: bool = False
+
+    def __post_init__(self) -> None:
+        if self.overlap not in OVERLAPS:
+            raise PatchError(f"adapt(overlap={self.overlap!r}): allowed are {', '.join(OVERLAPS)}")
+        if not isinstance(self.carry_over, bool):
+            raise PatchError(f"adapt(carry_over={self.carry_over!r}): allowed are True and False")
+
+
+_stack: list[Settings] = []
+
+
+def current() -> Settings:
+    """The settings in force; the defaults when nothing is adapted."""
+    return _stack[-1] if _stack else Settings()
+
+
+def changed(values: dict[str, Any]) -> Settings:
+    """The current settings with these values. Raises PatchError for an unknown name or a value not allowed."""
+    known = [field.name for field in fields(Settings)]
+    for name, value in values.items():
+        if name not in known:
+            raise PatchError(f"adapt({name}={value!r}): unknown setting; allowed: {', '.join(known)}")
+    return replace(current(), **values)
+
+
+def push(settings: Settings) -> None:
+    """Puts settings in force."""
+    _stack.append(settings)
+
+
+def remove(settings: Settings) -> None:
+    """Takes the newest entry that is this object away; what lies under it is in force again."""
+    for index in range(len(_stack) - 1, -1, -1):
+        if _stack[index] is settings:
+            del _stack[index]
+            return
