@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
+from fluid_npu.adaptor import providers
 from fluid_npu.adaptor import settings as _settings
 from fluid_npu.adaptor.features import FEATURES, Feature, expand
 from fluid_npu.adaptor.manifest import Manifest, installed_manifests, manifest_names, read_manifest
@@ -67,13 +68,15 @@ class Adaptation:
         self._over = True
 
     def _take_off(self) -> None:
-        if len(_REGISTRY.applied) != self._after and not _REGISTRY.suspended:
+        if _REGISTRY.size != self._after:
             later = ", ".join(_ACTIVE[_ACTIVE.index(self.features[-1]) + 1 :])
             raise PatchError(f"roll back {later} first: it was switched on after {', '.join(self.features)}")
         _REGISTRY.rollback(self._before)
         for feature in self.features:
             _ACTIVE.remove(feature)
         self.features = []
+        if not _REGISTRY.size:
+            providers.detach()
 
     def report(self) -> str:
         """One line per patch of this call, then what was never reached and what cannot be reached."""
@@ -111,6 +114,8 @@ def adapt(features: Sequence[str], *, fingerprints: str | None = None, **setting
     fresh = [feature for feature in expand(features) if feature not in _ACTIVE]
     before = len(_REGISTRY.applied)
     _REGISTRY.apply(select(fresh), policy)
+    if fresh:
+        providers.attach(providers.Ours(rows=lambda: _REGISTRY.applied, suspend=suspend, resume=resume))
     _ACTIVE.extend(fresh)
     _settings.push(chosen)
     return Adaptation(fresh, before, len(_REGISTRY.applied), chosen)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fluid_npu.adaptor import providers
 from fluid_npu.adaptor.fingerprint import current_fingerprint, definition, signature_text, unwrapped
 from fluid_npu.adaptor.patch import Patch, PatchError
 from fluid_npu.adaptor.target import MISSING, Slot, resolve
@@ -41,6 +42,7 @@ def check(rows: Sequence[Patch], applied: Sequence[Patch]) -> Findings:
             if change is not None:
                 found.changes.append(change)
         earlier.append(patch)
+    found.errors += providers.problems(rows)
     return found
 
 

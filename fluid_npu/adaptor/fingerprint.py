@@ -28,6 +28,7 @@ from types import ModuleType
 from typing import Any
 
 from fluid_npu.adaptor.patch import ABSENT, Patch, PatchError
+from fluid_npu.adaptor.providers import upstream
 from fluid_npu.adaptor.target import MISSING, Slot, resolve
 
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -42,7 +43,7 @@ def fingerprint_of(target: str, form: str = "source") -> str:
     if slot.visible is MISSING:
         raise PatchError(f"{target}: does not exist; was it renamed or removed upstream?")
     if form == "signature":
-        return f"signature:{signature_text(slot.visible)}"
+        return f"signature:{signature_text(upstream(slot.visible))}"
     statements = binding_statements(slot)
     if not statements:
         raise PatchError(f"{target}: no statement of its source file binds it; use the form 'signature'")
@@ -102,7 +103,7 @@ def _home(slot: Slot) -> tuple[str, list[str]]:
     if isinstance(holder, type):
         owner = next((base for base in holder.__mro__ if attribute in vars(base)), holder)
         return owner.__module__, [*owner.__qualname__.split("."), attribute]
-    value = slot.visible
+    value = upstream(slot.visible)
     defined = getattr(value, "__module__", None)
     same_package = isinstance(defined, str) and defined.split(".")[0] == holder.__name__.split(".")[0]
     if same_package and (isinstance(value, type) or inspect.isfunction(value)) and "<" not in value.__qualname__:

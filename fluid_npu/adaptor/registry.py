@@ -51,6 +51,11 @@ class Registry:
         return tuple(self._applied)
 
     @property
+    def size(self) -> int:
+        """How many patches are in force or suspended."""
+        return len(self._applied) + len(self._suspended)
+
+    @property
     def suspended(self) -> bool:
         """Whether ``suspend`` took rows off that ``resume`` has not put back."""
         return bool(self._suspended)
@@ -79,12 +84,13 @@ class Registry:
         self._install_all(rows)
 
     def rollback(self, count: int = 0) -> None:
-        """Restores all but the oldest ``count`` patches.
+        """Restores all but the oldest ``count`` patches; of suspended ones, forgets the rows.
 
         Raises PatchError, changing nothing, if a target was patched again since.
         """
         if self._suspended:
-            raise PatchError("patches are suspended: call fluid_npu.adaptor.resume() before rolling back")
+            del self._suspended[count:]
+            return
         self._refuse_foreign(count)
         self._undo_to(count)
 

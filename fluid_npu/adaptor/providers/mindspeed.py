@@ -1,9 +1,9 @@
 """MindSpeed beside us: ours always lie on top of its patches, and it never sees ours.
 
-MindSpeed keeps each patch in ``MindSpeedPatchesManager.patches_info``; applying and removing sweeps all imported modules
-and rebuilds from the object that it saw first. A wrap of ours that it finds in its way is dropped or left dangling. So
-while any row of ours is on, the functions with which it applies and removes take ours off first and put them back on
-top afterwards. Those functions are restored with our last row; MindSpeed's patches stay as it left them.
+MindSpeed keeps each patch in ``MindSpeedPatchesManager.patches_info``; applying and removing sweeps all imported
+modules and rebuilds from the object that it saw first. A wrap of ours that it finds in its way is dropped or left
+dangling. So while any row of ours is on, the functions with which it applies and removes take ours off first and put
+them back on top afterwards. Those functions are restored with our last row; MindSpeed's patches stay as it left them.
 
 This module's name contains 'mindspeed', and MindSpeed's remove skips such modules: it must not hold a Megatron object.
 """

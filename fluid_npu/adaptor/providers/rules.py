@@ -52,8 +52,8 @@ EXCLUDES = (
         target=f"{_MOE}.moe_layer.MoELayer",
         feature="moe",
         reason="both replace the MoE layer to overlap the same AllToAll",
-        fix="drop --moe-alltoall-overlap-comm, --moe-allgather-overlap-comm, --moe-alltoall-mc2 and --moe-tp-extend-ep, "
-        "or leave the feature 'moe' off",
+        fix="drop --moe-alltoall-overlap-comm, --moe-allgather-overlap-comm, --moe-alltoall-mc2 and "
+        "--moe-tp-extend-ep, or leave the feature 'moe' off",
     ),
     Excludes(
         target="megatron.core.models.gpt.moe_module_specs.get_moe_module_spec",
