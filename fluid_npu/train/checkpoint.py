@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,9 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """What a checkpoint holds. ``model`` is the module inside DDP."""
+    """What a checkpoint holds. ``chunks`` are the modules inside DDP, one without virtual pipeline stages."""
 
-    model: MegatronModule
+    chunks: Sequence[MegatronModule]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
@@ -127,7 +127,8 @@ def _load_common(checkpoint: str) -> dict[str, Any]:
 def _load(place: Place, state: RunState, checkpoint: str) -> int:
     allocate_states(state.optimizer)
     content = dist_checkpointing.load(_sharded(place, state, loading=True), checkpoint)
-    state.model.load_state_dict(content["model"])
+    for key, chunk in _named_chunks(state):
+        chunk.load_state_dict(content[key])
     load_optimizer(state.optimizer, content["optimizer"])
     state.scheduler.load_state_dict(content["scheduler"])
     _set_random_states(place, content["random_states"])
@@ -136,15 +137,22 @@ def _load(place: Place, state: RunState, checkpoint: str) -> int:
 
 def _sharded(place: Place, state: RunState, *, loading: bool) -> dict[str, Any]:
     """The state dict in Megatron's sharded form; for loading its tensors are the targets."""
-    model = state.model.sharded_state_dict(metadata=_METADATA)
+    models = {key: chunk.sharded_state_dict(metadata=_METADATA) for key, chunk in _named_chunks(state)}
     return {
-        "model": model,
-        "optimizer": state.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_METADATA),
+        **models,
+        "optimizer": state.optimizer.sharded_state_dict(models, is_loading=loading, metadata=_METADATA),
         "scheduler": state.scheduler.state_dict(),
         "random_states": ShardedObject(
             "random_states", _random_states(place), (place.world,), (place.rank,), replica_id=0
         ),
     }
+
+
+def _named_chunks(state: RunState) -> list[tuple[str, MegatronModule]]:
+    """As Megatron-LM names them: 'model', or 'model0' and so on."""
+    if len(state.chunks) == 1:
+        return [("model", state.chunks[0])]
+    return [(f"model{index}", chunk) for index, chunk in enumerate(state.chunks)]
 
 
 def _random_states(place: Place) -> dict[str, Any]:

@@ -48,6 +48,7 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         ("ep", "expert parallel size"),
         ("tp", "tensor parallel size"),
         ("pp", "pipeline stages"),
+        ("vpp", "virtual pipeline stages: model chunks per stage, interleaved; needs --pp"),
         ("cp", "context parallel size (only 1 so far)"),
         ("steps", "steps in all"),
         ("micro_batches", "micro-batches per step and rank"),

@@ -37,7 +37,7 @@ class TrainConfig:
 
     ``dtype`` None is the device's own; ``data`` None the default corpus; ``lr_decay_steps`` None is ``steps``.
     ``plant_delay_ms`` delays every AllToAll, for tests and demonstrations. ``carry_over`` lets dW of FC2 and of the
-    router wait for the combine of the layer below.
+    router wait for the combine of the layer below. ``vpp`` is the number of model chunks per pipeline stage.
     """
 
     preset: str = "mixtral-tiny"
@@ -48,6 +48,7 @@ class TrainConfig:
     ep: int = 2
     tp: int = 1
     pp: int = 1
+    vpp: int = 1
     cp: int = 1
     steps: int = 150
     micro_batches: int = 1
@@ -160,7 +161,7 @@ def _check_choices(c: TrainConfig) -> None:
 
 
 def _check_numbers(c: TrainConfig) -> None:
-    for name in ("nproc", "ep", "tp", "pp", "cp", "steps", "micro_batches", "checkpoint_every", "twin_every"):
+    for name in ("nproc", "ep", "tp", "pp", "vpp", "cp", "steps", "micro_batches", "checkpoint_every", "twin_every"):
         if getattr(c, name) < 1:
             raise ConfigError(f"{flag_of(name)} {getattr(c, name)}: must be at least 1; use {flag_of(name)} 1")
     for name in ("warmup_steps", "plant_delay_ms", "weight_decay", "min_lr", "clip_grad", "seed"):
@@ -190,6 +191,17 @@ def _check_parallel(c: TrainConfig) -> None:
             f"--ep {c.ep}: must divide the {ranks} ranks of a pipeline stage (nproc / pp = {c.nproc} / {c.pp}); "
             f"use --ep {fit} or --nproc {_round_up(c.nproc, c.ep * c.pp)}"
         )
+    _check_chunks(c)
+
+
+def _check_chunks(c: TrainConfig) -> None:
+    if c.vpp > 1 and c.pp == 1:
+        raise ConfigError(f"--vpp {c.vpp}: needs a pipeline, and --pp is 1; use --pp 2 or leave --vpp out")
+    if c.vpp > 1 and c.micro_batches % c.pp:
+        raise ConfigError(
+            f"--micro-batches {c.micro_batches}: must be a multiple of --pp {c.pp} with --vpp {c.vpp}, whose schedule "
+            f"takes them in groups of that size; use --micro-batches {_round_up(c.micro_batches, c.pp)}"
+        )
 
 
 def _check_sizes(c: TrainConfig, p: Preset) -> None:
@@ -209,6 +221,12 @@ def _check_sizes(c: TrainConfig, p: Preset) -> None:
             raise ConfigError(
                 f"--{name} {parts}: must divide {flag_of(figure)} {size} of preset {p.name}; use --{name} {fit}"
             )
+    chunks = c.pp * c.vpp
+    if p.layers % chunks:
+        raise ConfigError(
+            f"--vpp {c.vpp}: pp*vpp = {c.pp}*{c.vpp} = {chunks} must divide --layers {p.layers} of preset {p.name}; "
+            f"use --layers {_round_up(p.layers, chunks)} or leave --vpp out"
+        )
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ from fluid_npu.train.data.build import info, load_tokenizer
 from fluid_npu.train.data.dataset import BatchIterator, build_datasets
 from fluid_npu.train.generate import generate
 from fluid_npu.train.metrics import MetricsWriter, read_metrics
-from fluid_npu.train.model import build_model, build_model_config
+from fluid_npu.train.model import build_chunks, build_model_config
 from fluid_npu.train.optimizer import adam_in_use, build_optimizer, build_scheduler
 from fluid_npu.train.overlap import as_dict, choose_overlap
 from fluid_npu.train.parallel import Place
+from fluid_npu.train.pipeline import forward_logits
 from fluid_npu.train.progress_bar import Progress
 from fluid_npu.train.step import TrainStep, wrap_ddp
 from fluid_npu.train.summary import step_figures, versions, write_summary
@@ -40,15 +43,16 @@ class Run:
         self.overlap: Choice[str] = choose_overlap(config, place).announce("overlap")
         self.optimizer_kind = adam_in_use().announce("Adam")
         self.model_config = build_model_config(config, self.dtype)
-        self.model = build_model(config, self.model_config, self.overlap.value)
-        self.model.to(place.device.torch_device(place.local_rank))
-        self.backward_scheduler = _backward_scheduler(config, self.model)
-        self.ddp = wrap_ddp(config, self.model_config, self.model)
-        self.optimizer = build_optimizer(config, self.ddp, self.dtype)
+        self.chunks = build_chunks(config, self.model_config, self.overlap.value)
+        for chunk in self.chunks:
+            chunk.to(place.device.torch_device(place.local_rank))
+        self.backward_scheduler = _backward_scheduler(config, self.chunks)
+        self.ddps = [wrap_ddp(config, self.model_config, chunk) for chunk in self.chunks]
+        self.optimizer = build_optimizer(config, self.ddps, self.dtype)
         self.schedule = build_scheduler(config, self.optimizer)
-        self.state = checkpoint.RunState(model=self.model, optimizer=self.optimizer, scheduler=self.schedule)
+        self.state = checkpoint.RunState(chunks=self.chunks, optimizer=self.optimizer, scheduler=self.schedule)
         self.step = TrainStep(
-            config, place, self.model_config, self.ddp, self.optimizer, self.schedule, self.backward_scheduler
+            config, place, self.model_config, self.ddps, self.optimizer, self.schedule, self.backward_scheduler
         )
         self.stats = OverlapStats(config.carry_over)
 
@@ -112,7 +116,7 @@ def _summarise(run: Run) -> dict[str, Any]:
         "device": f"{place.device.name}: {place.device.describe()}",
         "dtype": run.dtype,
         "preset": run.preset.name,
-        "parallel": {name: getattr(config, name) for name in ("nproc", "ep", "tp", "pp", "cp")},
+        "parallel": {name: getattr(config, name) for name in ("nproc", "ep", "tp", "pp", "vpp", "cp")},
         "versions": versions(),
         "out": config.out,
     }
@@ -147,33 +151,28 @@ def _batches(run: Run, start: int) -> BatchIterator:
 
 
 def _generate(run: Run) -> str | None:
-    """A few words, by all ranks together; None where the logits are spread over ranks."""
-    if run.config.pp > 1 or run.config.tp > 1:
+    """A few words, by all ranks together; None where the logits are spread over tensor ranks."""
+    if run.config.tp > 1:
         return None
     device = run.place.device.torch_device(run.place.local_rank)
-
-    def logits(tokens_1S: torch.Tensor) -> torch.Tensor:
-        length = tokens_1S.shape[1]
-        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).triu_(1)
-        positions_1S = torch.arange(length, device=device)[None]
-        out: torch.Tensor = run.model(tokens_1S.to(device), positions_1S, mask)
-        return out.float()
-
-    run.model.eval()
+    for chunk in run.chunks:
+        chunk.eval()
     try:
         with run.place.phase("text generation", watched=False):
+            logits = partial(forward_logits, run.chunks, device=device)
             tokenizer = load_tokenizer(_data(run.config))
             return generate(logits, tokenizer, PROMPT, max_new_tokens=24, max_context=run.preset.seq_length)
     finally:
-        run.model.train()
+        for chunk in run.chunks:
+            chunk.train()
 
 
-def _backward_scheduler(config: TrainConfig, model: torch.nn.Module) -> Any | None:
+def _backward_scheduler(config: TrainConfig, chunks: Sequence[torch.nn.Module]) -> Any | None:
     if config.impl == "stock":
         return None
     from fluid_npu.schedule.live import get_backward_scheduler
 
-    return get_backward_scheduler(model)
+    return get_backward_scheduler(chunks)
 
 
 def _default_dtype(place: Place) -> str:

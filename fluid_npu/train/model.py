@@ -6,7 +6,7 @@ experts. Without Transformer Engine the local layer specs are used; attention is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -33,20 +33,31 @@ def build_model_config(config: TrainConfig, dtype: str) -> TransformerConfig:
 
 
 def build_model(config: TrainConfig, model_config: TransformerConfig, overlap: str) -> GPTModel:
-    """This rank's part of the model. ``overlap`` is 'off' or 'dw'; stock Megatron ignores it."""
+    """This rank's part of a model whose pipeline stages are one chunk each."""
+    (model,) = build_chunks(config, model_config, overlap)
+    return model
+
+
+def build_chunks(config: TrainConfig, model_config: TransformerConfig, overlap: str) -> list[GPTModel]:
+    """This rank's chunks of the model. ``overlap`` is 'off' or 'dw'; stock Megatron ignores it."""
     preset = config.model()
-    return GPTModel(
-        model_config,
-        _layer_spec(config, model_config, overlap),
-        vocab_size=padded_vocab(preset.vocab_size, config.tp),
-        max_sequence_length=preset.seq_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        position_embedding_type="rope",
-        rotary_base=int(preset.rope_theta),
-        rotary_percent=preset.rotary_percent,
-        share_embeddings_and_output_weights=preset.tie_embeddings,
-    )
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    return [
+        GPTModel(
+            model_config,
+            spec,
+            vocab_size=padded_vocab(preset.vocab_size, config.tp),
+            max_sequence_length=preset.seq_length,
+            pre_process=rank == 0 and stage == 0,
+            post_process=rank == config.pp - 1 and stage == config.vpp - 1,
+            position_embedding_type="rope",
+            rotary_base=int(preset.rope_theta),
+            rotary_percent=preset.rotary_percent,
+            share_embeddings_and_output_weights=preset.tie_embeddings,
+            **({"vp_stage": stage} if config.vpp > 1 else {}),
+        )
+        for stage, spec in enumerate(_layer_specs(config, model_config, overlap))
+    ]
 
 
 def padded_vocab(entries: int, tp: int) -> int:
@@ -61,25 +72,31 @@ def moe_layers(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     return (module for module in model.modules() if isinstance(module, MoELayer))
 
 
-def _layer_spec(config: TrainConfig, model_config: TransformerConfig, overlap: str) -> Any:
-    if config.impl == "fluid":
-        from fluid_npu.mcore.layer_spec import get_fluid_moe_block_spec
+def _layer_specs(config: TrainConfig, model_config: TransformerConfig, overlap: str) -> Iterator[Any]:
+    """One per chunk, with one scheduler for all. Made as the chunks are built."""
+    make = _stock_spec if config.impl == "stock" else _fluid_spec(config, overlap)
+    for stage in range(config.vpp):
+        block = make(model_config, stage if config.vpp > 1 else None)
+        if config.model().mla is not None:
+            for layer in block.layer_specs:
+                layer.submodules.self_attention.submodules.core_attention = LatentDotProductAttention
+        yield block
 
-        block = get_fluid_moe_block_spec(
-            model_config,
-            overlap=overlap,
-            carry_over=config.carry_over,
-            transport=_transport(config),
-            backend="local",
-        )
-    else:
-        block = get_gpt_decoder_block_spec(
-            model_config, use_transformer_engine=False, normalization=model_config.normalization
-        )
-    if config.model().mla is not None:
-        for layer in block.layer_specs:
-            layer.submodules.self_attention.submodules.core_attention = LatentDotProductAttention
-    return block
+
+def _fluid_spec(config: TrainConfig, overlap: str) -> Callable[[TransformerConfig, int | None], Any]:
+    from fluid_npu.mcore.binding import SchedulerBinder
+    from fluid_npu.mcore.layer_spec import get_fluid_moe_block_spec
+
+    binder = SchedulerBinder(overlap, carry_over=config.carry_over, transport=_transport(config))
+    return lambda model_config, stage: get_fluid_moe_block_spec(
+        model_config, backend="local", vp_stage=stage, binder=binder
+    )
+
+
+def _stock_spec(model_config: TransformerConfig, stage: int | None) -> Any:
+    return get_gpt_decoder_block_spec(
+        model_config, use_transformer_engine=False, normalization=model_config.normalization, vp_stage=stage
+    )
 
 
 def _transport(config: TrainConfig) -> Any:
@@ -146,10 +163,22 @@ def _parallel(config: TrainConfig) -> dict[str, Any]:
     return {
         "tensor_model_parallel_size": config.tp,
         "pipeline_model_parallel_size": config.pp,
+        **_interleaved(config),
         "context_parallel_size": config.cp,
         "expert_model_parallel_size": config.ep,
         "expert_tensor_parallel_size": 1,
         "sequence_parallel": config.tp > 1,
+    }
+
+
+def _interleaved(config: TrainConfig) -> dict[str, Any]:
+    """With two stages a rank's neighbours before and after are one: only these settings keep its messages apart."""
+    if config.vpp == 1:
+        return {}
+    return {
+        "virtual_pipeline_model_parallel_size": config.vpp,
+        "overlap_p2p_comm": True,
+        "batch_p2p_comm": False,
     }
 
 

@@ -17,7 +17,7 @@ from fluid_npu.train.config import TrainConfig
 from fluid_npu.train.model import TORCH_DTYPES
 
 
-def build_optimizer(config: TrainConfig, model: torch.nn.Module, dtype: str) -> MegatronOptimizer:
+def build_optimizer(config: TrainConfig, chunks: list[Any], dtype: str) -> MegatronOptimizer:
     """Adam with gradient clipping; fp32 main parameters for bf16 and fp16, dynamic loss scaling for fp16."""
     settings = OptimizerConfig(
         optimizer="adam",
@@ -34,7 +34,7 @@ def build_optimizer(config: TrainConfig, model: torch.nn.Module, dtype: str) -> 
         clip_grad=config.clip_grad,
         use_distributed_optimizer=config.distributed_optimizer,
     )
-    return get_megatron_optimizer(settings, [model])
+    return get_megatron_optimizer(settings, chunks)
 
 
 def build_scheduler(config: TrainConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -78,14 +78,14 @@ class TrainStep:
         config: TrainConfig,
         place: Place,
         model_config: TransformerConfig,
-        ddp: DistributedDataParallel,
+        chunks: Sequence[DistributedDataParallel],
         optimizer: MegatronOptimizer,
         schedule: OptimizerParamScheduler,
         backward_scheduler: Any | None,
     ) -> None:
         self.config = config
         self.place = place
-        self.ddp = ddp
+        self.chunks = list(chunks)
         self.optimizer = optimizer
         self.schedule = schedule
         self.backward_scheduler = backward_scheduler
@@ -101,7 +101,8 @@ class TrainStep:
         if self.backward_scheduler is not None:
             self.backward_scheduler.reset_stats()
         lr = self.optimizer.param_groups[0]["lr"]
-        self.ddp.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         with self._serialised(twin), self.place.phase("forward and backward", watched=False):
             losses = self._forward_backward(batches)
@@ -132,10 +133,11 @@ class TrainStep:
         return contextlib.nullcontext()
 
     def _forward_backward(self, batches: Iterator[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+        step_batches = [next(batches) for _ in range(self.config.micro_batches)]
         outputs = self.forward_backward(
             forward_step_func=self._forward,
-            data_iterator=batches,
-            model=[self.ddp],
+            data_iterator=[iter(step_batches) for _ in self.chunks],
+            model=self.chunks,
             num_microbatches=self.config.micro_batches,
             seq_length=self.preset.seq_length,
             micro_batch_size=self.preset.micro_batch_size,

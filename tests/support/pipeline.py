@@ -148,7 +148,7 @@ def train(run: Run, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     settings = DistributedDataParallelConfig(**{"grad_reduce_in_fp32": True, **run.ddp})
     ddps = [DistributedDataParallel(config, settings, chunk) for chunk in chunks]
     optimizer = get_megatron_optimizer(
-        OptimizerConfig(optimizer="adam", lr=1e-3, weight_decay=0.0, clip_grad=1.0), ddps
+        OptimizerConfig(optimizer="adam", lr=5e-3, weight_decay=0.0, clip_grad=1.0), ddps
     )
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
@@ -204,7 +204,7 @@ def batches(run: Run, step: int) -> Iterator[dict[str, torch.Tensor]]:
     from megatron.core import parallel_state
 
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    return (batch(1, step, micro) for micro in range(rank, run.samples, size))
+    return (batch(1, step % 2, micro) for micro in range(rank, run.samples, size))
 
 
 def forward_step(data: Iterator[dict[str, torch.Tensor]], model: Any) -> tuple[torch.Tensor, Any]:

@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,13 @@ def tiny(out: str | Path, **changes: Any) -> TrainConfig:
     return validate(TrainConfig(**{**values, **changes}))
 
 
-def train_here(config_text: str) -> dict[str, Any]:
-    """Trains as a rank of ``run_ranks``; returns losses, digests of all weights and what the run chose."""
+def train_here(config_text: str, start: dict[str, Any] | str | None = None) -> dict[str, Any]:
+    """Trains as a rank of ``run_ranks``; returns losses, digests of all weights and what the run chose.
+
+    ``start`` are weights of the whole model by global name, to begin with instead of random ones; 'kept' returns
+    this rank's random ones.
+    """
+    from fluid_npu.mcore.convert import load_weights, weights_by_name
     from fluid_npu.train import loop
     from fluid_npu.train.metrics import read_metrics
     from fluid_npu.train.parallel import join
@@ -63,16 +69,34 @@ def train_here(config_text: str) -> dict[str, Any]:
     Path(config.out).mkdir(parents=True, exist_ok=True)
     place = join(config, store())
     runs: list[loop.Run] = []
+    beginning: dict[str, Any] = {}
     build = loop.Run
-    loop.Run = lambda *args: runs.append(build(*args)) or runs[-1]  # type: ignore[assignment, misc, func-returns-value]
+
+    def kept(*args: Any) -> loop.Run:
+        runs.append(build(*args))
+        if start == "kept":
+            beginning.update({name: value.clone() for name, value in weights_by_name(runs[-1].chunks).items()})
+        elif start is not None:
+            load_weights(start, runs[-1].chunks)
+        return runs[-1]
+
+    loop.Run = kept  # type: ignore[assignment, misc]
     summary = loop.train(config, place)
     rows = read_metrics(config.out)
     return {
         "summary": summary,
+        "start": beginning,
         "losses": {row["step"]: row["loss"] for row in rows},
-        "weights": {name: digest(value) for name, value in runs[0].model.named_parameters()},
-        "expert_weights": [name for name in dict(runs[0].model.named_parameters()) if "experts" in name],
+        "weights": {name: digest(value) for name, value in _parameters(runs[0])},
+        "expert_weights": [name for name in dict(_parameters(runs[0])) if "experts" in name],
     }
+
+
+def _parameters(run: Any) -> Iterator[tuple[str, Any]]:
+    """Of all chunks, under names that do not repeat."""
+    for index, chunk in enumerate(run.chunks):
+        for name, value in chunk.named_parameters():
+            yield (name if len(run.chunks) == 1 else f"chunk {index} {name}"), value
 
 
 def digest(tensor: Any) -> str:

@@ -27,6 +27,16 @@ REFUSED = [
     (["--nproc", "3", "--ep", "3"], r"--ep 3: must divide --experts 8 .*use --ep 2"),
     (["--nproc", "4", "--tp", "4"], r"--tp 4: must divide --kv-heads 2 .*use --tp 2"),
     (["--nproc", "3", "--pp", "3", "--ep", "1"], r"--pp 3: must divide --layers 4"),
+    (
+        ["--pp", "2", "--ep", "1", "--vpp", "3", "--micro-batches", "2"],
+        r"--vpp 3: .* = 6 must divide --layers 4 ",
+    ),
+    (["--vpp", "2"], r"--vpp 2: needs a pipeline, and --pp is 1; use --pp 2"),
+    (
+        ["--pp", "2", "--ep", "1", "--vpp", "2"],
+        r"--micro-batches 1: must be a multiple of --pp 2 .*hes 2",
+    ),
+    (["--vpp", "0"], r"--vpp 0: must be at least 1"),
     (["--nproc", "0"], r"--nproc 0: must be at least 1"),
     (["--steps", "0"], r"--steps 0: must be at least 1"),
     (["--micro-batches", "-1"], r"--micro-batches -1: must be at least 1"),
@@ -108,6 +118,7 @@ def test_a_bad_cut_is_a_preset_error() -> None:
     ("change", "text"),
     [
         ({"seed": 2}, "--seed 2: the checkpoint was written with --seed 1234"),
+        ({"vpp": 2}, "--vpp 2: the checkpoint was written with --vpp 1; resume with --vpp 1"),
         ({"ep": 1}, "--ep 1: the checkpoint was written with --ep 2"),
         ({"cut": {"layers": 2}}, "--layers 2: the checkpoint was written without --layers"),
         ({"steps": 400}, "--lr-decay-steps 400: the checkpoint was written with --lr-decay-steps 300"),

@@ -1,0 +1,130 @@
+"""Pipelines under Megatron's own schedules train like no pipeline: one converted checkpoint, the same losses.
+
+PP 2 is 1F1B over two stages, PP 2 x VPP 2 the interleaved schedule with two chunks a stage; overlap is on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.support.gpt import far_apart, same_bits
+from tests.support.pipeline import EXPERTS, Run, train_all, whole
+
+Ranks = Callable[..., list[Any]]
+LATE = {"delay_wgrad_compute": True, "overlap_grad_reduce": True}
+BASE = Run()
+
+
+@pytest.fixture(scope="module")
+def reference() -> list[list[dict[str, Any]]]:
+    """Stock and overlapped without a pipeline, PP 1 x EP 2, for each rank."""
+    from tests.support.ranks import run_ranks
+
+    return run_ranks(2, train_all, [replace(BASE, impl="stock"), BASE], sizes={})
+
+
+def check(results: list[list[dict[str, Any]]], reference: list[list[dict[str, Any]]]) -> None:
+    """Losses of all runs within 1e-4 of the reference's on every rank; gradients of the first step once."""
+    expected = reference[0][0]["losses"]
+    for runs in results:
+        for run in runs:
+            assert run["losses"] == pytest.approx(expected, abs=1e-4)
+    gradients = whole([runs[0] for runs in reference], "grads")
+    for number in range(len(results[0])):
+        assert not far_apart(whole([runs[number] for runs in results], "grads"), gradients, 1e-5)
+
+
+def assert_same_bits(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one["losses"] == other["losses"]
+    assert not same_bits(one["grads"], other["grads"])
+    assert not same_bits(one["weights"], other["weights"])
+
+
+def test_the_checkpoint_starves_a_rank_and_training_moves(reference: list[list[dict[str, Any]]]) -> None:
+    check(reference, reference)
+    losses = reference[0][0]["losses"]
+    assert len(losses) == 20 and losses[-1] < losses[0] - 0.5
+    grads = whole([runs[1] for runs in reference], "grads")
+    received = [
+        [
+            bool(grads[f"decoder.layers.{layer}.mlp.experts.{expert}.linear_fc2.weight"].any())
+            for expert in range(EXPERTS)
+        ]
+        for layer in range(4)
+    ]
+    assert not any(received[1][EXPERTS // 2 :]) and any(received[1][: EXPERTS // 2])
+    assert not any(received[2][: EXPERTS // 2]) and any(received[2][EXPERTS // 2 :])
+
+
+def test_pp_2_and_vpp_2_with_ep_2(reference: list[list[dict[str, Any]]], run_ranks: Ranks) -> None:
+    pp, vpp = replace(BASE, pp=2), replace(BASE, pp=2, vpp=2)
+    carried = replace(vpp, carry_over=True, ddp=LATE)
+    runs = [pp, vpp, replace(vpp, impl="twin"), carried]
+    results = run_ranks(4, train_all, runs, reference[0][0]["start"], sizes={})
+    check(results, reference)
+    for rank, (stage, overlapped, twin, late) in enumerate(results):
+        assert_same_bits(overlapped, twin)
+        assert_same_bits(overlapped, late)
+        assert overlapped["stats"]["completed_dw_tasks"] == overlapped["stats"]["total_dw_tasks"] > 0
+        first = 1 + rank // 2
+        assert {name.split(" ")[1] for name in stage["regions"]} == {str(2 * first - 1), str(2 * first)}
+        for layer in (first, first + 2):  # one layer a chunk: no dW may wait for the combine of another chunk
+            assert late["regions"][f"layer {layer} fc2"] == f"backward of moe_dispatch AllToAll of layer {layer}"
+
+
+#: Runs of 8 layers, so that a chunk has two; compared with PP 1 of the same settings.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "pp_2": {"pp": 2},
+    "vpp_2": {"pp": 2, "vpp": 2},
+    "vpp_4": {"pp": 2, "vpp": 4},
+    "block_spec_dense_layers": {
+        "pp": 2,
+        "vpp": 2,
+        "block": True,
+        "config": {"moe_layer_freq": [0, 1, 1, 0, 0, 1, 1, 1]},
+    },
+    "tied_embeddings": {"pp": 2, "vpp": 2, "tied": True},
+    "aux_loss": {
+        "pp": 2,
+        "vpp": 2,
+        "config": {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 1e-2},
+    },
+    "full_recompute": {
+        "pp": 2,
+        "vpp": 2,
+        "config": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    },
+}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("processes", [2, 4], ids=["ep_1", "ep_2"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_pipeline_grid(name: str, processes: int, run_ranks: Ranks) -> None:
+    variant = dict(VARIANTS[name])
+    eight = {"num_layers": 8, **variant.pop("config", {})}
+    whole_model = Run(samples=8, config=eight, block=variant.get("block", False), tied=variant.get("tied", False))
+    reference = run_ranks(2, train_all, [replace(whole_model, impl="stock"), whole_model], sizes={})
+    run = replace(whole_model, **variant, ep=processes // 2)
+    late = replace(run, carry_over=True, ddp=LATE)
+    runs = [replace(run, impl="stock"), run, replace(run, impl="twin"), late, replace(late, impl="twin")]
+    results = run_ranks(processes, train_all, runs, reference[0][0]["start"], sizes={})
+    check(results, reference)
+    for _, *ours in results:
+        for other in ours[1:]:
+            assert_same_bits(ours[0], other)
+
+
+@pytest.mark.nightly
+def test_carried_dw_stays_in_its_chunk(reference: list[list[dict[str, Any]]], run_ranks: Ranks) -> None:
+    """Two layers a chunk: the upper one's FC2 goes beside the lower one's combine, the lower one's stays."""
+    run = Run(pp=2, vpp=2, steps=2, carry_over=True, ddp=LATE, config={"num_layers": 8})
+    whole_model = run_ranks(2, train_all, [replace(run, impl="stock", pp=1, vpp=1)], sizes={})
+    for rank, (late,) in enumerate(run_ranks(4, train_all, [run], whole_model[0][0]["start"], sizes={})):
+        for low in (1 + 2 * (rank // 2), 5 + 2 * (rank // 2)):
+            assert late["regions"][f"layer {low} fc2"] == f"backward of moe_dispatch AllToAll of layer {low}"
+            assert late["regions"][f"layer {low + 1} fc2"] == f"backward of moe_combine AllToAll of layer {low}"
