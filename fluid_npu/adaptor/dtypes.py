@@ -12,10 +12,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 from fluid_npu.adaptor.dtypes_sources import BACKENDS, EXPERTS, LINES, OLD_SPECS, Line
 from fluid_npu.adaptor.manifest import manifest_names
+from fluid_npu.probes import installed
 
 DTYPES = ("fp32", "fp16", "bf16")
 DEVICES = ("cpu", "cuda", "npu")
@@ -86,7 +86,7 @@ def stock_would(
     line = line_of(megatron_version)
     _check(dtype=(dtype, DTYPES), device=(device, DEVICES), door=(door, DOORS))
     if transformer_engine is None:
-        transformer_engine = find_spec("transformer_engine") is not None
+        transformer_engine = installed("transformer_engine").value
     if door == "launch":
         stopped = _parser_stops(line, dtype, device)
         if stopped is not None:
@@ -112,7 +112,7 @@ def _parser_stops(line: Line, dtype: str, device: str) -> Answer | None:
     return Answer(
         value="stops",
         reason="validate_args calls torch.cuda.get_device_capability(), which raises without CUDA"
-        + ("; MindSpeed replaces it, and then bf16 runs" if device == "npu" else ""),
+        + ("; MindSpeed replaces it, and then bf16 runs" if device == "npu" and line.grouped_mlp else ""),
         source=line.at(line.arguments, line.capability),
     )
 
