@@ -11,7 +11,7 @@ LEVELS = ("ok", "note", "warn", "wrong")
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One finding. ``fix`` is a command or an action, for ``warn`` and ``wrong``; ``details`` are sentences below it."""
+    """One finding. ``fix``: a command or an action, for ``warn`` and ``wrong``; ``details``: sentences below it."""
 
     name: str
     level: str

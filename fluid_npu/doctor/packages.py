@@ -10,7 +10,7 @@ from fluid_npu.doctor.finding import Item
 
 VersionOf = Callable[[str], str | None]
 
-PYTHONS = {(3, 10): "imports", (3, 11): "every test", (3, 12): "GPU checks"}
+PYTHONS = {(3, 10): "import, nightly", (3, 11): "every commit", (3, 12): "2 x H200, 2026-11-21"}
 #: Where each torch was run; the range is that of pyproject.toml.
 TORCHES = {(2, 7): "every test, CPU, 2026-11-21", (2, 11): "2 x H200, 2026-11-21", (2, 13): "every commit, CPU"}
 TORCH_RANGE = ((2, 6), (2, 13))
@@ -52,7 +52,7 @@ def python_item(python: tuple[int, int]) -> Item:
     """3.10 to 3.12."""
     name = ".".join(map(str, python))
     if python in PYTHONS:
-        return Item(name="Python", level="ok", text=f"{name} (run with: {PYTHONS[python]})")
+        return Item(name="Python", level="ok", text=f"{name} (tested: {PYTHONS[python]})")
     return Item(
         name="Python",
         level="wrong",
@@ -62,7 +62,7 @@ def python_item(python: tuple[int, int]) -> Item:
 
 
 def torch_item(version: str | None, problem: str = "") -> Item:
-    """2.6 to 2.13; the text says where this one was run, if it was."""
+    """2.6 to 2.13; the text says where this one was tested, if it was."""
     fix = "pip install torch (2.6 to 2.13)"
     if version is None:
         return Item(name="torch", level="wrong", text="not installed", fix=fix)
@@ -73,9 +73,9 @@ def torch_item(version: str | None, problem: str = "") -> Item:
     if minor is None or not low <= minor <= high:
         return Item(name="torch", level="wrong", text=f"{version} is outside 2.6 to 2.13", fix=fix)
     if minor in TORCHES:
-        return Item(name="torch", level="ok", text=f"{version} (run with: {TORCHES[minor]})")
+        return Item(name="torch", level="ok", text=f"{version} (tested: {TORCHES[minor]})")
     tested = ", ".join(f"{major}.{minor}" for major, minor in TORCHES)
-    return Item(name="torch", level="note", text=f"{version} is in the range and was not run; run were {tested}")
+    return Item(name="torch", level="note", text=f"{version} is in the range and not tested; tested are {tested}")
 
 
 def megatron_item(version: str | None, lines: Mapping[str, str] | Sequence[str], python: tuple[int, int]) -> Item:

@@ -68,7 +68,7 @@ def _cuda(count: int, environ: Mapping[str, str]) -> Readiness:
         return Readiness(value="between machines", reason="one GPU here: the other ranks must be elsewhere", **common)
     reason = (
         "NCCL needs SMs and a full-size GEMM holds them all: 0 to 3 % of the exchange hid beside one GEMM on 2 x H200; "
-        "69 to 78 % beside a GEMM in 16 pieces; 83 to 96 % needs copy engines, which this version does not drive"
+        "63 to 78 % beside a GEMM in 16 pieces; 83 to 96 % needs copy engines, which this version does not drive"
     )
     return Readiness(
         value="partly", reason=reason, next="fluid-npu bench train-step --device cuda --dtype bf16", **common

@@ -16,7 +16,7 @@ from fluid_npu.version import __version__
 
 SCHEMA = 1
 MARKS = {"ok": "ok", "note": "--", "warn": " ?", "wrong": "!!"}
-_WIDTH, _NAME = 120, 26
+_WIDTH, _NAME = 120, 28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +67,13 @@ def _items(items: Sequence[Item]) -> list[str]:
     lines = []
     for item in items:
         text = f"{item.text}  [fix: {item.fix}]" if item.fix else item.text
-        head = f"  {MARKS[item.level]} {item.name:<{_NAME}}"
-        indent = " " * len(f"  ok {'':<{_NAME}} ")
-        lines += textwrap.wrap(
-            f"{head} {text}",
-            _WIDTH,
-            subsequent_indent=indent,
-            drop_whitespace=True,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
+        lines += _wrapped(f"  {MARKS[item.level]} {item.name:<{_NAME}}", text)
+        for detail in item.details:
+            lines += _wrapped("", detail)
     return lines
+
+
+def _wrapped(head: str, text: str) -> list[str]:
+    indent = " " * (_NAME + 6)
+    whole = f"{head:<{len(indent)}}{text}"
+    return textwrap.wrap(whole, _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)

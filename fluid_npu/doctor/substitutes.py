@@ -33,7 +33,11 @@ def substitute_items(reply: Reply) -> list[Item]:
 
 def _item(finding: Mapping[str, Any], *, imported: bool) -> Item:
     state = finding["state"]
-    parts = [f"{state}: {finding['detail']}", *finding["changes"]]
-    if imported and finding["name"] == "mindspeed":
-        parts.insert(1, "as seen after import mindspeed.megatron_adaptor in a process of its own")
-    return Item(name=finding["name"], level=_LEVELS.get(state, "ok"), text="; ".join(parts), fix=_FIXES.get(state, ""))
+    after = " (as seen after import mindspeed.megatron_adaptor)" if imported else ""
+    return Item(
+        name=finding["name"],
+        level=_LEVELS.get(state, "ok"),
+        text=f"{state}: {finding['detail']}{after}",
+        fix=_FIXES.get(state, ""),
+        details=tuple(finding["changes"]),
+    )
