@@ -12,5 +12,5 @@ setup(
     version=VERSION,
     packages=[*find_packages(include=["fluid_npu", "fluid_npu.*"]), "fluid_npu.patches"],
     package_dir={"fluid_npu": "fluid_npu", "fluid_npu.patches": "patches"},
-    package_data={"fluid_npu": ["py.typed"], "fluid_npu.patches": ["*.toml", "*.md"]},
+    package_data={"fluid_npu": ["py.typed"], "fluid_npu.patches": ["*.toml", "*.md", "megatron_lm/*.patch"]},
 )

@@ -29,12 +29,26 @@ MAY_IMPORT = {
     "train": {"probes", "adaptor", "mcore", "schedule", "comm", "ops", "device", "report"},
     "bench": {"train", "adaptor", "mcore", "schedule", "comm", "ops", "device", "report"},
     "doctor": {"train", "adaptor", "ops", "device"},
-    "cli": {"doctor", "bench", "train", "report"},
+    "megatron_adaptor": {"adaptor"},
+    "megatron_lm": set(),
+    "cli": {"doctor", "bench", "train", "report", "megatron_lm"},
     "__main__": {"cli"},
     "__init__": set(),
     "version": set(),
 }
-WITHOUT_MEGATRON = ("device", "ops", "comm", "schedule", "report", "cli", "__init__", "__main__", "version", "probes")
+WITHOUT_MEGATRON = (
+    "device",
+    "ops",
+    "comm",
+    "schedule",
+    "report",
+    "cli",
+    "megatron_lm",
+    "__init__",
+    "__main__",
+    "version",
+    "probes",
+)
 
 
 def package_of(path: Path) -> str:

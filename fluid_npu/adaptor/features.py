@@ -36,6 +36,23 @@ _ALL = (
         what="repairs of megatron-core where it assumes Transformer Engine although it is not installed",
         unless="transformer_engine",
     ),
+    Feature(name="moe", what="Megatron's own spec functions give our MoE layer where grouped experts are asked for"),
+    Feature(name="grouped_mlp", what="Megatron's legacy GroupedMLP is FluidGroupedMLP (up to 0.16)"),
+    Feature(name="token_dispatcher", what="Megatron's AllToAll dispatcher is FluidTokenDispatcher"),
+    Feature(
+        name="late_gradients", what="Megatron's DDP takes weight gradients late, which carry_over needs (from 0.16)"
+    ),
+    Feature(
+        name="megatron_lm",
+        what="our flags, checks and report in Megatron-LM's pretrain_gpt.py",
+        needs=("megatron.training",),
+    ),
+    Feature(
+        name="cpu_pretrain",
+        what="Megatron-LM's training loop without CUDA",
+        brings=("cpu",),
+        needs=("megatron.training",),
+    ),
 )
 
 #: By name, in the order in which their rows are applied.

@@ -15,16 +15,22 @@ OVERLAPS = ("off", "dw", "full", "auto")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """``overlap`` and ``carry_over`` mean what they mean to ``get_fluid_moe_layer_spec``."""
+    """``overlap`` and ``carry_over`` mean what they mean to ``get_fluid_moe_layer_spec``.
+
+    ``gemm_fusion``: the experts' weight gradients go straight into ``main_grad``, also where the model's configuration
+    has no ``gradient_accumulation_fusion``.
+    """
 
     overlap: str = "dw"
     carry_over: bool = False
+    gemm_fusion: bool = False
 
     def __post_init__(self) -> None:
         if self.overlap not in OVERLAPS:
             raise PatchError(f"adapt(overlap={self.overlap!r}): allowed are {', '.join(OVERLAPS)}")
-        if not isinstance(self.carry_over, bool):
-            raise PatchError(f"adapt(carry_over={self.carry_over!r}): allowed are True and False")
+        for name in ("carry_over", "gemm_fusion"):
+            if not isinstance(getattr(self, name), bool):
+                raise PatchError(f"adapt({name}={getattr(self, name)!r}): allowed are True and False")
 
 
 _stack: list[Settings] = []

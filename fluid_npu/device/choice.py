@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
-_announced: set[str] = set()
+_announced: dict[str, tuple[str, Choice[Any]]] = {}
 
 
 @dataclass(frozen=True)
@@ -26,5 +26,10 @@ class Choice(Generic[T]):
         line = f"{what}: {self.value} ({self.reason})"
         if line not in _announced and os.environ.get("RANK", "0") in ("", "0"):
             print(line, flush=True)
-        _announced.add(line)
+        _announced[line] = (what, self)
         return self
+
+
+def announced() -> list[tuple[str, Choice[Any]]]:
+    """What was announced in this process and the choice, oldest first."""
+    return list(_announced.values())

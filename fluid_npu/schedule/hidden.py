@@ -20,11 +20,13 @@ class OverlapStats:
     overlapped_ms: list[float] = field(default_factory=list)
     twin_ms: list[float] = field(default_factory=list)
     coverable_ms: list[float] = field(default_factory=list)
+    a2a_ms: list[float] = field(default_factory=list)
 
     def add(self, step_ms: float, counters: Mapping[str, float], *, twin: bool) -> None:
         """Takes one step; ``counters`` are the scheduler's of that step."""
         (self.twin_ms if twin else self.overlapped_ms).append(step_ms)
         if twin:
+            self.a2a_ms.append(counters.get("a2a_ms", 0.0))
             # dW may run beside the dispatch's backward (carried over: beside the combine's too), and no more of
             # either than the other lasts.
             flights = counters.get("moe_dispatch_backward_ms", 0.0)

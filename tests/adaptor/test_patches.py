@@ -47,7 +47,7 @@ def targets() -> dict[str, Any]:
     """The raw objects behind the targets, as they are stored."""
     found = {}
     for row in ROWS:
-        if row.kind != "context":
+        if row.kind != "context" and row.feature in ("cpu", "no_te"):
             found[row.target] = resolve(row.target).own
     return found
 

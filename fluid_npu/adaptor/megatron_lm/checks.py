@@ -1,0 +1,94 @@
+"""Contradictions among the flags, refused with the fix before Megatron's own validation."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+
+#: Flags of others that also overlap the AllToAlls, or keep weight gradients back: two such engines exclude each other.
+_OTHER_OVERLAPS = {
+    "overlap_moe_expert_parallel_comm": "Megatron's 1F1B overlap",
+    "delay_wgrad_compute": "Megatron's delayed weight gradients",
+    "overlap_dispatch_backward_with_experts_wgrad": "Megatron's overlap of the dispatch's backward",
+    "moe_alltoall_overlap_comm": "MindSpeed's overlap of one layer",
+    "moe_allgather_overlap_comm": "MindSpeed's overlap of the allgather dispatcher",
+    "moe_fb_overlap": "MindSpeed's overlap of forward and backward",
+    "moe_alltoall_mc2": "MindSpeed's fused AllToAll and GEMM",
+}
+
+
+class FlagError(ValueError):
+    """Flags that contradict each other or the machine; the message names them, their values and the fix."""
+
+
+def check(args: Namespace, line: str) -> None:
+    """Raises FlagError with every contradiction found. ``line`` is Megatron's, such as '0.16'."""
+    if not hasattr(args, "fluid_overlap"):
+        raise FlagError(
+            "the arguments lack fluid_npu's (--yaml-cfg replaces the parsed ones): pass flags instead of a YAML file"
+        )
+    problems = [*_overlap(args), *_grouped(args, line), *_others(args)]
+    if problems:
+        raise FlagError("fluid_npu: " + "\nfluid_npu: ".join(problems))
+
+
+def _overlap(args: Namespace) -> Iterator[str]:
+    if args.fluid_overlap == "full":
+        yield "--fluid-overlap full: a pipelined forward is not built yet; use dw, auto or off"
+    if args.fluid_overlap == "dw" and not args.moe_grouped_gemm:
+        yield "--fluid-overlap dw without --moe-grouped-gemm: stock MoE layers overlap nothing; add --moe-grouped-gemm"
+    elif args.fluid_overlap == "dw" and args.expert_model_parallel_size == 1:
+        yield (
+            "--fluid-overlap dw with --expert-model-parallel-size 1: there is no AllToAll to hide; raise it, or use "
+            "--fluid-overlap off or auto"
+        )
+    if args.fluid_overlap == "dw" and args.moe_token_dispatcher_type not in ("alltoall", "flex"):
+        yield (
+            f"--fluid-overlap dw with --moe-token-dispatcher-type {args.moe_token_dispatcher_type}: only the AllToAll "
+            "dispatcher overlaps; use alltoall, or --fluid-overlap off"
+        )
+    if args.fluid_carry_over and args.fluid_overlap == "off":
+        yield "--fluid-carry-over with --fluid-overlap off: nothing is left to carry; use --fluid-overlap dw"
+    if args.fluid_twin_every < 0:
+        yield f"--fluid-twin-every {args.fluid_twin_every}: must be 0 (never) or a number of steps"
+
+
+def _grouped(args: Namespace, line: str) -> Iterator[str]:
+    if not args.moe_grouped_gemm:
+        for flag in ("gemm_gradient_accumulation_fusion", "fluid_carry_over"):
+            if getattr(args, flag):
+                yield f"{_name(flag)} without --moe-grouped-gemm: it is about grouped experts; add --moe-grouped-gemm"
+        return
+    if args.num_experts is None:
+        yield "--moe-grouped-gemm without --num-experts: there are no experts to group; set --num-experts N"
+    if args.moe_token_dispatcher_type == "flex":
+        yield (
+            "--moe-token-dispatcher-type flex with --moe-grouped-gemm: our layer has no flex dispatcher; use "
+            "alltoall, or drop the import of fluid_npu.megatron_adaptor"
+        )
+    if getattr(args, "moe_use_legacy_grouped_gemm", False):
+        yield "--moe-use-legacy-grouped-gemm: our experts take the place of the legacy ones; drop the flag"
+    if args.add_bias_linear:
+        yield "--moe-grouped-gemm with biases: grouped experts have none; add --disable-bias-linear"
+    if line == "0.12" and args.fp16 and args.expert_model_parallel_size > 1:
+        yield (
+            f"--fp16 with --expert-model-parallel-size {args.expert_model_parallel_size}: Megatron {line} refuses it "
+            "for all experts, which is not lifted here; use --bf16 or fp32, or a Megatron-LM from 0.16 on"
+        )
+    if line == "0.12" and args.fluid_carry_over:
+        yield (
+            f"--fluid-carry-over: the DDP of Megatron {line} takes no late gradients; drop the flag, or use a "
+            "Megatron-LM from 0.16 on"
+        )
+
+
+def _others(args: Namespace) -> Iterator[str]:
+    if not args.moe_grouped_gemm:
+        return
+    for flag, what in _OTHER_OVERLAPS.items():
+        if getattr(args, flag, False):
+            yield f"{_name(flag)} ({what}) with --moe-grouped-gemm: our layer overlaps by itself; drop {_name(flag)}"
+
+
+def _name(destination: str) -> str:
+    return "--" + destination.replace("_", "-")

@@ -1,0 +1,106 @@
+"""Our flags in Megatron's own parser.
+
+They are added when the parser is about to parse, after everybody else has added theirs: a flag that another package
+brought under the same name (MindSpeed has ``--gemm-gradient-accumulation-fusion``) is shared, not added twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+GROUP = "fluid_npu"
+OVERLAPS = ("off", "dw", "full", "auto")
+DEVICES = ("auto", "cpu", "cuda", "npu")
+
+#: (flag, settings of add_argument), owner by owner: the experts, the overlap, the launch.
+FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
+    (
+        "--gemm-gradient-accumulation-fusion",
+        {
+            "action": "store_true",
+            "help": "the experts' weight gradients are added straight into main_grad, also where "
+            "--no-gradient-accumulation-fusion turns that off for the other layers; needs --moe-grouped-gemm",
+        },
+    ),
+    (
+        "--fluid-overlap",
+        {
+            "choices": OVERLAPS,
+            "default": "auto",
+            "help": "what runs while an AllToAll of an MoE layer flies: off nothing, dw the experts' weight gradients, "
+            "full is not built yet, auto decides and says why (auto)",
+        },
+    ),
+    (
+        "--fluid-carry-over",
+        {
+            "action": "store_true",
+            "help": "the second expert GEMM's weight gradient may wait for the combine of the layer below",
+        },
+    ),
+    (
+        "--fluid-twin-every",
+        {
+            "type": int,
+            "default": 0,
+            "metavar": "N",
+            "help": "every N-th step waits for each AllToAll at once, so that hidden time can be measured; 0 never (0)",
+        },
+    ),
+    (
+        "--fluid-report",
+        {
+            "metavar": "DIR",
+            "default": None,
+            "help": "at the end rank 0 writes report.json and report.txt there: patches with hits, choices with "
+            "reasons, AllToAll and weight-gradient times and bytes",
+        },
+    ),
+    (
+        "--fluid-fingerprints",
+        {
+            "choices": ("strict", "warn"),
+            "default": None,
+            "help": "what to do when Megatron's source is not what a patch was written against "
+            "(FLUID_FINGERPRINTS, or strict)",
+        },
+    ),
+    (
+        "--fluid-device",
+        {
+            "choices": DEVICES,
+            "default": "auto",
+            "help": "auto takes an NPU or a GPU; a CPU is never taken unless named (auto)",
+        },
+    ),
+)
+
+
+def with_fluid_flags(original: Callable[..., argparse.ArgumentParser]) -> Callable[..., argparse.ArgumentParser]:
+    """Wraps ``add_megatron_arguments``: the parser it returns learns our flags just before it parses."""
+
+    @wraps(original)
+    def add(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = original(parser)
+        parse = parser.parse_known_args
+
+        def parse_known_args(*args: Any, **kwargs: Any) -> Any:
+            add_flags(parser)
+            return parse(*args, **kwargs)
+
+        parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
+        return parser
+
+    return add
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that the parser does not know yet."""
+    missing = [(flag, settings) for flag, settings in FLAGS if flag not in parser._option_string_actions]
+    if missing:
+        group = parser.add_argument_group(GROUP, "AllToAll of MoE layers behind computation (docs/MEGATRON_LM.md)")
+        for flag, settings in missing:
+            group.add_argument(flag, **settings)

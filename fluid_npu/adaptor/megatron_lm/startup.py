@@ -1,0 +1,129 @@
+"""Between parsing and building the model: device, checks, and the features that the flags ask for.
+
+    parse_args          the parser has our flags (flags.py)
+    initialize_megatron up to 0.16 it asks for CUDA before it parses, so the device is entered first
+    validate_args       our checks, Megatron's own with --moe-grouped-gemm hidden, then the features
+
+Nothing here reads sys.argv; what is parsed is what Megatron parsed.
+"""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+from fluid_npu.adaptor import FEATURES, adapt
+from fluid_npu.adaptor.dtypes import launch_line
+from fluid_npu.adaptor.megatron_lm import checks, devices
+from fluid_npu.adaptor.versions import installed_version
+from fluid_npu.device import Choice
+from fluid_npu.probes import installed
+
+
+def initialised(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``initialize_megatron`` of the lines that assert CUDA before they parse."""
+
+    @wraps(original)
+    def initialize_megatron(
+        extra_args_provider: Any = None,
+        args_defaults: Any = None,
+        ignore_unknown_args: bool = False,
+        *args: Any,
+        parsed_args: Namespace | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        from megatron.training import arguments
+
+        if parsed_args is None:
+            parsed_args = arguments.parse_args(extra_args_provider, ignore_unknown_args)
+        devices.enter(parsed_args)
+        defaults = {} if args_defaults is None else args_defaults
+        return original(extra_args_provider, defaults, ignore_unknown_args, *args, parsed_args=parsed_args, **kwargs)
+
+    return initialize_megatron
+
+
+def validated(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``validate_args``: our checks before it, our features after it."""
+
+    @wraps(original)
+    def validate_args(args: Namespace, defaults: Any = None) -> Any:
+        line = megatron_line()
+        checks.check(args, line)
+        device = devices.enter(args).value
+        with _hidden(args):
+            result = original(args, {} if defaults is None else defaults)
+        switch_on(args, device)
+        return result
+
+    return validate_args
+
+
+@contextmanager
+def _hidden(args: Namespace) -> Iterator[None]:
+    """``--moe-grouped-gemm`` out of sight: all that Megatron's validation does with it is to refuse other dtypes and
+    devices than stock's kernels have; ours are checked by ``checks`` and the operator table."""
+    asked, args.moe_grouped_gemm = args.moe_grouped_gemm, False
+    try:
+        yield
+    finally:
+        args.moe_grouped_gemm = asked
+
+
+def switch_on(args: Namespace, device: str) -> None:
+    """The features that validated arguments ask for, and the lines that say so."""
+    if not args.moe_grouped_gemm:
+        if args.num_experts is not None:
+            Choice("stock", "no --moe-grouped-gemm; add it for grouped experts and overlap").announce("MoE layers")
+        return
+    overlap = choose_overlap(args, device).announce("overlap")
+    adapt(
+        wanted(args),
+        fingerprints=args.fluid_fingerprints,
+        overlap=overlap.value,
+        carry_over=args.fluid_carry_over,
+        gemm_fusion=args.gemm_gradient_accumulation_fusion,
+    )
+    if os.environ.get("RANK", "0") == "0":
+        te = args.transformer_impl == "transformer_engine" and installed("transformer_engine").value
+        print(
+            launch_line(str(installed_version("megatron-core")), dtype_of(args), device, transformer_engine=te),
+            flush=True,
+        )
+
+
+def wanted(args: Namespace) -> list[str]:
+    """The features of a launch with grouped experts on the installed line."""
+    names = ["moe"]
+    if megatron_line() in ("0.12", "0.16"):
+        names.append("grouped_mlp")
+    if args.fluid_carry_over:
+        names.append("late_gradients")
+    return [name for name in names if name in FEATURES]
+
+
+def choose_overlap(args: Namespace, device: str) -> Choice[str]:
+    """'dw' or 'off' with the reason; a function of the flags and of the launch alone, so equal on all ranks."""
+    if args.fluid_overlap != "auto":
+        return Choice(args.fluid_overlap, "as asked")
+    if args.expert_model_parallel_size == 1:
+        return Choice("off", "with --expert-model-parallel-size 1 there is no AllToAll")
+    if args.moe_token_dispatcher_type != "alltoall":
+        return Choice("off", f"the {args.moe_token_dispatcher_type} dispatcher overlaps nothing; alltoall does")
+    if device == "cpu" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == int(os.environ.get("WORLD_SIZE", "1")):
+        return Choice("off", "on one machine's loopback the copy itself is CPU work, so nothing can hide")
+    return Choice("dw", f"the {device} computes weight gradients while the AllToAll flies")
+
+
+def dtype_of(args: Namespace) -> str:
+    """'bf16', 'fp16' or 'fp32'."""
+    return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+
+
+def megatron_line() -> str:
+    """'0.16' for 0.16.1, of the Megatron that an import gives."""
+    return ".".join(str(installed_version("megatron-core")).split(".")[:2])
