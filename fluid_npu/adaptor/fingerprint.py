@@ -47,7 +47,7 @@ def fingerprint_of(target: str, form: str = "source") -> str:
     statements = binding_statements(slot)
     if not statements:
         raise PatchError(f"{target}: no statement of its source file binds it; use the form 'signature'")
-    text = "\n".join(printed(node) for node in [*statements, *_device_literals(slot)])
+    text = "\n".join([*(printed(node) for node in statements), *_device_literals(slot)])
     return f"source:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
@@ -111,18 +111,23 @@ def _home(slot: Slot) -> tuple[str, list[str]]:
     return holder.__name__, [attribute]
 
 
-def _device_literals(slot: Slot) -> list[ast.Call]:
-    """Where the slot is a module under a name: the calls through it that say ``device='...'``."""
+def _device_literals(slot: Slot) -> tuple[str, ...]:
+    """Where the slot is a module under a name: the calls through it that say ``device='...'``, as text."""
     if not isinstance(slot.visible, ModuleType) or not isinstance(slot.holder, ModuleType):
-        return []
+        return ()
     source = slot.holder.__file__
-    return [
-        node
-        for node in (ast.walk(_parsed(Path(source))) if source else ())
-        if isinstance(node, ast.Call)
-        and any(key.arg == "device" and isinstance(key.value, ast.Constant) for key in node.keywords)
-        and next((leaf.id for leaf in ast.walk(node.func) if isinstance(leaf, ast.Name)), None) == slot.attribute
-    ]
+    return _calls_with_device(Path(source), slot.attribute) if source else ()
+
+
+@lru_cache(maxsize=256)
+def _calls_with_device(source: Path, name: str) -> tuple[str, ...]:
+    calls = [node for node in ast.walk(_parsed(source)) if isinstance(node, ast.Call)]
+    return tuple(
+        printed(call)
+        for call in calls
+        if any(key.arg == "device" and isinstance(key.value, ast.Constant) for key in call.keywords)
+        and next((leaf.id for leaf in ast.walk(call.func) if isinstance(leaf, ast.Name)), None) == name
+    )
 
 
 def definition(slot: Slot) -> _Definition | None:

@@ -1,36 +1,61 @@
 """Applies patches all or nothing and restores the exact objects in reverse order.
 
-The raw descriptor is kept (a staticmethod stays one), and whether the attribute was the holder's own or
-inherited. A rollback refuses when somebody else has patched on top of ours.
+The raw descriptor is kept (a staticmethod stays one), and whether the attribute was the holder's own or inherited.
+Other names of the same object are re-bound and restored with it (``references.py``). A rollback refuses when somebody
+else has patched on top of ours.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from fluid_npu.adaptor.checks import POLICIES, check, in_order
+from fluid_npu.adaptor.checks import POLICIES, check, in_order, whereabouts
+from fluid_npu.adaptor.fingerprint import unwrapped
+from fluid_npu.adaptor.hits import Counted, counted
 from fluid_npu.adaptor.patch import Patch, PatchError, PatchWarning
+from fluid_npu.adaptor.references import Exchange, Name, late_names, names_of, sweepable
+from fluid_npu.adaptor.shape import made
 from fluid_npu.adaptor.target import MISSING, Slot, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
 class Applied:
-    """One patch in force. ``before`` and ``installed`` are the slot's own raw objects, MISSING where it had none."""
+    """One patch in force.
+
+    ``before`` and ``installed`` are the slot's own raw objects, MISSING where it had none; ``original`` is what a
+    reader found there, inherited or not. ``names`` are the other names of the original that were re-bound.
+    """
 
     patch: Patch
     slot: Slot
+    original: Any = MISSING
     before: Any = MISSING
     installed: Any = MISSING
+    names: tuple[Name, ...] = ()
+    counted: Counted = Counted(None)
     manager: AbstractContextManager[Any] | None = None
 
     @property
-    def in_place(self) -> bool:
-        """Whether the slot still holds what we put there."""
-        return self.manager is not None or self.slot.own is self.installed
+    def exchange(self) -> Exchange:
+        """The functions or classes behind the raw objects."""
+        return Exchange(unwrapped(self.original), unwrapped(self.installed), self.slot)
+
+    def foreign(self) -> list[str]:
+        """What somebody else put in place of ours, in words; empty while all is as we left it."""
+        if self.manager is not None:
+            return []
+        found = [] if self.slot.own is self.installed else [f"{self.patch.name}: {_now(self.slot.visible)}"]
+        ours = self.exchange.new
+        return found + [f"{name.path}: {_now(name.value)}" for name in self.names if name.value is not ours]
+
+
+def _now(value: Any) -> str:
+    thing = unwrapped(value)
+    return f"there is now {whereabouts(thing) if hasattr(thing, '__qualname__') else repr(thing)}"
 
 
 class Registry:
@@ -86,7 +111,7 @@ class Registry:
     def rollback(self, count: int = 0) -> None:
         """Restores all but the oldest ``count`` patches; of suspended ones, forgets the rows.
 
-        Raises PatchError, changing nothing, if a target was patched again since.
+        Raises PatchError, changing nothing, if a target or one of its other names was patched again since.
         """
         if self._suspended:
             del self._suspended[count:]
@@ -113,43 +138,70 @@ class Registry:
         self._install_all(self._suspended)
         self._suspended = []
 
-    def _install_all(self, rows: list[Patch]) -> None:
+    def _install_all(self, rows: Sequence[Patch]) -> None:
         start = len(self._applied)
+        slots = [resolve(patch.target) for patch in rows]
+        names = names_of([unwrapped(slot.own) for slot in slots])
         try:
-            for patch in rows:
-                self._applied.append(self._install(patch))
+            for patch, slot in zip(rows, slots, strict=True):
+                self._applied.append(_install(patch, slot, names))
         except Exception as error:
             self._undo_to(start)
             if isinstance(error, PatchError):
                 raise
-            raise PatchError(f"applying failed and was undone: {error}") from error
-
-    def _install(self, patch: Patch) -> Applied:
-        replacement, slot = patch.load_replacement(), resolve(patch.target)
-        if patch.kind == "context":
-            manager: AbstractContextManager[Any] = replacement()
-            manager.__enter__()
-            return Applied(patch=patch, slot=slot, manager=manager)
-        before = slot.own
-        if patch.kind == "wrap":
-            replacement = replacement(slot.visible)
-        slot.write(replacement)
-        # What a reader of the holder's dict sees: setattr may store a different object (a property setter).
-        return Applied(patch=patch, slot=slot, before=before, installed=slot.own)
+            raise PatchError(f"applying failed and was undone: {type(error).__name__}: {error}") from error
 
     def _refuse_foreign(self, count: int) -> None:
-        # Of several wraps of one target only the outermost is in the holder's dict.
-        outermost = {entry.patch.target: entry for entry in self._applied[count:]}
-        foreign = [entry.patch.name for entry in outermost.values() if not entry.in_place]
+        # Of several wraps of one target only the outermost is in the holder's dict, and under its other names.
+        outermost = {entry.patch.target: entry for entry in self._applied[count:] if entry.manager is None}
+        foreign = [text for entry in outermost.values() for text in entry.foreign()]
         if foreign:
             raise PatchError(
                 "cannot roll back: someone else patched on top of " + "; ".join(foreign) + ". Undo that first."
             )
 
     def _undo_to(self, start: int) -> None:
+        undone = self._applied[start:]
+        known = [name for entry in undone for name in entry.names]
+        late = late_names([entry.exchange for entry in undone if entry.manager is None], known)
         while len(self._applied) > start:
-            entry = self._applied.pop()
-            if entry.manager is not None:
-                entry.manager.__exit__(None, None, None)
-            else:
-                entry.slot.write(entry.before)
+            _uninstall(self._applied.pop())
+        for name, value in late:
+            name.namespace[name.name] = value
+
+
+def _install(patch: Patch, slot: Slot, names: dict[int, list[Name]]) -> Applied:
+    """Puts one patch in force; ``names`` are the other names of the originals and follow to our object."""
+    if patch.kind == "context":
+        manager: AbstractContextManager[Any] = patch.load_replacement()()
+        manager.__enter__()
+        return Applied(patch=patch, slot=slot, manager=manager)
+    original, before = slot.visible, slot.own
+    ready = counted(made(patch, original), slot)
+    try:
+        slot.write(ready.value)
+    except Exception:
+        ready.undo()
+        raise
+    # What a reader of the holder's dict sees: setattr may store a different object (a property setter).
+    entry = Applied(
+        patch=patch, slot=slot, original=original, before=before, installed=slot.own, counted=ready, names=()
+    )
+    old, new = entry.exchange.old, entry.exchange.new
+    if before is MISSING or not sweepable(old) or not sweepable(new):
+        return entry
+    others = tuple(name for name in names.get(id(old), []) if not name.is_slot(slot))
+    for name in others:
+        name.namespace[name.name] = new
+    names[id(new)] = names.get(id(old), [])
+    return Applied(**{**vars(entry), "names": others})
+
+
+def _uninstall(entry: Applied) -> None:
+    if entry.manager is not None:
+        entry.manager.__exit__(None, None, None)
+        return
+    for name in entry.names:
+        name.namespace[name.name] = entry.exchange.old
+    entry.slot.write(entry.before)
+    entry.counted.undo()

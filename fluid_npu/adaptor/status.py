@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
 
+from fluid_npu.adaptor.captures import Wanted, captures
 from fluid_npu.adaptor.checks import check
 from fluid_npu.adaptor.patch import Patch
+from fluid_npu.adaptor.references import sweepable
 from fluid_npu.adaptor.registry import Applied, Registry
+from fluid_npu.adaptor.target import MISSING
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +33,62 @@ class PatchStatus:
 def statuses(registry: Registry, rows: Sequence[Patch]) -> list[PatchStatus]:
     """The status of every row, checked without applying any."""
     entries = {entry.patch: entry for entry in registry.entries}
-    return [_of_applied(entries[row]) if row in entries else _of_row(row, registry) for row in rows]
+    held = unreachable([entries[row] for row in rows if row in entries])
+    outermost = {entry.patch.target: entry for entry in registry.entries}
+    states = []
+    for row in rows:
+        if row in entries:
+            on_top = outermost[row.target] is entries[row]
+            states.append(_of_applied(entries[row], on_top, held[row]))
+        else:
+            states.append(_of_row(row, registry))
+    return states
 
 
-def _of_applied(entry: Applied) -> PatchStatus:
-    problem = None if entry.in_place else f"{entry.patch.name}: somebody else patched on top of it"
-    return PatchStatus(patch=entry.patch, applied=True, hits=None, problem=problem)
+def _of_applied(entry: Applied, on_top: bool, held: tuple[str, ...]) -> PatchStatus:
+    foreign = entry.foreign() if on_top else []
+    problem = f"somebody else patched on top: {'; '.join(foreign)}" if foreign else None
+    counter = entry.counted.counter
+    hits = counter.hits if counter else None
+    return PatchStatus(patch=entry.patch, applied=True, hits=hits, problem=problem, unreachable=held)
+
+
+def unreachable(entries: Sequence[Applied]) -> dict[Patch, tuple[str, ...]]:
+    """For each applied patch, what still holds the original or hides the patch, in words."""
+    sought = [entry for entry in entries if entry.before is not MISSING and sweepable(entry.exchange.old)]
+    wanted = [Wanted(entry.exchange.old, (entry.before, *_held_by(entry.exchange.new))) for entry in sought]
+    found = dict.fromkeys((entry.patch for entry in entries), ())
+    found.update({entry.patch: texts for entry, texts in zip(sought, captures(wanted), strict=True)})
+    return {entry.patch: found[entry.patch] + _overrides(entry) for entry in entries}
+
+
+def _held_by(function: Any) -> list[Any]:
+    """Our function, those it wraps, and their closures: they hold the original by right."""
+    held: list[Any] = []
+    while function is not None and all(function is not item for item in held):
+        held += [function, vars(function) if hasattr(function, "__dict__") else None, *_closure(function)]
+        function = getattr(function, "__wrapped__", None)
+    return held
+
+
+def _closure(function: Any) -> list[Any]:
+    cells = list(getattr(function, "__closure__", None) or ())
+    inner = [cell.cell_contents for cell in cells if isinstance(cell.cell_contents, FunctionType)]
+    return cells + [cell for item in inner for cell in item.__closure__ or ()]
+
+
+def _overrides(entry: Applied) -> tuple[str, ...]:
+    """Subclasses that have the patched attribute themselves."""
+    if not isinstance(entry.slot.holder, type):
+        return ()
+    classes: list[type] = type.__subclasses__(entry.slot.holder)
+    found = []
+    while classes:
+        cls = classes.pop()
+        if entry.slot.attribute in vars(cls):
+            found.append(f"subclass {cls.__module__}.{cls.__qualname__} has its own; reached through super() alone")
+        classes += type.__subclasses__(cls)
+    return tuple(sorted(set(found)))
 
 
 def _of_row(row: Patch, registry: Registry) -> PatchStatus:

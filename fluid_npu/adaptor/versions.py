@@ -7,6 +7,8 @@ metadata may speak of the other one, and other patch systems replace ``importlib
 from __future__ import annotations
 
 import ast
+import sys
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +25,11 @@ def installed_version(package: str) -> str | None:
 
     ``megatron-core`` and ``megatron.training`` (Megatron-LM, which is not on PyPI) have Megatron-Core's version.
     """
+    return _found(package, tuple(sys.path))
+
+
+@lru_cache(maxsize=64)
+def _found(package: str, _path: tuple[str, ...]) -> str | None:
     if package == "megatron-core":
         return _megatron_core()
     if package == "megatron.training":

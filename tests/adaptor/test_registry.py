@@ -118,7 +118,7 @@ def test_wrapping_twice_nests_and_unwinds(upstream: ModuleType) -> None:
         (("Absent.method",), r"upstream_pkg has no 'Absent'"),
         (("function", "add"), r"kind 'add' but the target already exists"),
         (("Upstream.method", "replace", "nowhere"), r"replacement 'upstream_ours:nowhere' cannot be loaded"),
-        (("Upstream.method", "wrap", "failing_wrapper"), r"undone: planted failure"),
+        (("Upstream.method", "wrap", "failing_wrapper"), r"undone: ValueError: planted failure"),
     ],
     ids=["missing", "missing holder", "existing add", "no replacement", "fails while applying"],
 )
