@@ -46,12 +46,15 @@ def foreign() -> list[Foreign]:
 
 
 def met(rows: Sequence[Patch]) -> list[Meeting]:
-    """Where these rows and others' patches lie on one target, and what follows; for reports and doctor."""
-    return meetings(rows, foreign())
+    """Where these rows and what others have applied lie on one target, and what follows; for reports and doctor."""
+    return meetings(rows, [record for record in foreign() if record.applied])
 
 
 def problems(rows: Sequence[Patch]) -> list[str]:
-    """Conflicts between these rows and what others have patched or registered, each naming both owners."""
+    """Conflicts between these rows and what others have applied, each naming both owners.
+
+    What they have only registered is judged when they apply it.
+    """
     return [meeting.problem for meeting in met(rows) if meeting.problem]
 
 

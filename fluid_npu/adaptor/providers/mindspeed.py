@@ -11,12 +11,12 @@ This module's name contains 'mindspeed', and MindSpeed's remove skips such modul
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from types import ModuleType
 from typing import Any
 
-from fluid_npu.adaptor.patch import PatchError
+from fluid_npu.adaptor.patch import Patch, PatchError
 from fluid_npu.adaptor.providers.base import Foreign, Ours
 from fluid_npu.adaptor.providers.detect import Finding, detect_mindspeed
 from fluid_npu.adaptor.providers.import_hook import after_import
@@ -90,17 +90,22 @@ class MindSpeed:
             ours.suspend()
             self._inside = True
             try:
-                # Before it changes anything: a conflict must not be found half-way.
-                problems = [meeting.problem for meeting in meetings(rows, self.foreign()) if meeting.problem]
-                if problems:
-                    raise PatchError("\n".join(problems))
-                return theirs(*args, **kwargs)
+                if theirs.__name__.startswith("apply"):
+                    self._refuse_conflicts(rows)
+                result = theirs(*args, **kwargs)
             finally:
                 self._inside = False
                 ours.resume()
-                announce(meetings(rows, self.foreign()))
+            announce(meetings(rows, [record for record in self.foreign() if record.applied]))
+            return result
 
         return run
+
+    def _refuse_conflicts(self, rows: Sequence[Patch]) -> None:
+        """Before it changes anything: a conflict must not be found half-way."""
+        problems = [meeting.problem for meeting in meetings(rows, self.foreign()) if meeting.problem]
+        if problems:
+            raise PatchError("\n".join(problems))
 
 
 def _foreign(target: str, patch: Any) -> Foreign:
