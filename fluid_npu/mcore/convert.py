@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fluid_npu.mcore.lines.groups import expert_rank
+
 Model = nn.Module | Sequence[nn.Module]
 
 _SEQUENTIAL = re.compile(r"^(.*\.)?local_experts\.(\d+)\.(linear_fc[12]\.weight)$")
@@ -113,14 +115,14 @@ def _expert_views(
     local, hidden = experts.num_local_experts, experts.config.hidden_size
     shape = (local, hidden, -1) if own == "weight1" else (local, -1, hidden)
     linear = "linear_fc1" if own == "weight1" else "linear_fc2"
-    first = experts.ep_group.rank() * local
+    first = expert_rank(experts) * local
     for index in range(local):
         name = f"{prefix}.{first + index}.{linear}.weight"
         yield name.lstrip("."), parameter, lambda t, index=index: t.view(shape)[index].t()
 
 
 def _is_grouped(module: nn.Module) -> bool:
-    return all(hasattr(module, name) for name in ("weight1", "weight2", "num_local_experts", "ep_group"))
+    return all(hasattr(module, name) for name in ("weight1", "weight2", "num_local_experts"))
 
 
 def _with_global_expert(name: str, model: nn.Module) -> str:
@@ -130,7 +132,7 @@ def _with_global_expert(name: str, model: nn.Module) -> str:
         return name
     prefix, number, rest = found.group(1) or "", int(found.group(2)), found.group(3)
     experts: Any = model.get_submodule(prefix.rstrip("."))
-    return f"{prefix}{experts.ep_group.rank() * experts.num_local_experts + number}.{rest}"
+    return f"{prefix}{expert_rank(experts) * experts.num_local_experts + number}.{rest}"
 
 
 def _whole(tensor: Tensor) -> Tensor:

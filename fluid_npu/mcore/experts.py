@@ -12,17 +12,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import _initialize_affine_weight_gpu
 from megatron.core.tensor_parallel.utils import divide
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
 from fluid_npu.mcore.expert_checkpoint import expert_sharded_state_dict, forget_extra_state
 from fluid_npu.mcore.late import LateWeights
+from fluid_npu.mcore.lines.groups import ProcessGroups, default_groups
 from fluid_npu.ops.expert_mlp import Activation, ExpertMLP, WeightGradTarget, expert_mlp
 from fluid_npu.ops.swiglu import activation_probs
 from fluid_npu.schedule.deferred import DeferredWeight, DeferredWeights
@@ -43,13 +42,12 @@ class FluidGroupedMLP(LateWeights, MegatronModule):
         num_local_experts: int,
         config: TransformerConfig,
         submodules: Any = None,
-        pg_collection: ProcessGroupCollection | None = None,
+        pg_collection: ProcessGroups | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(config=config)
-        if config.add_bias_linear:
-            raise ValueError("add_bias_linear=True: grouped experts have no biases; set --disable-bias-linear")
-        pg_collection = pg_collection if pg_collection is not None else get_default_pg_collection()
+        _refuse_unsupported(config)
+        pg_collection = pg_collection if pg_collection is not None else default_groups()
         self.num_local_experts = num_local_experts
         self.ep_group, self.tp_group, self.dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
         ffn = divide(config.moe_ffn_hidden_size, self.tp_group.size())
@@ -135,3 +133,19 @@ class FluidGroupedMLP(LateWeights, MegatronModule):
     ) -> dict[str, Any]:
         """The checkpoint form of SequentialMLP and of the legacy GroupedMLP, in both directions."""
         return expert_sharded_state_dict(self, prefix, sharded_offsets, metadata)
+
+
+#: Options that change the experts' arithmetic and their value without effect; not every line has each of them.
+_PLAIN = {
+    "add_bias_linear": (False, "grouped experts have no biases; set --disable-bias-linear"),
+    "activation_func_clamp_value": (None, "grouped experts do not clamp their activation"),
+    "glu_linear_offset": (0.0, "grouped experts add no offset to the gated unit"),
+    "moe_mlp_glu_interleave_size": (None, "grouped experts keep gate and value rows apart"),
+}
+
+
+def _refuse_unsupported(config: TransformerConfig) -> None:
+    for option, (plain, why) in _PLAIN.items():
+        value = getattr(config, option, plain)
+        if value != plain:
+            raise ValueError(f"{option}={value!r}: {why}; unset it or use Megatron's own experts")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from typing import Any
 
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
@@ -21,6 +24,8 @@ from fluid_npu.comm.transports import Transport
 from fluid_npu.device.choice import Choice
 from fluid_npu.mcore.binding import SchedulerBinder
 from fluid_npu.mcore.experts import FluidGroupedMLP
+from fluid_npu.mcore.lines.moe_layer import ROUTER_IN_SPEC
+from fluid_npu.mcore.lines.specs import hides_groups, module_of, rebuilt, submodules_of
 from fluid_npu.mcore.moe_layer import FluidMoELayer
 from fluid_npu.mcore.norm import FluidNorm
 from fluid_npu.mcore.router import FluidRouter
@@ -76,7 +81,7 @@ def get_fluid_moe_block_spec(
     if binder is None:
         binder = SchedulerBinder(overlap, carry_over=carry_over, transport=transport)
     use_te = choose_backend(backend).value == "te"
-    block = get_gpt_decoder_block_spec(config, use_te, normalization=config.normalization, vp_stage=vp_stage)
+    block = get_gpt_decoder_block_spec(config, use_te, normalization=config.normalization, **_chunk(vp_stage))
     return with_fluid_block(block, binder)
 
 
@@ -90,13 +95,16 @@ def with_fluid_block(block: TransformerBlockSubmodules, binder: SchedulerBinder)
 
 
 def with_fluid_moe(layer: ModuleSpec, binder: SchedulerBinder) -> ModuleSpec:
-    """A copy of a layer's spec with our MoE layer, where it has one, and norms for sequence parallelism."""
+    """A copy of a layer's spec with our MoE layer, where it has one, and norms for sequence parallelism.
+
+    Every door into fluid_npu builds its modules with this function. Layers of one model share a ``binder``.
+    """
     layer = copy.copy(layer)
     layer.submodules = copy.copy(layer.submodules)
     mlp = layer.submodules.mlp
-    if isinstance(mlp, ModuleSpec) and mlp.module is MoELayer:
+    if module_of(mlp) is MoELayer:
         layer.submodules.mlp = fluid_moe_spec(mlp, binder)
-        if layer.module is TransformerLayer:
+        if layer.module is TransformerLayer and hides_groups(mlp):
             layer.module = FluidTransformerLayer
     for name in ("input_layernorm", "pre_mlp_layernorm"):
         if getattr(layer.submodules, name) is WrappedTorchNorm:
@@ -104,18 +112,31 @@ def with_fluid_moe(layer: ModuleSpec, binder: SchedulerBinder) -> ModuleSpec:
     return layer
 
 
-def fluid_moe_spec(moe: ModuleSpec, binder: SchedulerBinder) -> ModuleSpec:
+def fluid_moe_spec(moe: Any, binder: SchedulerBinder) -> Any:
     """Megatron's spec of an MoE layer with our layer, experts and router in it; shared experts stay.
 
-    A router that a user put there stays too.
+    A ModuleSpec gives a ModuleSpec, a functools.partial (0.17 and later) a partial. A router that a user put there
+    stays too. Whatever experts the spec had are replaced: from 0.17 on Megatron's local spec ignores
+    ``moe_grouped_gemm``.
     """
-    submodules = copy.copy(moe.submodules)
-    if submodules.router is TopKRouter:
+    submodules = copy.copy(submodules_of(moe))
+    if ROUTER_IN_SPEC and submodules.router is TopKRouter:
         submodules.router = FluidRouter
     submodules.experts = ModuleSpec(module=FluidGroupedMLP)
-    return ModuleSpec(
-        module=FluidMoELayer, submodules=submodules, params={"binder": binder}, metainfo=dict(moe.metainfo)
-    )
+    return rebuilt(moe, FluidMoELayer, submodules, binder=binder)
+
+
+def _chunk(vp_stage: int | None) -> dict[str, Any]:
+    """How Megatron's block helper learns the chunk of an interleaved pipeline: an argument, on 0.12 a global."""
+    if "vp_stage" in inspect.signature(get_gpt_decoder_block_spec).parameters:
+        return {"vp_stage": vp_stage}
+    current = parallel_state.get_virtual_pipeline_model_parallel_rank()
+    if vp_stage is not None and vp_stage != current:
+        raise ValueError(
+            f"vp_stage={vp_stage}: this megatron-core reads the chunk from parallel_state, which says {current}; call "
+            f"parallel_state.set_virtual_pipeline_model_parallel_rank({vp_stage}) first"
+        )
+    return {}
 
 
 def choose_backend(backend: str) -> Choice[str]:

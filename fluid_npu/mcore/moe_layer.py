@@ -2,6 +2,9 @@
 
 Megatron's ``forward`` stays: it drives recompute, padding masks and shared experts. What it passes between its
 steps is, here, a ``_Dispatched`` or ``_Combined`` object instead of a bare tensor, so nothing is kept on ``self``.
+
+The overlap is of the 'alltoall' dispatcher, which is ours. With another one the steps are Megatron's own: its
+dispatcher, and grouped experts between its two halves.
 """
 
 from __future__ import annotations
@@ -10,9 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -21,6 +23,9 @@ from fluid_npu.device.choice import Choice
 from fluid_npu.mcore.binding import SchedulerBinder
 from fluid_npu.mcore.dispatch_plan import DispatchPlan
 from fluid_npu.mcore.experts import FluidGroupedMLP
+from fluid_npu.mcore.lines.arguments import taken
+from fluid_npu.mcore.lines.groups import ProcessGroups, default_groups
+from fluid_npu.mcore.lines.moe_layer import MEGATRON_DISPATCHERS, ROUTER_IN_SPEC, MoELayerInSteps
 from fluid_npu.mcore.router import FluidRouter
 from fluid_npu.mcore.token_dispatcher import FluidTokenDispatcher
 from fluid_npu.ops.payload import wire_dtype
@@ -48,15 +53,17 @@ class _Combined:
     shared_output: Tensor | None
 
 
-class FluidMoELayer(MoELayer):
+class FluidMoELayer(MoELayerInSteps):
     """A Mixture-of-Experts layer whose AllToAlls run beside computation.
 
     Args:
-        config: Megatron's TransformerConfig; ``moe_token_dispatcher_type`` must be 'alltoall'.
+        config: Megatron's TransformerConfig. ``moe_token_dispatcher_type`` 'alltoall' overlaps; 'allgather' and, where
+            Megatron has it, 'alltoall_seq' run Megatron's dispatcher with our experts.
         submodules: experts, router and shared experts.
         layer_number: global number of the layer, from 1; usually set later by the TransformerLayer.
         pg_collection: process groups; None takes Megatron's global ones.
         binder: gives layers of one model one scheduler; None makes a scheduler for this layer alone.
+        is_mtp_layer, name: passed on to Megatron's layer, on lines whose layer takes them.
 
     Raises:
         ValueError: a configuration that is not implemented, naming the option and the fix.
@@ -67,25 +74,31 @@ class FluidMoELayer(MoELayer):
         config: TransformerConfig,
         submodules: MoESubmodules | None = None,
         layer_number: int | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
+        pg_collection: ProcessGroups | None = None,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
+        *,
         binder: SchedulerBinder | None = None,
     ) -> None:
-        if config.moe_token_dispatcher_type != "alltoall":
-            raise ValueError(
-                f"moe_token_dispatcher_type={config.moe_token_dispatcher_type!r}: FluidMoELayer needs 'alltoall'; "
-                "set --moe-token-dispatcher-type alltoall or use Megatron's own layer"
-            )
-        pg_collection = pg_collection if pg_collection is not None else get_default_pg_collection()
-        # Megatron's overlap of shared experts needs its own dispatcher and CUDA streams; ours is in the steps below.
-        super().__init__(config, submodules, layer_number, pg_collection)
-        self.token_dispatcher = FluidTokenDispatcher(
-            self.num_local_experts, self.local_expert_indices, config=config, pg_collection=pg_collection
-        )
-        self.shared_expert_overlap = False
-        pipeline = getattr(pg_collection, "pp", None)
+        self.steps = _overlaps(config)
+        groups = pg_collection if pg_collection is not None else default_groups()
+        optional = taken(MoELayer.__init__, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer, name=name)
+        super().__init__(config, submodules, layer_number, **optional)
+        if self.steps:
+            self._take_our_dispatcher(groups)
+        if not ROUTER_IN_SPEC and type(self.router) is TopKRouter:
+            self.router: Any = FluidRouter.taking_over(self.router)
+        pipeline = getattr(groups, "pp", None)
         self._pp_rank = None if pipeline is None else pipeline.rank()
         self._binder = binder if binder is not None else SchedulerBinder()
         self._bind(layer_number)
+
+    def _take_our_dispatcher(self, groups: ProcessGroups) -> None:
+        self.token_dispatcher = FluidTokenDispatcher(
+            self.num_local_experts, self.local_expert_indices, config=self.config, pg_collection=groups
+        )
+        # Megatron's overlap of shared experts needs its own dispatcher and CUDA streams; ours is in the steps below.
+        self.shared_expert_overlap = False
 
     def set_layer_number(self, layer_number: int) -> None:
         """Called by the TransformerLayer; decides which model this layer belongs to."""
@@ -95,11 +108,12 @@ class FluidMoELayer(MoELayer):
     def _bind(self, layer_number: int | None) -> None:
         self.label = f"layer {layer_number}" if layer_number is not None else ""
         self.backward_scheduler: BackwardScheduler = self._binder.bind(self, layer_number, self._pp_rank)
-        self.token_dispatcher.sink = self.backward_scheduler
-        self.token_dispatcher.label = self.label
+        if self.steps:
+            self.token_dispatcher.sink = self.backward_scheduler
+            self.token_dispatcher.label = self.label
         if isinstance(self.router, FluidRouter):
             self.router.backward_scheduler, self.router.label = self.backward_scheduler, self.label
-        if self.backward_scheduler.carry_over:
+        if self.backward_scheduler.carry_over and self.steps:
             self._offer_late_weights()
 
     def _offer_late_weights(self) -> None:
@@ -118,15 +132,22 @@ class FluidMoELayer(MoELayer):
 
     # ---- Megatron's steps, in the order in which its forward calls them
 
-    def shared_experts_compute(self, hidden_states: Tensor) -> None:
+    def shared_experts_compute(self, hidden_states: Tensor) -> Any:
         """Nothing yet: shared experts run while the dispatch is in flight."""
+        return None if self.steps else super().shared_experts_compute(hidden_states)
 
-    def preprocess(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Any, None]:
+    def preprocess(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Any, Any]:
         """Decides the plan."""
+        if not self.steps:
+            prepared: tuple[Any, Any] = super().preprocess(hidden_states, probs, routing_map)
+            return prepared
         return _Prepared(self.token_dispatcher.plan(routing_map, hidden_states.shape), hidden_states, probs), None
 
-    def dispatch(self, hidden_states: Any, probs: None) -> tuple[Any, None]:
+    def dispatch(self, hidden_states: Any, probs: Any) -> tuple[Any, Any]:
         """Starts the dispatch AllToAll."""
+        if not self.steps:
+            dispatched: tuple[Any, Any] = super().dispatch(hidden_states, probs)
+            return dispatched
         prepared: _Prepared = hidden_states
         deferred = None
         if isinstance(self.experts, FluidGroupedMLP) and torch.is_grad_enabled():
@@ -141,8 +162,11 @@ class FluidMoELayer(MoELayer):
         )
         return _Dispatched(prepared, handle, deferred), None
 
-    def routed_experts_compute(self, hidden_states: Any, probs: None) -> tuple[Any, None]:
+    def routed_experts_compute(self, hidden_states: Any, probs: Any) -> tuple[Any, None]:
         """Shared experts beside the dispatch, then the routed experts; starts the combine AllToAll."""
+        if not self.steps:
+            computed: tuple[Any, None] = super().routed_experts_compute(hidden_states, probs)
+            return computed
         sent: _Dispatched = hidden_states
         plan, tokens, probs_TE = sent.prepared.plan, sent.prepared.hidden_states, sent.prepared.probs
         shared_output = super().shared_experts_compute(tokens)
@@ -155,10 +179,32 @@ class FluidMoELayer(MoELayer):
 
     def combine(self, output: Any) -> Any:
         """The combine is in flight; ``postprocess`` completes it."""
-        return output
+        return output if self.steps else super().combine(output)
 
-    def postprocess(self, output: Any, shared_expert_output: None) -> Tensor:
+    def postprocess(self, output: Any, shared_expert_output: Any) -> Tensor:
         """Completes the combine, which sums each token's rows, and adds the shared experts."""
+        if not self.steps:
+            whole: Tensor = super().postprocess(output, shared_expert_output)
+            return whole
         combined: _Combined = output
         merged = combined.handle.wait()
         return merged if combined.shared_output is None else merged + combined.shared_output
+
+
+def _overlaps(config: TransformerConfig) -> bool:
+    """Whether the dispatcher is ours. Raises ValueError for one that cannot run with grouped experts here."""
+    kind = config.moe_token_dispatcher_type
+    if kind == "alltoall":
+        return True
+    if kind in MEGATRON_DISPATCHERS:
+        reason = f"moe_token_dispatcher_type={kind!r} is Megatron's dispatcher: grouped experts, nothing overlapped"
+        Choice("Megatron's steps", reason).announce("FluidMoELayer")
+        return False
+    why = {
+        "flex": "DeepEP and HybridEP move tokens in kernels of their own, beside which nothing of ours can run",
+        "alltoall_seq": "Megatron-Core dropped this dispatcher after 0.12",
+    }.get(kind, "unknown")
+    raise ValueError(
+        f"moe_token_dispatcher_type={kind!r}: {why}; set --moe-token-dispatcher-type alltoall (overlapped) "
+        f"or one of {', '.join(MEGATRON_DISPATCHERS)} (not overlapped)"
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
+from torch.nn.parameter import Parameter
 
 from fluid_npu.device import device_of
 from fluid_npu.mcore.late import LateWeights
@@ -26,16 +27,27 @@ class FluidRouter(LateWeights, TopKRouter):
     backward_scheduler: BackwardScheduler | None = None
     label = ""
 
+    @classmethod
+    def taking_over(cls, router: TopKRouter) -> FluidRouter:
+        """A FluidRouter with the parameters and state of Megatron's; building another would draw random numbers."""
+        ours = cls.__new__(cls)
+        ours.__dict__.update(vars(router))
+        return ours
+
     def gating(self, input: Tensor) -> Tensor:
         """``[..., E]`` logits in ``moe_router_dtype``; unlike upstream's, it needs no Transformer Engine symbol."""
         self._move_to_device()
         dtype = _DTYPES.get(self.config.moe_router_dtype, input.dtype)
         late = self.backward_scheduler is not None and self.late_hooks(self.weight) and torch.is_grad_enabled()
-        return dense_linear(input, self.weight, self.bias, defer_dw=self._queue if late else None, out_dtype=dtype)
+        return dense_linear(input, self.weight, self._bias(), defer_dw=self._queue if late else None, out_dtype=dtype)
+
+    def _bias(self) -> Parameter | None:
+        """A router of 0.12 has none."""
+        return getattr(self, "bias", None)
 
     def _move_to_device(self) -> None:
         """Megatron creates the router's weight on the CPU and moves it at its first use."""
-        for parameter in (self.weight, self.bias):
+        for parameter in (self.weight, self._bias()):
             if parameter is not None and parameter.device.type == "cpu":
                 parameter.data = parameter.data.to(torch.cuda.current_device())
 

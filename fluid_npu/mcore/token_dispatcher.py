@@ -2,13 +2,16 @@
 
 ``FluidMoELayer`` uses ``plan``, ``send``, ``receive`` and ``send_back``, which pass a frozen plan along.
 Megatron's six steps and the plain ``dispatch()`` / ``combine()`` are thin layers over them for other callers; they
-must remember the plan between two calls, as Megatron's own dispatchers do.
+must remember the plan between two calls, as Megatron's own dispatchers do. On 0.12 Megatron has two steps instead of
+six; both shapes are here on every line.
 """
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import get_capacity
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -18,6 +21,7 @@ from fluid_npu.comm.all_to_all import AllToAllHandle, Peers, Route, start_exchan
 from fluid_npu.comm.cargo import AS_IS, Loading
 from fluid_npu.comm.sink import OverlapSink, Passengers
 from fluid_npu.mcore.dispatch_plan import DispatchPlan, ExpertGroups, exchange_counts, finish_counts, make_plan
+from fluid_npu.mcore.lines.groups import ProcessGroups, default_groups
 from fluid_npu.ops.payload import Merge, Pack, Reorder, Replicate, SumParts, Unpack, wire_dtype
 from fluid_npu.ops.permute import PermuteLayout
 
@@ -31,7 +35,7 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         num_local_experts: L.
         local_expert_indices: global numbers of the local experts, consecutive.
         config: Megatron's TransformerConfig.
-        pg_collection: process groups ``ep``, ``expt_tp`` and ``tp_ep``.
+        pg_collection: process groups ``ep``, ``expt_tp`` and ``tp_ep``; None takes Megatron's global ones.
 
     Raises:
         ValueError: a configuration that this dispatcher does not implement, naming the option and the fix.
@@ -42,18 +46,17 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         num_local_experts: int,
         local_expert_indices: list[int],
         config: TransformerConfig,
-        pg_collection: ProcessGroupCollection | None = None,
+        pg_collection: ProcessGroups | None = None,
     ) -> None:
-        super().__init__(config=config, pg_collection=pg_collection)
+        groups = pg_collection if pg_collection is not None else default_groups()
         _refuse_unsupported(config)
+        super().__init__(config=config, **_base_groups(groups))
         self.num_local_experts = num_local_experts
         self.local_expert_indices = local_expert_indices
         self.num_experts = config.num_moe_experts
         self.sink: OverlapSink | None = None
         self.label = ""
-        self.groups = ExpertGroups(
-            ep=Peers.of(self.ep_group), etp=Peers.of(self.tp_group), tp_ep=Peers.of(self.tp_ep_group)
-        )
+        self.groups = ExpertGroups(ep=Peers.of(groups.ep), etp=Peers.of(groups.expt_tp), tp_ep=Peers.of(groups.tp_ep))
         self._current: DispatchPlan | None = None
 
     # ---- the steps of a layer, plan in hand
@@ -64,8 +67,8 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         if capacity is not None:
             layout = PermuteLayout.from_capacity(routing_map_TE, capacity)
             counts_E = torch.full((self.num_experts,), capacity, dtype=torch.int64)
-            counts_QPL = counts_E.view(self.ep_size, -1)[:1].repeat(self.tp_size * self.ep_size, 1)
-            counts_QPL = counts_QPL.view(self.tp_size, self.ep_size, self.num_local_experts)
+            ep, etp = self.groups.ep_size, self.groups.etp_size
+            counts_QPL = counts_E.view(ep, -1)[:1].repeat(etp * ep, 1).view(etp, ep, self.num_local_experts)
             return make_plan(layout, tokens_shape, counts_E, counts_QPL, self.groups)
         dropless = self.config.moe_expert_capacity_factor is None
         counts_E = routing_map_TE.sum(0)
@@ -88,7 +91,7 @@ class FluidTokenDispatcher(MoETokenDispatcher):
             self._route(plan.output_splits, plan.input_splits, "moe_dispatch"),
             [x_TH, probs_TE.to(wire)],
             loading=Pack(plan.layout, x_TH.shape[1], wire),
-            unloading=unpack if self.tp_size == 1 else AS_IS,
+            unloading=unpack if self.groups.etp_size == 1 else AS_IS,
             sink=self.sink,
             passengers=passengers,
         )
@@ -100,14 +103,14 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         sends every rank the same rows, as many bytes as an all-gather and the only form that gloo has for
         uneven sizes.
         """
-        if self.tp_size == 1:
+        if self.groups.etp_size == 1:
             return handle.wait()
         hidden = plan.tokens_shape[-1]
-        own = plan.gather_splits[self.tp_rank]
+        own = plan.gather_splits[self.groups.etp_rank]
         return start_exchange(
-            self._route(plan.gather_splits, [own] * self.tp_size, "moe_expert_tp", self.groups.etp),
+            self._route(plan.gather_splits, [own] * self.groups.etp_size, "moe_expert_tp", self.groups.etp),
             [handle.wait()],
-            loading=Replicate(self.tp_size, hidden, wire),
+            loading=Replicate(self.groups.etp_size, hidden, wire),
             unloading=Unpack(hidden, wire, plan.order[0] if plan.order is not None else None),
             sink=self.sink,
         ).wait()
@@ -115,13 +118,13 @@ class FluidTokenDispatcher(MoETokenDispatcher):
     def send_back(self, out_RH: Tensor, plan: DispatchPlan) -> AllToAllHandle:
         """Starts the combine of the experts' outputs; its ``wait()`` gives the sum of each token's rows."""
         loading: Loading = AS_IS if plan.order is None else Reorder(plan.order[1], plan.order[0])
-        if self.tp_size > 1:
-            own = plan.gather_splits[self.tp_rank]
+        if self.groups.etp_size > 1:
+            own = plan.gather_splits[self.groups.etp_rank]
             out_RH = start_exchange(
-                self._route([own] * self.tp_size, plan.gather_splits, "moe_expert_tp", self.groups.etp),
+                self._route([own] * self.groups.etp_size, plan.gather_splits, "moe_expert_tp", self.groups.etp),
                 [out_RH],
                 loading=loading,
-                unloading=SumParts(self.tp_size),
+                unloading=SumParts(self.groups.etp_size),
                 sink=self.sink,
             ).wait()
             loading = AS_IS
@@ -176,6 +179,11 @@ class FluidTokenDispatcher(MoETokenDispatcher):
 
     def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Decides rows and splits."""
+        if self.shared_experts is not None:
+            raise ValueError(
+                "moe_shared_expert_overlap=True: FluidTokenDispatcher in Megatron's MoELayer runs no shared experts; "
+                "unset --moe-shared-expert-overlap, or use FluidMoELayer, which overlaps them itself"
+            )
         self._current = self.plan(routing_map, hidden_states.shape)
         return hidden_states.reshape(-1, hidden_states.shape[-1]), probs
 
@@ -201,16 +209,37 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         """Nothing: rows are summed as they are received."""
         return hidden_states
 
+    # ---- Megatron's two steps (0.12)
+
+    def token_permutation(
+        self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``dispatch``, with the arguments in 0.12's order."""
+        return self.dispatch(hidden_states, routing_map, probs)
+
+    def token_unpermutation(self, hidden_states: Tensor, bias: Tensor | None = None) -> tuple[Tensor, None]:
+        """As ``combine``. Raises ValueError for a bias, which grouped experts do not have."""
+        if bias is not None:
+            raise ValueError("token_unpermutation(bias=...): a bias is not supported; set --disable-bias-linear")
+        return self.combine(hidden_states), None
+
     def _plan_of_step(self, step: str) -> DispatchPlan:
         if self._current is None:
             raise RuntimeError(f"FluidTokenDispatcher.{step}() needs dispatch_preprocess() or dispatch() before it")
         return self._current
 
 
+def _base_groups(groups: ProcessGroups) -> dict[str, Any]:
+    """What the base class of the installed line takes besides the configuration."""
+    accepts = "pg_collection" in inspect.signature(MoETokenDispatcher.__init__).parameters
+    return {"pg_collection": groups} if accepts else {}
+
+
 def _refuse_unsupported(config: TransformerConfig) -> None:
     refused = {
         "moe_router_padding_for_quantization": "fp8 and fp4 experts are not supported",
         "overlap_moe_expert_parallel_comm": "Megatron's 1F1B overlap drives its own dispatcher steps; use overlap='dw'",
+        "overlap_dispatch_backward_with_experts_wgrad": "Megatron's own dW overlap drives its grouped linears",
         "moe_latent_size": "latent projections need Transformer Engine",
     }
     for option, why in refused.items():

@@ -1,7 +1,8 @@
 """Megatron's TransformerLayer that hands its process groups to our MoE layer.
 
 megatron-core 0.16.1 passes ``pg_collection`` only to MoE classes of its own, by name; a model built with process groups
-of its own would otherwise get the global ones in its MoE layers, without a word.
+of its own would otherwise get the global ones in its MoE layers, without a word. Lines that pass it to every MLP, or
+have none, keep their TransformerLayer (``lines.specs.hides_groups``).
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from fluid_npu.mcore.lines.groups import ProcessGroups
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class FluidTransformerLayer(TransformerLayer):
         config: TransformerConfig,
         submodules: TransformerLayerSubmodules,
         *args: Any,
-        pg_collection: ProcessGroupCollection | None = None,
+        pg_collection: ProcessGroups | None = None,
         **kwargs: Any,
     ) -> None:
         mlp = submodules.mlp

@@ -112,11 +112,11 @@ def refusals() -> dict[str, str]:
     with pytest.raises(RuntimeError) as early:
         dispatcher.combine(torch.zeros(1, HIDDEN))
     messages["early"] = str(early.value)
-    from tests.support.moe import fluid_layer
-
-    with pytest.raises(ValueError) as kind:
-        fluid_layer(Case(config={"moe_token_dispatcher_type": "allgather"}))
-    messages["kind"] = str(kind.value)
+    dispatcher.config.moe_shared_expert_overlap = True
+    dispatcher.set_shared_experts(torch.nn.Identity())
+    with pytest.raises(ValueError) as shared:
+        dispatcher.dispatch(torch.zeros(1, HIDDEN), torch.ones(1, 8).bool(), torch.ones(1, 8))
+    messages["shared"] = str(shared.value)
     return messages
 
 
@@ -125,4 +125,4 @@ def test_unsupported_options_are_named(run_ranks: Ranks) -> None:
     assert "moe_router_padding_for_quantization=True" in messages["moe_router_padding_for_quantization"]
     assert "moe_latent_size=8" in messages["moe_latent_size"]
     assert "token_combine() needs dispatch_preprocess() or dispatch() before it" in messages["early"]
-    assert "moe_token_dispatcher_type='allgather'" in messages["kind"]
+    assert "moe_shared_expert_overlap=True" in messages["shared"]

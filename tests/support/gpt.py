@@ -78,10 +78,11 @@ def make_model(run: Run, config: Any) -> Any:
     from fluid_npu.mcore.layer_spec import get_fluid_moe_block_spec, get_fluid_moe_layer_spec
 
     if run.impl in ("stock", "grouped"):
-        # Megatron's grouped experts need a CUDA package: they can be built here, not run.
-        from megatron.core.transformer.moe import grouped_gemm_util
+        if run.impl == "grouped":
+            # Megatron's grouped experts need a CUDA package: they can be built here, not run.
+            from megatron.core.transformer.moe import grouped_gemm_util
 
-        grouped_gemm_util.assert_grouped_gemm_is_available = lambda: None
+            grouped_gemm_util.assert_grouped_gemm_is_available = lambda: None
         grouped, config.moe_grouped_gemm = config.moe_grouped_gemm, run.impl == "grouped"
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
         config.moe_grouped_gemm = grouped
@@ -181,8 +182,8 @@ def train(run: Run) -> dict[str, Any]:
             weight_decay=0.0,
             clip_grad=1.0,
             use_distributed_optimizer=run.distributed_optimizer,
-            overlap_param_gather=bool(run.ddp.get("overlap_param_gather")),
             sgd_momentum=0.0,
+            **({"overlap_param_gather": True} if run.ddp.get("overlap_param_gather") else {}),
         ),
         [ddp],
     )

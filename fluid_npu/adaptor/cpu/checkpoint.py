@@ -1,13 +1,28 @@
-"""Checkpoint writing of megatron-core without helper processes."""
+"""Checkpoint writing of megatron-core: no helper processes, and with the torch that is installed."""
 
 from __future__ import annotations
 
+import inspect
 import queue
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 _results: queue.Queue[Any] = queue.Queue()
 
 
-def results_queue() -> queue.Queue[Any]:
-    """Stands for ``_get_write_results_queue``, which starts a manager process that outlives a killed rank."""
+def results_queue(*_args: Any) -> queue.Queue[Any]:
+    """Stands for ``_get_write_results_queue``, without the leading underscore from 0.17 on.
+
+    Megatron's starts a manager process that outlives a killed rank.
+    """
     return _results
+
+
+def written_with_format(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps torch's ``_write_item`` as 0.12 calls it: without the serialization format, which torch wants since 2.7."""
+    if "serialization_format" not in inspect.signature(original).parameters:
+        return original
+    from torch.distributed.checkpoint.filesystem import SerializationFormat
+
+    return partial(original, serialization_format=SerializationFormat.TORCH_SAVE)

@@ -1,0 +1,56 @@
+"""Grouped experts under each of Megatron's token dispatchers, against stock SequentialMLP under the same one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from tests.support.moe import Case, all_weights, fluid_layer, inputs, load, relative, stock_layer
+
+
+def forward_backward(case: Case) -> dict[str, torch.Tensor]:
+    """Output, input gradient and weight gradients (``grad`` or ``main_grad``) of one layer on this rank."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    layer = stock_layer(case) if case.impl == "stock" else fluid_layer(case)
+    load(layer, all_weights(case), case, parallel_state.get_expert_model_parallel_rank())
+    for number, parameter in enumerate(layer.shared_experts.parameters() if layer.shared_experts is not None else ()):
+        generator = torch.Generator().manual_seed(number)
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    for parameter in layer.parameters():
+        parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
+        parameter.grad_added_to_main_grad = False
+    x, g = inputs(case, dist.get_rank(), 0)
+    x.requires_grad_()
+    out, _ = layer(x)
+    (out * g).sum().backward()
+    return {"out": out.detach(), "dx": x.grad, **_weight_gradients(layer)}
+
+
+def _weight_gradients(layer: Any) -> dict[str, torch.Tensor]:
+    from fluid_npu.mcore.convert import named_views
+
+    def gradient(parameter: Any) -> torch.Tensor:
+        return parameter.main_grad if parameter.grad_added_to_main_grad else parameter.grad.float()
+
+    return {name: view(gradient(parameter)).clone() for name, parameter, view in named_views(layer)}
+
+
+def errors_by_kind(kinds: list[str], tp: int, shared: int | None = None) -> dict[str, dict[str, float]]:
+    """Relative errors of ours to stock by dispatcher and tensor. Ranks: EP 2; with ``tp`` 2 the same two ranks."""
+    found = {}
+    for kind in kinds:
+        extra: dict[str, Any] = {"moe_token_dispatcher_type": kind, "moe_router_dtype": "fp32"}
+        if tp > 1:
+            extra.update(tensor_model_parallel_size=tp, sequence_parallel=True)
+        if shared is not None:
+            extra["moe_shared_expert_intermediate_size"] = shared
+        case = Case(ep=2, config=extra)
+        stock = forward_backward(replace(case, impl="stock"))
+        ours = forward_backward(case)
+        assert stock.keys() == ours.keys()
+        found[kind] = {name: relative(ours[name], stock[name]) for name in stock}
+    return found
