@@ -56,11 +56,11 @@ def _run_dtypes(args: argparse.Namespace) -> int:
     from fluid_npu.adaptor.dtypes import DTYPES, supported_lines
     from fluid_npu.doctor.ask import ask
     from fluid_npu.doctor.dtypes import dtypes_json, dtypes_text, failed_here, matrix
-    from fluid_npu.doctor.packages import installed_version
+    from fluid_npu.doctor.megatrons import find_portions, imported_core
 
     reply = ask("dtypes", args.timeout)
     tried = {name: reply.problem for name in DTYPES} if reply.problem else dict(reply.facts["tried"])
-    version = installed_version("megatron-core")
+    version = imported_core(find_portions(sys.path))
     rows = matrix(supported_lines(), version and ".".join(version.split(".")[:2]), tried)
     _print(dtypes_json(rows), dtypes_text(rows), as_json=args.json)
     return exit_codes.FAILED if failed_here(rows) else exit_codes.OK

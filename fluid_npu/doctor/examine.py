@@ -8,12 +8,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fluid_npu.adaptor.dtypes import supported_lines
 from fluid_npu.doctor.advice import next_steps
 from fluid_npu.doctor.ask import Reply, ask_all, run
 from fluid_npu.doctor.environment import environment_items
 from fluid_npu.doctor.finding import Item, Section
 from fluid_npu.doctor.hardware import cpu_item, cuda_items, npu_items, read_text
-from fluid_npu.doctor.megatrons import find_portions, here_item, megatron_items
+from fluid_npu.doctor.megatrons import Portion, find_portions, here_item, imported_core, megatron_items
 from fluid_npu.doctor.packages import installed_version, package_items
 from fluid_npu.doctor.patches import patch_items
 from fluid_npu.doctor.readiness import Readiness, overlap_readiness, readiness_item
@@ -33,10 +34,11 @@ def examine(environ: Mapping[str, str], path: Sequence[str], timeout: float, too
     replies = ask_all(questions, timeout)
     cores = _usable_cores()
     readiness = _readiness(replies, environ, cores)
+    portions = find_portions(path)
     sections = (
         _hardware(replies, environ, cores, tool_timeout),
-        Section(name="packages", title="Packages", items=tuple(_packages(replies["torch"]))),
-        Section(name="megatron", title="Megatron on the path", items=tuple(_megatrons(environ, path))),
+        Section(name="packages", title="Packages", items=tuple(_packages(replies["torch"], portions))),
+        Section(name="megatron", title="Megatron on the path", items=tuple(_megatrons(environ, portions))),
         Section(
             name="substitutes",
             title="Transformer Engine, apex, MindSpeed",
@@ -64,15 +66,18 @@ def _hardware(replies: Mapping[str, Reply], environ: Mapping[str, str], cores: i
     return Section(name="hardware", title="Hardware and drivers", items=tuple(items))
 
 
-def _packages(torch: Reply) -> list[Item]:
-    from fluid_npu.adaptor.dtypes import supported_lines
+def _packages(torch: Reply, portions: Sequence[Portion]) -> list[Item]:
+    imported = imported_core(portions)
 
-    return package_items(sys.version_info[:2], installed_version, supported_lines(), torch.problem)
+    def version_of(project: str) -> str | None:
+        shadows = project == "megatron-core" and imported is not None
+        return imported if shadows else installed_version(project)
+
+    return package_items(sys.version_info[:2], version_of, supported_lines(), torch.problem)
 
 
-def _megatrons(environ: Mapping[str, str], path: Sequence[str]) -> list[Item]:
+def _megatrons(environ: Mapping[str, str], portions: Sequence[Portion]) -> list[Item]:
     given = {str(Path(entry).resolve()) for entry in environ.get("PYTHONPATH", "").split(os.pathsep) if entry}
-    portions = find_portions(path)
     here = find_portions([os.curdir])
     items = megatron_items(portions, installed_version("megatron-core"), given.__contains__)
     return [*items, *here_item(here[0] if here else None, portions)]

@@ -45,7 +45,7 @@ def megatron_items(
 ) -> list[Item]:
     """What is imported and what is shadowed.
 
-    ``metadata``: the installed distribution's version, which pip and other tools believe; ``on_pythonpath``: whether a
+    ``metadata``: the installed distribution's version, which pip and other tools go by; ``on_pythonpath``: whether a
     folder is on PYTHONPATH.
     """
     cores = [portion for portion in portions if portion.core is not None]
@@ -62,6 +62,12 @@ def megatron_items(
     if training is not None:
         items.append(_training_item(training, winner, on_pythonpath))
     return items
+
+
+def imported_core(portions: Sequence[Portion]) -> str | None:
+    """The version of the ``megatron.core`` that an import takes; None where there is none or it does not say."""
+    found = next((portion.core for portion in portions if portion.core is not None), None)
+    return None if found == _UNKNOWN else found
 
 
 def here_item(cwd: Portion | None, portions: Sequence[Portion]) -> list[Item]:
@@ -85,8 +91,9 @@ def _shadowed(other: Portion, winner: Portion, on_pythonpath: Callable[[str], bo
 def _metadata_lies(metadata: str, winner: Portion) -> Item:
     return Item(
         name="metadata",
-        level="wrong",
-        text=f"importlib.metadata says {metadata}, imported is {winner.core}: the wrong patches would be chosen",
+        level="warn",
+        text=f"pip and importlib.metadata say {metadata}, imported is {winner.core}: ours goes by what is imported, "
+        "other tools may not",
         fix=f"pip install megatron-core=={winner.core}, or take {winner.root} off the path",
     )
 
