@@ -13,7 +13,7 @@ from fluid_npu.doctor.finding import Item
 def patch_items(reply: Reply) -> list[Item]:
     """A line for each feature, one for each row that does not fit. ``reply``: of the question 'patches'."""
     if reply.problem:
-        fix = "repair torch and megatron-core first"
+        fix = "repair what the message names first"
         return [Item(name="patches", level="wrong", text=f"not checked: {reply.problem}", fix=fix)]
     rows: Sequence[Mapping[str, Any]] = reply.facts["rows"]
     if not rows:
