@@ -169,7 +169,7 @@ _RAN = {
     ("cpu", "fp16"): "CPU, gloo, every commit: operators, training",
     ("cpu", "bf16"): "CPU, gloo, every commit: operators, layer, training",
     ("cuda", "fp32"): "2 x H200, 2026-11-21: operators, parity with stock",
-    ("cuda", "fp16"): "2 x H200, 2026-11-21: operators",
+    ("cuda", "fp16"): "2 x H200, 2026-11-21: operators, training",
     ("cuda", "bf16"): "2 x H200, 2026-11-21: operators, parity with stock, training",
 }
 
