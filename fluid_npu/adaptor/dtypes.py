@@ -194,6 +194,8 @@ def ours_would(megatron_version: str, dtype: str, device: str, *, supported: Seq
     reason, source = _OURS[device]
     if device == "npu" and dtype == "fp32":
         reason = _NPU_FP32
+    if dtype == "fp16" and LINES[name].expert_fp16 is not None:
+        reason += "; Megatron-LM's own parser refuses fp16 with expert parallelism on this line, a layer spec does not"
     return Answer(value="runs", reason=reason, source=source, ran=_RAN.get((device, dtype), ""))
 
 
