@@ -6,7 +6,7 @@ import contextlib
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,25 +22,46 @@ def nothing(*_args: Any, **_kwargs: Any) -> None:
     """Stands for the warm-up of compiled functions, for CUDA kernels built at start and for the data sets' make."""
 
 
-class _View(ModuleType):
-    """A module as one other module sees it: some names are ours, the rest is the original."""
+class _OneDevice(ModuleType):
+    """``torch.cuda`` with one device that is there and needs no choosing."""
 
-    def __init__(self, original: Any, **ours: Any) -> None:
-        super().__init__(original.__name__)
-        self._original = original
-        for name, value in ours.items():
-            setattr(self, name, value)
+    def __init__(self, mark: Callable[[], None]) -> None:
+        super().__init__("torch.cuda")
+        self._mark = mark
+
+    def is_available(self) -> bool:
+        """True, for the assertion that opens ``initialize_megatron``."""
+        self._mark()
+        return True
+
+    def device_count(self) -> int:
+        """One: process groups and random states are made only where there is a device."""
+        self._mark()
+        return 1
+
+    def set_device(self, _device: object) -> None:
+        """Nothing to choose."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._original, name)
+        return getattr(torch.cuda, name)
 
 
-#: ``torch`` in ``megatron.training.initialize``: one device that is there and needs no choosing. Process groups and
-#: random states are made only where there is one.
-initialize_torch = _View(
-    host_torch,
-    cuda=_View(torch.cuda, is_available=lambda: True, device_count=lambda: 1, set_device=nothing),
-)
+class _InitializeTorch(ModuleType):
+    """``torch`` as ``megatron.training.initialize`` sees it."""
+
+    def __init__(self, mark: Callable[[], None] = lambda: None) -> None:
+        super().__init__("torch")
+        self.cuda = _OneDevice(mark)
+
+    def counted_by(self, mark: Callable[[], None]) -> _InitializeTorch:
+        """The same, where each question about devices counts as a hit."""
+        return _InitializeTorch(mark)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(host_torch, name)
+
+
+initialize_torch = _InitializeTorch()
 
 
 @contextlib.contextmanager

@@ -114,8 +114,10 @@ def _hidden(milliseconds: float | None, fraction: float | None) -> str:
         return "not measured: the twins fell into the first steps; lower --fluid-twin-every"
     if milliseconds < 0:
         return f"nothing: an overlapped step takes {-milliseconds:.3f} ms longer than its twin"
-    share = "" if fraction is None else f", {fraction:.0%} of what weight gradients can cover"
-    return f"{milliseconds:.3f} ms{share}"
+    if fraction is None:
+        return f"{milliseconds:.3f} ms"
+    noise = "; more than all of it is noise of the timing" if fraction > 1 else ""
+    return f"{milliseconds:.3f} ms, {fraction:.0%} of what weight gradients can cover{noise}"
 
 
 def _line(patch: Mapping[str, Any]) -> str:
