@@ -16,7 +16,8 @@ from tests.support.pipeline import EXPERTS, Run, train_all, whole
 
 Ranks = Callable[..., list[Any]]
 LATE = {"delay_wgrad_compute": True, "overlap_grad_reduce": True}
-BASE = Run()
+#: Four micro-batches on each data rank: with two, the interleaved schedule of PP 2 never mixes the chunks.
+BASE = Run(samples=8)
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +63,12 @@ def test_the_checkpoint_starves_a_rank_and_training_moves(reference: list[list[d
 
 def test_pp_2_and_vpp_2_with_ep_2(reference: list[list[dict[str, Any]]], run_ranks: Ranks) -> None:
     pp, vpp = replace(BASE, pp=2), replace(BASE, pp=2, vpp=2)
-    carried = replace(vpp, carry_over=True, ddp=LATE)
-    runs = [pp, vpp, replace(vpp, impl="twin"), carried]
+    runs = [pp, replace(vpp, carry_over=True, ddp=LATE), replace(vpp, impl="twin")]
     results = run_ranks(4, train_all, runs, reference[0][0]["start"], sizes={})
     check(results, reference)
-    for rank, (stage, overlapped, twin, late) in enumerate(results):
-        assert_same_bits(overlapped, twin)
-        assert_same_bits(overlapped, late)
-        assert overlapped["stats"]["completed_dw_tasks"] == overlapped["stats"]["total_dw_tasks"] > 0
+    for rank, (stage, late, twin) in enumerate(results):
+        assert_same_bits(late, twin)
+        assert late["stats"]["completed_dw_tasks"] == late["stats"]["total_dw_tasks"] > 0
         first = 1 + rank // 2
         assert {name.split(" ")[1] for name in stage["regions"]} == {str(2 * first - 1), str(2 * first)}
         for layer in (first, first + 2):  # one layer a chunk: no dW may wait for the combine of another chunk

@@ -33,7 +33,7 @@ def check_pipeline(folder: Path, plain: TrainConfig, pipelined: dict[str, Any]) 
 
 
 def test_interleaved_pipeline_equals_none(tmp_path: Path) -> None:
-    common = {"ep": 1, "steps": 8, "micro_batches": 2, "cut": FOUR_LAYERS, "overlap": "dw"}
+    common = {"ep": 1, "steps": 8, "micro_batches": 4, "cut": FOUR_LAYERS, "overlap": "dw"}
     plain = tiny(tmp_path / "plain", nproc=1, **common)
     check_pipeline(tmp_path, plain, {**common, "pp": 2, "vpp": 2, "checkpoint_every": 4, "carry_over": True})
 
