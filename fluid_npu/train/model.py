@@ -7,6 +7,7 @@ experts. Without Transformer Engine the local layer specs are used; attention is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def build_chunks(config: TrainConfig, model_config: TransformerConfig, overlap: 
             rotary_base=int(preset.rope_theta),
             rotary_percent=preset.rotary_percent,
             share_embeddings_and_output_weights=preset.tie_embeddings,
-            **({"vp_stage": stage} if config.vpp > 1 else {}),
+            **_chunk(config, stage),
         )
         for stage, spec in enumerate(_layer_specs(config, model_config, overlap))
     ]
@@ -76,26 +77,29 @@ def _layer_specs(config: TrainConfig, model_config: TransformerConfig, overlap: 
     """One per chunk, with one scheduler for all. Made as the chunks are built."""
     make = _stock_spec if config.impl == "stock" else _fluid_spec(config, overlap)
     for stage in range(config.vpp):
-        block = make(model_config, stage if config.vpp > 1 else None)
+        block = make(model_config, **_chunk(config, stage))
         if config.model().mla is not None:
             for layer in block.layer_specs:
                 layer.submodules.self_attention.submodules.core_attention = LatentDotProductAttention
         yield block
 
 
-def _fluid_spec(config: TrainConfig, overlap: str) -> Callable[[TransformerConfig, int | None], Any]:
+def _chunk(config: TrainConfig, stage: int) -> dict[str, int]:
+    """Without virtual stages nothing is said: Megatron 0.12 does not know the argument."""
+    return {"vp_stage": stage} if config.vpp > 1 else {}
+
+
+def _fluid_spec(config: TrainConfig, overlap: str) -> Callable[..., Any]:
     from fluid_npu.mcore.binding import SchedulerBinder
     from fluid_npu.mcore.layer_spec import get_fluid_moe_block_spec
 
     binder = SchedulerBinder(overlap, carry_over=config.carry_over, transport=_transport(config))
-    return lambda model_config, stage: get_fluid_moe_block_spec(
-        model_config, backend="local", vp_stage=stage, binder=binder
-    )
+    return partial(get_fluid_moe_block_spec, backend="local", binder=binder)
 
 
-def _stock_spec(model_config: TransformerConfig, stage: int | None) -> Any:
+def _stock_spec(model_config: TransformerConfig, **chunk: int) -> Any:
     return get_gpt_decoder_block_spec(
-        model_config, use_transformer_engine=False, normalization=model_config.normalization, vp_stage=stage
+        model_config, use_transformer_engine=False, normalization=model_config.normalization, **chunk
     )
 
 

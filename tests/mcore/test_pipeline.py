@@ -64,7 +64,7 @@ def test_the_checkpoint_starves_a_rank_and_training_moves(reference: list[list[d
 def test_pp_2_and_vpp_2_with_ep_2(reference: list[list[dict[str, Any]]], run_ranks: Ranks) -> None:
     pp, vpp = replace(BASE, pp=2), replace(BASE, pp=2, vpp=2)
     runs = [pp, replace(vpp, carry_over=True, ddp=LATE), replace(vpp, impl="twin")]
-    results = run_ranks(4, train_all, runs, reference[0][0]["start"], sizes={})
+    results = run_ranks(4, train_all, runs, reference[0][0]["start"], sizes={}, timeout=600)
     check(results, reference)
     for rank, (stage, late, twin) in enumerate(results):
         assert_same_bits(late, twin)
@@ -111,7 +111,7 @@ def test_pipeline_grid(name: str, run_ranks: Ranks) -> None:
     reference = run_ranks(2, train_all, [replace(whole_model, impl="stock"), whole_model], sizes={})
     run = replace(whole_model, **variant)
     runs = [run, replace(run, impl="twin"), replace(run, carry_over=True, ddp=LATE), replace(run, impl="stock")]
-    results = run_ranks(2 * run.ep, train_all, runs, reference[0][0]["start"], sizes={})
+    results = run_ranks(2 * run.ep, train_all, runs, reference[0][0]["start"], sizes={}, timeout=600)
     check(results, reference)
     for overlapped, twin, late, _ in results:
         assert_same_bits(overlapped, twin)

@@ -7,7 +7,7 @@ there. All other layers are uneven.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -64,7 +64,7 @@ def set_pipeline(run: Run) -> None:
         virtual_pipeline_model_parallel_size=run.vpp if run.vpp > 1 else None,
         expert_model_parallel_size=run.ep,
     )
-    model_parallel_cuda_manual_seed(7, force_reset_rng=True)
+    model_parallel_cuda_manual_seed(7)
 
 
 def checkpoint(run: Run) -> dict[str, torch.Tensor]:
@@ -95,14 +95,14 @@ def make_chunks(run: Run) -> tuple[Any, list[Any]]:
     p2p = {"overlap_p2p_comm": True, "batch_p2p_comm": False} if run.vpp > 1 else {}
     sizes = {"pipeline_model_parallel_size": run.pp, "pipeline_dtype": torch.float32, **interleaved, **p2p}
     config = make_config(GptRun(ep=run.ep, config={**ROUTER, **sizes, **run.config}))
-    specs = layer_specs(run, config)
     rank, chunks = parallel_state.get_pipeline_model_parallel_rank(), []
-    for stage, spec in enumerate(specs):
-        vp_stage = {"vp_stage": stage} if run.vpp > 1 else {}
+    make_spec = spec_maker(run, config)
+    for stage in range(run.vpp):
+        vp_stage = announce_stage(stage) if run.vpp > 1 else {}
         chunks.append(
             GPTModel(
                 config,
-                spec,
+                make_spec(**vp_stage),
                 vocab_size=VOCAB,
                 max_sequence_length=SEQUENCE,
                 pre_process=rank == 0 and stage == 0,
@@ -115,21 +115,34 @@ def make_chunks(run: Run) -> tuple[Any, list[Any]]:
     return config, chunks
 
 
-def layer_specs(run: Run, config: Any) -> list[Any]:
-    """One spec per chunk."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+def announce_stage(stage: int) -> dict[str, int]:
+    """How Megatron learns which chunk is built: an argument, in 0.12 a global."""
+    import inspect
+
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+
+    if "vp_stage" in inspect.signature(GPTModel.__init__).parameters:
+        return {"vp_stage": stage}
+    parallel_state.set_virtual_pipeline_model_parallel_rank(stage)
+    return {}
+
+
+def spec_maker(run: Run, config: Any) -> Callable[..., Any]:
+    """Makes the spec of a chunk; chunks of one model share a scheduler."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
     from fluid_npu.mcore.binding import SchedulerBinder
     from fluid_npu.mcore.layer_spec import get_fluid_moe_block_spec, get_fluid_moe_layer_spec
 
     if run.impl == "stock":
-        spec = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False, normalization="RMSNorm")
-        return [spec] * run.vpp
+        config.moe_grouped_gemm = False
+        return partial(get_gpt_decoder_block_spec, config, False, normalization=config.normalization)
     overlap = "off" if run.impl == "off" else "dw"
-    if not run.block:
-        return [get_fluid_moe_layer_spec(config, overlap=overlap, carry_over=run.carry_over)] * run.vpp
-    binder = SchedulerBinder(overlap, carry_over=run.carry_over)
-    return [get_fluid_moe_block_spec(config, vp_stage=stage, binder=binder) for stage in range(run.vpp)]
+    if run.block:
+        return partial(get_fluid_moe_block_spec, config, binder=SchedulerBinder(overlap, carry_over=run.carry_over))
+    spec = get_fluid_moe_layer_spec(config, overlap=overlap, carry_over=run.carry_over)
+    return lambda **_: spec
 
 
 def train(run: Run, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -145,7 +158,7 @@ def train(run: Run, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
 
     config, chunks = make_chunks(run)
     load_weights(weights, chunks)
-    settings = DistributedDataParallelConfig(**{"grad_reduce_in_fp32": True, **run.ddp})
+    settings = DistributedDataParallelConfig(**{"grad_reduce_in_fp32": True, **ddp_settings(run)})
     ddps = [DistributedDataParallel(config, settings, chunk) for chunk in chunks]
     optimizer = get_megatron_optimizer(
         OptimizerConfig(optimizer="adam", lr=5e-3, weight_decay=0.0, clip_grad=1.0), ddps
@@ -190,6 +203,16 @@ def train(run: Run, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
         else {},
         "stats": scheduler.get_stats() if scheduler else {},
     }
+
+
+def ddp_settings(run: Run) -> dict[str, Any]:
+    """Those of the run that the installed DDP has: 0.12's takes no late gradients, and nothing is carried over."""
+    from dataclasses import fields
+
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    known = {item.name for item in fields(DistributedDataParallelConfig)}
+    return {name: value for name, value in run.ddp.items() if name in known}
 
 
 def micro_batches(run: Run) -> int:
