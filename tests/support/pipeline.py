@@ -59,6 +59,7 @@ def set_pipeline(run: Run) -> None:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     parallel_state.destroy_model_parallel()
+    parallel_state._POSITION_EMBEDDING_GLOBAL_RANKS = None  # 0.12 forgets these, and keeps those of PP 1
     parallel_state.initialize_model_parallel(
         pipeline_model_parallel_size=run.pp,
         virtual_pipeline_model_parallel_size=run.vpp if run.vpp > 1 else None,
