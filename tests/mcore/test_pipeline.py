@@ -5,8 +5,11 @@ PP 2 is 1F1B over two stages, PP 2 x VPP 2 the interleaved schedule with two chu
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +37,9 @@ def check(results: list[list[dict[str, Any]]], reference: list[list[dict[str, An
     for runs in results:
         for run in runs:
             assert run["losses"] == pytest.approx(expected, abs=1e-4)
+    apart = [max(abs(a - b) for a, b in zip(run["losses"], expected, strict=True)) for run in results[0]]
+    figures = ", ".join(f"{difference:.1e}" for difference in apart)
+    print(f"megatron-core {results[0][0]['megatron']}: largest loss differences of the runs: {figures}")
     gradients = whole([runs[0] for runs in reference], "grads")
     for number in range(len(results[0])):
         assert not far_apart(whole([runs[number] for runs in results], "grads"), gradients, 1e-5)
@@ -103,6 +109,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_pipeline_grid(name: str, run_ranks: Ranks) -> None:
     variant = dict(VARIANTS[name])
@@ -116,6 +123,20 @@ def test_pipeline_grid(name: str, run_ranks: Ranks) -> None:
     for overlapped, twin, late, _ in results:
         assert_same_bits(overlapped, twin)
         assert_same_bits(overlapped, late)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("version", ["0.12.1", "0.18.2", "0.19.2"])
+def test_other_lines(version: str) -> None:
+    """The two tests above on another megatron-core; ``scripts/megatron_lines.py install`` must have fetched it."""
+    test = [sys.executable, "-m", "pytest", "-q", "-rP", "-k", "starves or with_ep_2", str(Path(__file__))]
+    command = [sys.executable, "scripts/megatron_lines.py", "run", version, "--", *test]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    figures = [line for line in done.stdout.splitlines() if line.startswith(f"megatron-core {version}")]
+    assert len(figures) == 2, done.stdout
+    print("\n".join(figures))
 
 
 @pytest.mark.nightly

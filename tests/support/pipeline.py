@@ -150,6 +150,7 @@ def train(run: Run, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Trains from the checkpoint; the mean loss of each step, gradients of the first step, weights at the end."""
     import contextlib
 
+    import megatron.core
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -195,6 +196,7 @@ def train(run: Run, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
         assert optimizer.step()[0]
         losses.append(mean_loss(outputs))
     return {
+        "megatron": megatron.core.__version__,
         "losses": losses,
         "grads": grads,
         "weights": {name: value.clone() for name, value in weights_by_name(ddps).items()},
