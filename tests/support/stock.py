@@ -27,6 +27,19 @@ def without_each(targets: list[str]) -> dict[str, str]:
     return outcome
 
 
+def train_once() -> None:
+    """A stock run in each precision, for ranks of an expert-parallel group of two; the caller adapts."""
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
+    try:
+        for dtype in (torch.float32, torch.float16):
+            train_stock(dtype)
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.barrier()
+
+
 def _try(rows: list[Patch]) -> str:
     from megatron.core import parallel_state
 
