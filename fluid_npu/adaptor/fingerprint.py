@@ -86,7 +86,10 @@ def unwrapped(raw: Any) -> Any:
 
 def binding_statements(slot: Slot) -> list[ast.stmt]:
     """The statements of the source that bind the slot's name, in order; empty when there is no source for it."""
-    module_name, path = _home(slot)
+    return _statements(*_home(slot))
+
+
+def _statements(module_name: str, path: list[str]) -> list[ast.stmt]:
     module = sys.modules.get(module_name)
     source = getattr(module, "__file__", None)
     if source is None or not source.endswith(".py"):
@@ -94,7 +97,20 @@ def binding_statements(slot: Slot) -> list[ast.stmt]:
     body: list[ast.stmt] = _parsed(Path(source)).body
     for part in path[:-1]:
         body = [inner for node in _bound(body, part) if isinstance(node, ast.ClassDef) for inner in node.body]
-    return list(_bound(body, path[-1]))
+    found = list(_bound(body, path[-1]))
+    if len(found) == 1 and isinstance(found[0], ast.ImportFrom):
+        return _followed(module_name, found[0]) or found
+    return found
+
+
+def _followed(module_name: str, node: ast.ImportFrom) -> list[ast.stmt]:
+    """The statements behind ``from .other import name``, where that is of the same package and not a module."""
+    package = getattr(sys.modules[module_name], "__package__", None) or module_name
+    parent = package.rsplit(".", node.level - 1)[0] if node.level > 1 else package
+    source = node.module or "" if node.level == 0 else f"{parent}.{node.module}" if node.module else parent
+    if source.split(".")[0] != module_name.split(".")[0] or source == module_name:
+        return []
+    return _statements(source, [node.names[0].name])
 
 
 def _home(slot: Slot) -> tuple[str, list[str]]:
