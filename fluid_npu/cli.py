@@ -20,6 +20,7 @@ _COMMANDS = (
     ("fluid_npu.bench.cli", "add_bench_parser"),
     ("fluid_npu.doctor.cli", "add_doctor_parser"),
     ("fluid_npu.megatron_lm.cli", "add_megatron_lm_parser"),
+    ("fluid_npu.cluster.cli", "add_cluster_parser"),
 )
 
 

@@ -1,0 +1,93 @@
+"""Files that a node must have: data, tokenizer, Megatron-LM with its launch line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from fluid_npu.cluster.plan import Plan
+from fluid_npu.cluster.problem import Problem
+
+_LAUNCH_LINE = re.compile(
+    r"^\s*(?:import|from)\s+fluid_npu(?:\.megatron_adaptor\b|\s+import\s+megatron_adaptor\b)", re.M
+)
+_VERSION = re.compile(r"^(MAJOR|MINOR|PATCH)\s*=\s*(\d+)", re.M)
+
+
+def check(plan: Plan, megatron: str) -> list[Problem]:
+    """Every file that is missing on this machine."""
+    return [*_checkout(megatron), *_data(plan), *_tokenizer(plan), *_load(plan)]
+
+
+def version_of(megatron: str) -> str | None:
+    """The version of a Megatron-LM checkout, or None where it cannot be read."""
+    info = Path(megatron, "megatron", "core", "package_info.py")
+    if not megatron or not info.is_file():
+        return None
+    found = dict(_VERSION.findall(info.read_text(encoding="utf-8")))
+    return ".".join(found.get(part, "0") for part in ("MAJOR", "MINOR", "PATCH"))
+
+
+def _checkout(megatron: str) -> Iterator[Problem]:
+    if not megatron:
+        fix = "git clone https://github.com/NVIDIA/Megatron-LM at tag core_v0.12.1 and set MEGATRON to it"
+        yield _problem("MEGATRON", "(not set)", "the Megatron-LM checkout is not named", fix)
+        return
+    script = Path(megatron, "pretrain_gpt.py")
+    if not script.is_file():
+        fix = "set MEGATRON to the root of a Megatron-LM checkout"
+        yield _problem("MEGATRON", megatron, "there is no pretrain_gpt.py in it", fix)
+        return
+    if not _LAUNCH_LINE.search(script.read_text(encoding="utf-8")):
+        rule = "its pretrain_gpt.py does not import fluid_npu.megatron_adaptor: this would be stock Megatron"
+        yield _problem("MEGATRON", megatron, rule, f"run: fluid-npu megatron-lm apply {megatron}")
+
+
+def _data(plan: Plan) -> Iterator[Problem]:
+    if "--mock-data" in plan.args:
+        return
+    given = plan.args.get("--data-path") or []
+    # With weights, numbers and prefixes take turns: 0.3 prefix 0.7 prefix.
+    prefixes = given[1::2] if len(given) > 1 and _is_number(given[0]) else given
+    if not prefixes:
+        yield _problem("--data-path", "", "no data set is named", "set DATA to the prefix of its .bin and .idx")
+    for prefix in prefixes:
+        missing = [prefix + suffix for suffix in (".bin", ".idx") if not Path(prefix + suffix).is_file()]
+        if missing:
+            fix = "set DATA to a prefix made by Megatron-LM's tools/preprocess_data.py"
+            yield _problem("--data-path", prefix, f"there is no file {' and no '.join(missing)}", fix)
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _tokenizer(plan: Plan) -> Iterator[Problem]:
+    kind, model = plan.args.get("--tokenizer-type"), plan.args.get("--tokenizer-model")
+    if kind == "NullTokenizer":
+        return
+    if model is None:
+        yield _problem("--tokenizer-model", "", f"--tokenizer-type {kind} needs one", "set TOKENIZER")
+    elif not Path(model).exists():
+        rule = "there is no such file or folder"
+        fix = "set TOKENIZER to a local one: nodes of a cluster rarely reach a model hub"
+        yield _problem("--tokenizer-model", model, rule, fix)
+
+
+def _load(plan: Plan) -> Iterator[Problem]:
+    """Megatron starts from random weights where --load has no checkpoint; --exit-on-missing-checkpoint forbids it."""
+    load = plan.args.get("--load")
+    if load is None or "--exit-on-missing-checkpoint" not in plan.args:
+        return
+    if not Path(load, "latest_checkpointed_iteration.txt").is_file():
+        fix = "set the right folder, or remove --exit-on-missing-checkpoint"
+        yield _problem("--load", load, "holds no checkpoint (latest_checkpointed_iteration.txt)", fix)
+
+
+def _problem(flag: str, value: str, rule: str, fix: str) -> Problem:
+    return Problem(kind="file", flag=flag, value=value, rule=rule, fix=fix)
