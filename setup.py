@@ -12,9 +12,8 @@ setup(
     version=VERSION,
     packages=[*find_packages(include=["fluid_npu", "fluid_npu.*"]), "fluid_npu.patches"],
     package_dir={"fluid_npu": "fluid_npu", "fluid_npu.patches": "patches"},
-<<<<<<< HEAD
-    package_data={"fluid_npu": ["py.typed"], "fluid_npu.patches": ["*.toml", "*.md", "megatron_lm/*.patch"]},
-=======
-    package_data={"fluid_npu": ["py.typed", "cluster/megatron_flags.txt"], "fluid_npu.patches": ["*.toml", "*.md"]},
->>>>>>> fad90eb (fluid-npu cluster check: flags, sizes, memory, files and environment of a Megatron-LM job; flags of four Megatron-LM versions as facts)
+    package_data={
+        "fluid_npu": ["py.typed", "cluster/megatron_flags.txt"],
+        "fluid_npu.patches": ["*.toml", "*.md", "megatron_lm/*.patch"],
+    },
 )

@@ -20,14 +20,14 @@ part() {
     echo "-- $((SECONDS - start)) s" | tee -a "$record"
 }
 
-cli="python3 -m fluid_npu"
+cli=(python3 -m fluid_npu)
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee -a "$record"
 part python3 -m pytest -q -p no:cacheprovider -m "not nightly" tests/device tests/ops
-part $cli parity --device cuda --preset h64 --steps 20
+part "${cli[@]}" parity --device cuda --preset h64 --steps 20
 # One step: over several, bf16 routing drifts apart and the comparison is of different experts.
-part $cli parity --device cuda --preset mixtral-tiny --steps 1 --dtype bf16
-part $cli train --device cuda --dtype bf16 --preset mixtral-tiny --steps 60 --overlap dw --out "$out/run" --json
-part $cli bench train-step --device cuda --dtype bf16 --cases h64 h256 --out "$out/bench"
+part "${cli[@]}" parity --device cuda --preset mixtral-tiny --steps 1 --dtype bf16
+part "${cli[@]}" train --device cuda --dtype bf16 --preset mixtral-tiny --steps 60 --overlap dw --out "$out/run" --json
+part "${cli[@]}" bench train-step --device cuda --dtype bf16 --cases h64 h256 --out "$out/bench"
 cp "$out/bench/train-step.json" "$out/gpu-train-step.json" 2>/dev/null
 rm -rf "$out/run" "$out/bench" "$out/last.txt"
 exit "$failed"

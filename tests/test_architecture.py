@@ -28,15 +28,11 @@ MAY_IMPORT = {
     "report": set(),
     "train": {"probes", "adaptor", "mcore", "schedule", "comm", "ops", "device", "report"},
     "bench": {"train", "adaptor", "mcore", "schedule", "comm", "ops", "device", "report"},
-<<<<<<< HEAD
     "doctor": {"train", "adaptor", "ops", "device"},
     "megatron_adaptor": {"adaptor"},
     "megatron_lm": set(),
-    "cli": {"doctor", "bench", "train", "report", "megatron_lm"},
-=======
-    "cluster": {"train"},
-    "cli": {"cluster", "bench", "train", "report"},
->>>>>>> fad90eb (fluid-npu cluster check: flags, sizes, memory, files and environment of a Megatron-LM job; flags of four Megatron-LM versions as facts)
+    "cluster": {"megatron_lm", "train", "adaptor"},
+    "cli": {"cluster", "doctor", "bench", "train", "report", "megatron_lm"},
     "__main__": {"cli"},
     "__init__": set(),
     "version": set(),

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from fluid_npu.cluster.plan import Plan
 from fluid_npu.cluster.problem import Problem
-
-_LAUNCH_LINE = re.compile(
-    r"^\s*(?:import|from)\s+fluid_npu(?:\.megatron_adaptor\b|\s+import\s+megatron_adaptor\b)", re.M
-)
-_VERSION = re.compile(r"^(MAJOR|MINOR|PATCH)\s*=\s*(\d+)", re.M)
+from fluid_npu.megatron_lm.checkout import CheckoutError, open_checkout
+from fluid_npu.megatron_lm.launch_patch import is_applied, patch_for
 
 
 def check(plan: Plan, megatron: str) -> list[Problem]:
     """Every file that is missing on this machine."""
-    return [*_checkout(megatron), *_data(plan), *_tokenizer(plan), *_load(plan)]
+    return [*check_checkout(megatron), *_data(plan), *_tokenizer(plan), *_load(plan)]
 
 
 def version_of(megatron: str) -> str | None:
     """The version of a Megatron-LM checkout, or None where it cannot be read."""
-    info = Path(megatron, "megatron", "core", "package_info.py")
-    if not megatron or not info.is_file():
+    try:
+        return open_checkout(Path(megatron)).version if megatron else None
+    except CheckoutError:
         return None
-    found = dict(_VERSION.findall(info.read_text(encoding="utf-8")))
-    return ".".join(found.get(part, "0") for part in ("MAJOR", "MINOR", "PATCH"))
+
+
+def check_checkout(megatron: str) -> list[Problem]:
+    """Whether there is a Megatron-LM that imports our adaptor."""
+    return list(_checkout(megatron))
 
 
 def _checkout(megatron: str) -> Iterator[Problem]:
@@ -34,12 +34,16 @@ def _checkout(megatron: str) -> Iterator[Problem]:
         fix = "git clone https://github.com/NVIDIA/Megatron-LM at tag core_v0.12.1 and set MEGATRON to it"
         yield _problem("MEGATRON", "(not set)", "the Megatron-LM checkout is not named", fix)
         return
-    script = Path(megatron, "pretrain_gpt.py")
-    if not script.is_file():
-        fix = "set MEGATRON to the root of a Megatron-LM checkout"
-        yield _problem("MEGATRON", megatron, "there is no pretrain_gpt.py in it", fix)
+    try:
+        checkout = open_checkout(Path(megatron))
+        applied = is_applied(checkout, patch_for(checkout))
+    except CheckoutError as error:
+        rule, _, fix = str(error).partition(": ")[2].rpartition(";")
+        yield _problem(
+            "MEGATRON", megatron, rule or str(error), fix.strip() or "set MEGATRON to a Megatron-LM checkout"
+        )
         return
-    if not _LAUNCH_LINE.search(script.read_text(encoding="utf-8")):
+    if not applied:
         rule = "its pretrain_gpt.py does not import fluid_npu.megatron_adaptor: this would be stock Megatron"
         yield _problem("MEGATRON", megatron, rule, f"run: fluid-npu megatron-lm apply {megatron}")
 

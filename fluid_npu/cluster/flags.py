@@ -13,14 +13,8 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+from fluid_npu.adaptor.megatron_lm.flags import FLAGS
 from fluid_npu.cluster.problem import Problem
-
-#: Flags that `import fluid_npu.megatron_adaptor` adds to Megatron's parser.
-FLUID_FLAGS = {
-    "--gemm-gradient-accumulation-fusion": "switch",
-    "--fluid-overlap": "{off,dw,full,auto}",
-    "--fluid-report": "str",
-}
 
 #: Megatron-LM versions whose flags are known, oldest first; 0.12.1 is the one that MindSpeed supports.
 LINES = ("0.12.1", "0.16.1", "0.18.2", "0.19.0")
@@ -63,11 +57,20 @@ class Arguments:
 @cache
 def known_flags(line: str) -> Mapping[str, Flag]:
     """Flags of one Megatron-LM version of ``LINES``, and ours."""
-    found = {name: Flag.of(name, kind) for name, kind in FLUID_FLAGS.items()}
+    found = {name: _ours(name, settings) for name, settings in FLAGS}
     for name, kind, versions in _rows():
         if line in versions:
             found[name] = Flag.of(name, kind)
     return found
+
+
+def _ours(name: str, settings: Mapping[str, Any]) -> Flag:
+    """One of the flags that ``import fluid_npu.megatron_adaptor`` adds to Megatron's parser."""
+    if settings.get("action") == "store_true":
+        return Flag(name, "switch", (), "")
+    if "choices" in settings:
+        return Flag(name, "choices", tuple(settings["choices"]), "")
+    return Flag(name, settings.get("type", str).__name__, (), "")
 
 
 def _rows() -> Iterator[tuple[str, str, list[str]]]:

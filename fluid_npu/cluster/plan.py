@@ -95,8 +95,9 @@ class Plan:
 
     @property
     def overlap(self) -> str:
-        """The value of --fluid-overlap; 'off' without it."""
-        return str(self.args.get("--fluid-overlap", "off"))
+        """The value of --fluid-overlap; 'off' where only stock MoE layers are left."""
+        chosen = str(self.args.get("--fluid-overlap", "auto"))
+        return "off" if chosen == "auto" and "--moe-grouped-gemm" not in self.args else chosen
 
     @cached_property
     def model(self) -> Preset:

@@ -199,8 +199,8 @@ def dtype(plan: Plan) -> Iterator[Problem]:
 
 
 def overlap(plan: Plan) -> Iterator[Problem]:
-    """What hiding the AllToAll needs."""
-    args = plan.args
+    """What hiding the AllToAll needs; as ``fluid_npu.adaptor.megatron_lm.checks`` refuses it at the launch."""
+    args, chosen = plan.args, f"--fluid-overlap {plan.overlap}"
     if plan.overlap == "full":
         fix = "use --fluid-overlap dw"
         yield _problem("overlap", "--fluid-overlap", "full", "the pipelined schedule is not built yet", fix)
@@ -208,19 +208,41 @@ def overlap(plan: Plan) -> Iterator[Problem]:
         return
     dispatcher = args.get("--moe-token-dispatcher-type", "allgather")
     if dispatcher != "alltoall":
-        rule = f"--fluid-overlap {plan.overlap} hides an AllToAll, and this dispatcher has none that it knows"
+        rule = f"{chosen} hides an AllToAll, and this dispatcher has none that it knows"
         fix = "use --moe-token-dispatcher-type alltoall, or --fluid-overlap off"
         yield _problem("overlap", "--moe-token-dispatcher-type", dispatcher, rule, fix)
     if plan.ep == 1:
-        rule = f"there is no AllToAll to hide for --fluid-overlap {plan.overlap}"
-        yield _problem("overlap", _EP, 1, rule, f"use a larger {_EP}, or --fluid-overlap off")
+        fix = f"use a larger {_EP}, or --fluid-overlap off"
+        yield _problem("overlap", _EP, 1, f"there is no AllToAll to hide for {chosen}", fix)
     if "--moe-grouped-gemm" not in args:
-        rule = f"--fluid-overlap {plan.overlap} defers the weight gradients of grouped experts"
+        rule = f"{chosen} defers the weight gradients of grouped experts"
         yield _problem("overlap", "--moe-grouped-gemm", "", rule, "add it, or use --fluid-overlap off")
-    for other in ("--overlap-moe-expert-parallel-comm", "--moe-shared-expert-overlap"):
-        if other in args:
-            rule = "drives Megatron's own dispatcher and streams, which --fluid-overlap replaces"
-            yield _problem("overlap", other, "", rule, f"remove {other}")
+    for other in _OTHER_ENGINES & set(args.values):
+        rule = f"another engine that moves the same AllToAlls and weight gradients as {chosen}"
+        yield _problem("overlap", other, "", rule, f"remove {other}")
+
+
+_OTHER_ENGINES = {
+    "--overlap-moe-expert-parallel-comm",
+    "--delay-wgrad-compute",
+    "--overlap-dispatch-backward-with-experts-wgrad",
+}
+
+
+def grouped(plan: Plan) -> Iterator[Problem]:
+    """What grouped experts are without; the same checks as at the launch."""
+    args = plan.args
+    if "--moe-grouped-gemm" not in args:
+        for flag in {"--gemm-gradient-accumulation-fusion", "--fluid-carry-over"} & set(args.values):
+            yield _problem("overlap", flag, "", "is about grouped experts", "add --moe-grouped-gemm")
+        return
+    if "--disable-bias-linear" not in args:
+        yield _problem(
+            "overlap", "--moe-grouped-gemm", "", "grouped experts have no biases", "add --disable-bias-linear"
+        )
+    if "--moe-use-legacy-grouped-gemm" in args:
+        rule = "ours take the place of the legacy experts"
+        yield _problem("overlap", "--moe-use-legacy-grouped-gemm", "", rule, "remove it")
     if "--gemm-gradient-accumulation-fusion" in args and "--grad-reduce-in-bf16" in args:
         rule = "the fused dW adds into fp32 main_grad, which --grad-reduce-in-bf16 replaces"
         yield _problem("overlap", "--gemm-gradient-accumulation-fusion", "", rule, "remove one of the two")
@@ -258,7 +280,7 @@ def model_figures(plan: Plan) -> Iterator[Problem]:
 
 RULES: tuple[Rule, ...] = (
     *(positive, world, heads, layers, virtual_stages, experts),
-    *(batch, sequence, dtype, overlap, recompute),
+    *(batch, sequence, dtype, overlap, grouped, recompute),
 )
 
 

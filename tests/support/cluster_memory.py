@@ -19,7 +19,7 @@ def measure(config: TrainConfig, dtype: str) -> dict[str, int]:
     model_config = build_model_config(config, dtype)
     model = build_model(config, model_config, config.overlap)
     ddp = wrap_ddp(config, model_config, model)
-    optimizer = build_optimizer(config, ddp, dtype)
+    optimizer = build_optimizer(config, [ddp], dtype)
     allocate_states(optimizer)
     buffers = [*ddp.buffers, *ddp.expert_parallel_buffers]
     found = {
