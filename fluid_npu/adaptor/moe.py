@@ -39,7 +39,8 @@ def binder() -> SchedulerBinder:
     global _bound
     settings = current()
     if _bound is None or _bound[0] != settings:
-        _bound = (settings, SchedulerBinder(settings.overlap, carry_over=settings.carry_over))
+        made = SchedulerBinder(settings.overlap, carry_over=settings.carry_over, gemm_fusion=settings.gemm_fusion)
+        _bound = (settings, made)
     return _bound[1]
 
 

@@ -26,9 +26,20 @@ _NUMBERS = itertools.count(1)
 
 
 class SchedulerBinder:
-    """Hands out schedulers; one binder per Layer Spec. Arguments as ``BackwardScheduler``."""
+    """Hands out schedulers; one binder per Layer Spec. Arguments as ``BackwardScheduler``.
 
-    def __init__(self, overlap: str = "dw", *, carry_over: bool = False, transport: Transport | None = None) -> None:
+    ``gemm_fusion``: the experts' weight gradients go straight into ``main_grad``, whatever the configuration says.
+    """
+
+    def __init__(
+        self,
+        overlap: str = "dw",
+        *,
+        carry_over: bool = False,
+        transport: Transport | None = None,
+        gemm_fusion: bool = False,
+    ) -> None:
+        self.gemm_fusion = gemm_fusion
         self._settings: dict[str, Any] = {"overlap": overlap, "carry_over": carry_over, "transport": transport}
         # Checked here so that a wrong value is refused where it was written.
         BackwardScheduler(**self._settings)

@@ -31,7 +31,8 @@ from fluid_npu.schedule.scheduler import BackwardScheduler
 class FluidGroupedMLP(LateWeights, MegatronModule):
     """Experts of one rank; takes the place of SequentialMLP and of the legacy GroupedMLP.
 
-    fp32, bf16 and fp16; gradients go into ``main_grad`` when ``gradient_accumulation_fusion`` is set.
+    fp32, bf16 and fp16; gradients go into ``main_grad`` when ``gradient_accumulation_fusion`` is set, or
+    ``fuse_dw`` later.
 
     Raises:
         ValueError: biases, or an activation that is not element-wise, are configured.
@@ -49,6 +50,7 @@ class FluidGroupedMLP(LateWeights, MegatronModule):
         _refuse_unsupported(config)
         pg_collection = pg_collection if pg_collection is not None else default_groups()
         self.num_local_experts = num_local_experts
+        self.fuse_dw: bool = config.gradient_accumulation_fusion
         self.ep_group, self.tp_group, self.dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
         ffn = divide(config.moe_ffn_hidden_size, self.tp_group.size())
         fc1_out = ffn * (2 if config.gated_linear_unit else 1)
@@ -109,7 +111,7 @@ class FluidGroupedMLP(LateWeights, MegatronModule):
         if deferred is not None:
             return WeightGradTarget(defer=deferred.dw_of(index))
         parameter = self._weight(index).parameter
-        fuse = self.config.gradient_accumulation_fusion and hasattr(parameter, "main_grad")
+        fuse = self.fuse_dw and hasattr(parameter, "main_grad")
         return WeightGradTarget(fuse_into=parameter if fuse else None)
 
     def _weight(self, index: int) -> DeferredWeight:
@@ -123,7 +125,7 @@ class FluidGroupedMLP(LateWeights, MegatronModule):
         Without ``carry`` no task waits for another layer.
         """
         weights = [self._weight(0), self._weight(1)]
-        return DeferredWeights(weights, scheduler, label, self.config.gradient_accumulation_fusion, carry)
+        return DeferredWeights(weights, scheduler, label, self.fuse_dw, carry)
 
     def backward_dw(self) -> None:
         """Nothing: weight gradients have landed when ``backward()`` returns."""

@@ -91,6 +91,8 @@ class FluidMoELayer(MoELayerInSteps):
         pipeline = getattr(groups, "pp", None)
         self._pp_rank = None if pipeline is None else pipeline.rank()
         self._binder = binder if binder is not None else SchedulerBinder()
+        if self._binder.gemm_fusion and isinstance(self.experts, FluidGroupedMLP):
+            self.experts.fuse_dw = True
         self._bind(layer_number)
 
     def _take_our_dispatcher(self, groups: ProcessGroups) -> None:

@@ -128,7 +128,15 @@ def launched(folder: str) -> dict[str, Any]:
     """A launch with a report: what was parsed, applied and written."""
     from fluid_npu import adaptor
 
-    args = launch(folder, *WORDS, "--fluid-report", f"{folder}/report", "--fluid-twin-every", "2")
+    args = launch(
+        folder,
+        *WORDS,
+        "--gemm-gradient-accumulation-fusion",
+        "--fluid-report",
+        f"{folder}/report",
+        "--fluid-twin-every",
+        "2",
+    )
     rows = [state.patch.target for state in adaptor.status() if state.applied]
     importlib.reload(sys.modules["fluid_npu.megatron_adaptor"])
     training = importlib.import_module("megatron.training.training")
@@ -141,13 +149,15 @@ def launched(folder: str) -> dict[str, Any]:
         chunks[0](**batch(torch.distributed.get_rank(), 0, 0)).float().mean().backward()
 
     training.train(step, [model], *[None] * 8)
-    return {"args": vars(args), "once": rows == again, "rows": rows}
+    fused = [module.fuse_dw for module in model.modules() if hasattr(module, "fuse_dw")]
+    return {"args": vars(args), "once": rows == again, "fused": fused}
 
 
 def test_a_launch_validates_switches_on_and_reports(run_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
     ranks = run_ranks(2, launched, str(tmp_path), sizes={"expert_model_parallel_size": 2})
     for outcome in ranks:
         assert outcome["once"], "a second import changes nothing"
+        assert outcome["fused"] == [True, True], "--gemm-gradient-accumulation-fusion reaches the experts"
         assert outcome["args"]["validated"] and outcome["args"]["moe_grouped_gemm"], "hidden during validation only"
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["steps"] == 6 and report["overlap"] == "dw"
