@@ -76,8 +76,11 @@ def get_fluid_moe_block_spec(
     """The specs of all layers of a pipeline stage, for models with dense layers too (``moe_layer_freq``).
 
     Arguments as ``get_fluid_moe_layer_spec``; ``vp_stage`` is the chunk of an interleaved pipeline. Chunks whose specs
-    are made with one ``binder`` share a scheduler; it then stands for overlap, carry_over and transport.
+    are made with one ``binder`` share a scheduler; it then stands for overlap, carry_over and transport, which must not
+    be given beside it (ValueError).
     """
+    if binder is not None and (overlap, carry_over, transport) != ("dw", False, None):
+        raise ValueError("binder: it has overlap, carry_over and transport of its own; give them to SchedulerBinder")
     if binder is None:
         binder = SchedulerBinder(overlap, carry_over=carry_over, transport=transport)
     use_te = choose_backend(backend).value == "te"

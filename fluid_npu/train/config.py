@@ -112,6 +112,15 @@ def validate(config: TrainConfig) -> TrainConfig:
     return config
 
 
+def dense_stages(config: TrainConfig) -> int:
+    """Pipeline stages, from the first on, that hold only dense layers."""
+    preset = config.model()
+    size = preset.layers // (config.pp * config.vpp)
+    # A stage's last chunk is its highest; only the first layers of a model are dense.
+    ends = [((config.vpp - 1) * config.pp + stage + 1) * size for stage in range(config.pp)]
+    return sum(end <= preset.first_dense_layers for end in ends)
+
+
 def differing_flag(saved: Mapping[str, Any], config: TrainConfig) -> str | None:
     """How the configuration differs from a checkpoint's, as an error text; None when it may resume it."""
     for item in fields(config):

@@ -19,7 +19,7 @@ from fluid_npu.train.data.build import info, load_tokenizer
 from fluid_npu.train.data.dataset import BatchIterator, build_datasets
 from fluid_npu.train.generate import generate
 from fluid_npu.train.metrics import MetricsWriter, read_metrics
-from fluid_npu.train.model import build_chunks, build_model_config
+from fluid_npu.train.model import build_chunks, build_model_config, moe_layers
 from fluid_npu.train.optimizer import adam_in_use, build_optimizer, build_scheduler
 from fluid_npu.train.overlap import as_dict, choose_overlap
 from fluid_npu.train.parallel import Place
@@ -46,7 +46,7 @@ class Run:
         self.chunks = build_chunks(config, self.model_config, self.overlap.value)
         for chunk in self.chunks:
             chunk.to(place.device.torch_device(place.local_rank))
-        self.backward_scheduler = _backward_scheduler(config, self.chunks)
+        self.backward_scheduler = _backward_scheduler(config, self.chunks, self.overlap.value)
         self.ddps = [wrap_ddp(config, self.model_config, chunk) for chunk in self.chunks]
         self.optimizer = build_optimizer(config, self.ddps, self.dtype)
         self.schedule = build_scheduler(config, self.optimizer)
@@ -167,12 +167,16 @@ def _generate(run: Run) -> str | None:
             chunk.train()
 
 
-def _backward_scheduler(config: TrainConfig, chunks: Sequence[torch.nn.Module]) -> Any | None:
+def _backward_scheduler(config: TrainConfig, chunks: Sequence[torch.nn.Module], overlap: str) -> Any | None:
     if config.impl == "stock":
         return None
     from fluid_npu.schedule.live import get_backward_scheduler
+    from fluid_npu.schedule.scheduler import BackwardScheduler
 
-    return get_backward_scheduler(chunks)
+    if any(True for chunk in chunks for _ in moe_layers(chunk)):
+        return get_backward_scheduler(chunks)
+    # A stage of dense layers has an idle one, so that all ranks count and report alike.
+    return BackwardScheduler(overlap, carry_over=config.carry_over, name="a stage without MoE layers")
 
 
 def _default_dtype(place: Place) -> str:

@@ -13,12 +13,21 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from fluid_npu.device import Choice
-from fluid_npu.train.config import TrainConfig
+from fluid_npu.train.config import ConfigError, TrainConfig, dense_stages
 from fluid_npu.train.model import TORCH_DTYPES
 
 
 def build_optimizer(config: TrainConfig, chunks: list[Any], dtype: str) -> MegatronOptimizer:
-    """Adam with gradient clipping; fp32 main parameters for bf16 and fp16, dynamic loss scaling for fp16."""
+    """Adam with gradient clipping; fp32 main parameters for bf16 and fp16, dynamic loss scaling for fp16.
+
+    Raises ConfigError for a combination that Megatron could train but not save.
+    """
+    without = dense_stages(config)
+    if config.distributed_optimizer and without and adam_in_use().value == "torch":
+        raise ConfigError(
+            f"--distributed-optimizer: with --pp {config.pp} the first {without} stage(s) have no experts, "
+            "and Megatron cannot save such a stage over torch's Adam; leave it out, or use a smaller --pp"
+        )
     settings = OptimizerConfig(
         optimizer="adam",
         lr=config.lr,

@@ -23,6 +23,14 @@ LATE = {"delay_wgrad_compute": True, "overlap_grad_reduce": True}
 BASE = Run(samples=8)
 
 
+def test_a_binder_says_everything() -> None:
+    from fluid_npu.mcore.binding import SchedulerBinder
+    from fluid_npu.mcore.layer_spec import get_fluid_moe_block_spec
+
+    with pytest.raises(ValueError, match="give them to SchedulerBinder"):
+        get_fluid_moe_block_spec(None, carry_over=True, binder=SchedulerBinder())  # type: ignore[arg-type]
+
+
 @pytest.fixture(scope="module")
 def reference() -> list[list[dict[str, Any]]]:
     """Stock and overlapped without a pipeline, PP 1 x EP 2, for each rank."""

@@ -11,7 +11,7 @@ import pytest
 
 from fluid_npu import cli
 from fluid_npu.train import exit_codes
-from fluid_npu.train.config import ConfigError, TrainConfig, differing_flag, validate
+from fluid_npu.train.config import ConfigError, TrainConfig, dense_stages, differing_flag, validate
 from fluid_npu.train.presets import PresetError
 
 REFUSED = [
@@ -107,6 +107,14 @@ def test_a_foreign_configuration_file_is_refused(text: str) -> None:
 )
 def test_sizes_that_fit_are_accepted(sizes: dict[str, int]) -> None:
     assert validate(TrainConfig(**sizes)).nproc == sizes["nproc"]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "stages"), [({}, 0), ({"pp": 2}, 1), ({"pp": 2, "vpp": 2}, 0), ({"pp": 4}, 2)], ids=str
+)
+def test_stages_without_experts_are_known(sizes: dict[str, int], stages: int) -> None:
+    config = TrainConfig(preset="deepseek-v3", cut={"layers": 8, "first_dense_layers": 5}, **sizes)  # type: ignore[arg-type]
+    assert dense_stages(config) == stages
 
 
 def test_a_bad_cut_is_a_preset_error() -> None:
