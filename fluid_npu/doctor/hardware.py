@@ -52,11 +52,11 @@ def cuda_items(torch: Reply, nvidia_smi: Reply) -> list[Item]:
         if low:
             text += "; compute capability below 8, which Megatron's --moe-grouped-gemm refuses"
         return [*items, Item(name="CUDA", level="warn" if low else "ok", text=text)]
-    if driver and build is None:
-        return [*items, _wrong_build()]
     reason = "this torch is built without CUDA" if build is None else "torch sees no GPU"
     if driver:
         fix = "check CUDA_VISIBLE_DEVICES and that the driver fits torch's CUDA version"
+        if build is None:
+            fix = "pip install a CUDA build of torch (https://pytorch.org/get-started)"
         return [*items, Item(name="CUDA", level="wrong", text=f"{reason}, though nvidia-smi lists some", fix=fix)]
     return [*items, Item(name="CUDA", level="note", text=f"none: {reason}")]
 
@@ -67,15 +67,6 @@ def _driver_item(name: str, found: str, problem: str) -> Item:
     if "No such file" in problem:
         return Item(name=name, level="note", text=f"none: {problem.split(':')[0]} is not on PATH")
     return Item(name=name, level="warn", text=problem, fix="ask the machine's owner: the driver does not answer")
-
-
-def _wrong_build() -> Item:
-    return Item(
-        name="CUDA",
-        level="wrong",
-        text="there are GPUs, but this torch is built without CUDA",
-        fix="pip install a CUDA build of torch (https://pytorch.org/get-started)",
-    )
 
 
 def npu_items(

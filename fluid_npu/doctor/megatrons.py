@@ -35,7 +35,7 @@ def find_portions(path: Sequence[str]) -> list[Portion]:
         key = str(root.resolve())
         core = (folder / "core" / "__init__.py").is_file()
         training = (folder / "training" / "__init__.py").is_file()
-        if key not in found and (core or training):
+        if core or training:
             found[key] = Portion(root=key, core=_core_version(folder) if core else None, training=training)
     return list(found.values())
 

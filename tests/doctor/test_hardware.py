@@ -44,6 +44,7 @@ def test_one_core_is_said_to_hide_nothing() -> None:
 def test_cuda_is_what_torch_and_the_driver_say_together(reply: Reply, smi: Reply, level: str, text: str) -> None:
     item = by_name(cuda_items(reply, smi))["CUDA"]
     assert item.level == level and text in item.text and bool(item.fix) == (level == "wrong")
+    assert ("CUDA build of torch" in item.fix) == (level == "wrong" and reply.facts["cuda_build"] is None)
 
 
 def test_a_driver_that_hangs_is_a_finding() -> None:
