@@ -62,21 +62,41 @@ def substitute_facts() -> dict[str, Any]:
 
 
 def patch_facts() -> dict[str, Any]:
-    """Every row for the installed versions, checked without applying."""
+    """Every row for the installed versions, checked without applying; ``failed``: features that cannot be checked."""
     from fluid_npu import adaptor
 
-    rows = [
-        {
-            "target": row.patch.target,
-            "feature": row.patch.feature,
-            "manifest": row.patch.manifest,
-            "applied": row.applied,
-            "problem": row.problem,
-            "unreachable": list(row.unreachable),
-        }
-        for row in adaptor.status()
-    ]
-    return {"rows": rows}
+    try:
+        return {"rows": [_row(state) for state in adaptor.status()], "failed": {}}
+    except Exception as error:
+        # A feature whose target does not import (Megatron-LM's loop from 0.18 on before Python 3.12) hides no other.
+        rows, failed = _feature_by_feature(adaptor)
+        if not rows:
+            raise error
+        return {"rows": rows, "failed": failed}
+
+
+def _feature_by_feature(adaptor: Any) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    rows: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
+    for feature in adaptor.FEATURES:
+        try:
+            rows += [_row(state) for state in adaptor.status([feature])]
+        except adaptor.PatchError:
+            continue  # not for this line
+        except Exception as error:
+            failed[feature] = f"{type(error).__name__}: {error}"
+    return rows, failed
+
+
+def _row(state: Any) -> dict[str, Any]:
+    return {
+        "target": state.patch.target,
+        "feature": state.patch.feature,
+        "manifest": state.patch.manifest,
+        "applied": state.applied,
+        "problem": state.problem,
+        "unreachable": list(state.unreachable),
+    }
 
 
 def dtype_facts() -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Two Megatrons on the path: a checkout on PYTHONPATH and a wheel in site-packages. Which one wins, part by part.
 
 ``megatron`` is a namespace package: ``megatron.core`` comes from the first folder of the path that has it, and
-``megatron.training`` (never on PyPI) from the first that has that. The two can be of different versions.
+``megatron.training`` (on PyPI from 0.18 on) from the first that has that. The two can be of different versions.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ def patch_items(reply: Reply) -> list[Item]:
     rows: Sequence[Mapping[str, Any]] = reply.facts["rows"]
     if not rows:
         return [Item(name="patches", level="warn", text="no row for the installed versions", fix="fluid-npu doctor")]
-    return [*_by_feature(rows), *_problems(rows), *_unreachable(rows)]
+    return [*_by_feature(rows), *_problems(rows), *_unreachable(rows), *_failed(reply.facts["failed"])]
 
 
 def _by_feature(rows: Sequence[Mapping[str, Any]]) -> list[Item]:
@@ -40,9 +40,21 @@ _FIX = "install a version that the manifest was written for; FLUID_FINGERPRINTS=
 
 def _problems(rows: Sequence[Mapping[str, Any]]) -> list[Item]:
     return [
-        Item(name=f"{row['feature']}: row", level="wrong", text=f"{row['target']}: {row['problem']}")
+        Item(name=f"{row['feature']}: row", level="wrong", text=_named(row["target"], row["problem"]))
         for row in rows
         if row["problem"]
+    ]
+
+
+def _named(target: str, problem: str) -> str:
+    return problem if target in problem else f"{target}: {problem}"
+
+
+def _failed(failed: Mapping[str, str]) -> list[Item]:
+    fix = "leave this feature off, or repair what the message names"
+    return [
+        Item(name=feature, level="warn", text=f"could not be checked: {error}", fix=fix)
+        for feature, error in failed.items()
     ]
 
 

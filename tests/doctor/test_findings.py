@@ -56,8 +56,8 @@ def row(feature: str = "cpu", **values: Any) -> dict[str, Any]:
     return {"feature": feature, **plain, **values}
 
 
-def patches(*rows: dict[str, Any]) -> list[Item]:
-    return patch_items(Reply(facts={"rows": list(rows)}))
+def patches(*rows: dict[str, Any], **failed: str) -> list[Item]:
+    return patch_items(Reply(facts={"rows": list(rows), "failed": failed}))
 
 
 def test_rows_that_fit_are_counted_by_feature() -> None:
@@ -75,6 +75,35 @@ def test_a_row_that_does_not_fit_is_wrong_and_named() -> None:
 def test_what_holds_the_original_is_named() -> None:
     *_, held = patches(row(unreachable=["my.module.name"]))
     assert held.level == "warn" and "my.module.name" in held.text
+
+
+def test_a_feature_that_cannot_be_checked_hides_no_other() -> None:
+    counted, failed = patches(row(), megatron_lm="ImportError: cannot import name 'override'")
+    assert counted.level == "ok" and failed.level == "warn"
+    assert (failed.name, failed.text) == (
+        "megatron_lm",
+        "could not be checked: ImportError: cannot import name 'override'",
+    )
+
+
+def test_patches_are_asked_feature_by_feature_when_one_does_not_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from fluid_npu import adaptor
+    from fluid_npu.doctor.child import patch_facts
+
+    def status(features: list[str] | None = None) -> list[Any]:
+        if features is None or features == ["megatron_lm"]:
+            raise ImportError("override")
+        if features != ["cpu"]:
+            raise adaptor.PatchError("not for this line")
+        patch = SimpleNamespace(target="a.b", feature="cpu", manifest="m.toml")
+        return [SimpleNamespace(patch=patch, applied=False, problem=None, unreachable=())]
+
+    monkeypatch.setattr(adaptor, "status", status)
+    facts = patch_facts()
+    assert [found["feature"] for found in facts["rows"]] == ["cpu"]
+    assert facts["failed"] == {"megatron_lm": "ImportError: override"}
 
 
 def test_patches_that_cannot_be_checked_are_wrong() -> None:

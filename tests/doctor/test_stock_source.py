@@ -1,6 +1,6 @@
 """What the dtype table says of stock Megatron, held against the released wheels of the supported lines.
 
-The wheels are where ``scripts/megatron_lines.py install`` unpacks them; they have no argument parser.
+The wheels are where ``scripts/megatron_lines.py install`` unpacks them; from 0.18 on they have the argument parser too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from fluid_npu.adaptor.dtypes import line_of, supported_lines
-from fluid_npu.adaptor.dtypes_sources import BACKENDS, EXPERTS, OLD_SPECS, Line
+from fluid_npu.adaptor.dtypes_sources import BACKENDS, EXPERTS, OLD_SPECS, YAML, Line
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -99,6 +99,22 @@ def test_the_local_spec_ignores_the_flag_where_the_table_says(stock: tuple[Line,
     ignored = "moe_use_grouped_gemm" not in used
     assert ignored == (line.local_sequential is not None) and "SequentialMLP" in used
     assert number(chooser) == line.local_sequential if ignored else "GroupedMLP" in used
+
+
+def test_the_parser_asks_for_a_cuda_device_and_for_bf16_in_yaml_alone(stock: tuple[Line, Path]) -> None:
+    line, folder = stock
+    in_wheel = (folder / line.arguments).is_file()
+    assert in_wheel == (int(line.name.split(".")[1]) >= 18)
+    if not in_wheel:
+        return
+    parser, yaml, start = (
+        (folder / path).read_text(encoding="utf-8").splitlines() for path in (line.arguments, YAML, line.initialize)
+    )
+    assert line.argparse_bf16 is None and line.yaml_bf16 is not None
+    assert not [row for row in parser if "only supports bf16" in row or "not supported with fp16 training" in row]
+    assert "only supports bf16 dtype" in yaml[line.yaml_bf16 - 1]
+    assert "torch.cuda.get_device_capability()" in parser[line.capability - 1]
+    assert "Megatron requires CUDA." in start[line.needs_cuda - 1]
 
 
 def test_the_installed_megatron_refuses_fp32_as_the_table_says() -> None:
