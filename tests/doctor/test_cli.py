@@ -19,7 +19,7 @@ def doctor(*words: str, **environ: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_this_machine_can_train_and_a_planted_variable_is_found() -> None:
-    done = doctor("--json", CUDA_LAUNCH_BLOCKING="1", CUDA_DEVICE_MAX_CONNECTIONS="32")
+    done = doctor("--json", "--timeout", "250", CUDA_LAUNCH_BLOCKING="1", CUDA_DEVICE_MAX_CONNECTIONS="32")
     values = json.loads(done.stdout)
     assert list(values["sections"]) == SECTIONS
     wrong = [item for items in values["sections"].values() for item in items if item["level"] == "wrong"]
