@@ -8,23 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.dispatchers import in_stock_layer, make_dispatcher
 from tests.support.moe import HIDDEN, Case, make_config
 
 Ranks = Callable[..., list[Any]]
-
-
-def make_dispatcher(case: Case) -> Any:
-    """A FluidTokenDispatcher of this rank."""
-    from megatron.core import parallel_state
-    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-
-    from fluid_npu.mcore.token_dispatcher import FluidTokenDispatcher
-
-    local = case.experts // case.ep
-    first = parallel_state.get_expert_model_parallel_rank() * local
-    return FluidTokenDispatcher(
-        local, list(range(first, first + local)), make_config(case), get_default_pg_collection()
-    )
 
 
 def round_trip(case: Case) -> dict[str, Any]:
@@ -68,26 +55,6 @@ def test_dispatch_brings_each_expert_its_tokens_and_combine_brings_them_back(cas
         assert torch.equal(rank["tokens"], torch.cat(want_tokens))
         assert torch.equal(rank["probs"], torch.cat(want_probs))
         assert rank["per_expert"].tolist() == want_counts
-
-
-def in_stock_layer(case: Case) -> dict[str, Any]:
-    """Megatron's own MoELayer with SequentialMLP, once with its dispatcher and once with ours."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.spec_utils import build_module
-
-    config = make_config(case)
-    layer = build_module(
-        get_gpt_layer_local_spec(num_experts=case.experts, normalization="RMSNorm").submodules.mlp, config=config
-    )
-    results = []
-    for dispatcher in (layer.token_dispatcher, make_dispatcher(case)):
-        layer.token_dispatcher = dispatcher
-        layer.zero_grad()
-        x = torch.randn(case.tokens, 1, HIDDEN, generator=torch.Generator().manual_seed(4), requires_grad=True)
-        out, _ = layer(x)
-        out.square().sum().backward()
-        results.append([out.detach(), x.grad, *(p.grad.clone() for p in layer.parameters())])
-    return {"pairs": list(zip(*results, strict=True))}
 
 
 def test_six_steps_in_a_stock_layer(run_ranks: Ranks) -> None:

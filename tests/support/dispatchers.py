@@ -1,4 +1,4 @@
-"""Grouped experts under each of Megatron's token dispatchers, against stock SequentialMLP under the same one."""
+"""Grouped experts under Megatron's dispatchers, and our dispatcher in Megatron's layer, against stock."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.support.moe import Case, all_weights, fluid_layer, inputs, load, relative, stock_layer
+from tests.support.moe import HIDDEN, Case, all_weights, fluid_layer, inputs, load, make_config, relative, stock_layer
 
 
 def forward_backward(case: Case) -> dict[str, torch.Tensor]:
@@ -54,3 +54,28 @@ def errors_by_kind(kinds: list[str], tp: int, shared: int | None = None) -> dict
         assert stock.keys() == ours.keys()
         found[kind] = {name: relative(ours[name], stock[name]) for name in stock}
     return found
+
+
+def make_dispatcher(case: Case) -> Any:
+    """A FluidTokenDispatcher of this rank."""
+    from megatron.core import parallel_state
+
+    from fluid_npu.mcore.token_dispatcher import FluidTokenDispatcher
+
+    local = case.experts // case.ep
+    first = parallel_state.get_expert_model_parallel_rank() * local
+    return FluidTokenDispatcher(local, list(range(first, first + local)), config=make_config(case))
+
+
+def in_stock_layer(case: Case) -> dict[str, Any]:
+    """Megatron's own MoELayer with SequentialMLP, once with its dispatcher and once with ours."""
+    layer = stock_layer(case)
+    results = []
+    for dispatcher in (layer.token_dispatcher, make_dispatcher(case)):
+        layer.token_dispatcher = dispatcher
+        layer.zero_grad()
+        x = torch.randn(case.tokens, 1, HIDDEN, generator=torch.Generator().manual_seed(4), requires_grad=True)
+        out, _ = layer(x)
+        out.square().sum().backward()
+        results.append([out.detach(), x.grad, *(p.grad.clone() for p in layer.parameters())])
+    return {"pairs": list(zip(*results, strict=True))}

@@ -48,6 +48,10 @@ class Run:
     spec: dict[str, Any] = field(default_factory=dict)
     block: bool = False
     seed: int = 3
+    one_batch: bool = False
+    """The same tokens at every step, which a model can learn."""
+    checkpoint: str = ""
+    """A file of weights by global name; empty: random weights, the same for every implementation."""
 
 
 def make_config(run: Run) -> Any:
@@ -165,12 +169,15 @@ def train(run: Run) -> dict[str, Any]:
     )
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    from fluid_npu.mcore.convert import gradients_by_name, weights_by_name
+    from fluid_npu.mcore.convert import gradients_by_name, load_weights, weights_by_name
     from fluid_npu.schedule.live import get_backward_scheduler
 
     config = make_config(run)
     model = make_model(run, config)
-    fill(model, run)
+    if run.checkpoint:
+        load_weights(torch.load(run.checkpoint), model)
+    else:
+        fill(model, run)
     ddp_config = DistributedDataParallelConfig(
         **{"grad_reduce_in_fp32": True, "use_distributed_optimizer": run.distributed_optimizer, **run.ddp}
     )
@@ -191,7 +198,7 @@ def train(run: Run) -> dict[str, Any]:
     if scheduler is not None:
         scheduler.recorder.enabled = True
     data_rank = parallel_state.get_data_parallel_rank()
-    losses, grads = [], {}
+    losses, norms, grads = [], [], {}
     for step in range(run.steps):
         ddp.zero_grad_buffer()
         optimizer.zero_grad()
@@ -202,7 +209,7 @@ def train(run: Run) -> dict[str, Any]:
                     stack.enter_context(ddp.no_sync())
                 if run.impl == "twin":
                     stack.enter_context(scheduler.serialise())
-                loss = ddp(**batch(data_rank, step, micro)).float().mean() / run.micro_batches
+                loss = ddp(**batch(data_rank, 0 if run.one_batch else step, micro)).float().mean() / run.micro_batches
                 loss.backward()
             if scheduler is not None:
                 assert scheduler.pending == 0, "dW left over when backward() returned"
@@ -212,11 +219,13 @@ def train(run: Run) -> dict[str, Any]:
         ok, norm, _ = optimizer.step()
         assert ok
         losses.append(loss.item())
+        norms.append(float(norm))
     if run.ddp.get("overlap_param_gather"):
         ddp.start_param_sync(force_sync=True)
     return {
         "losses": losses,
         "norm": float(norm),
+        "norms": norms,
         "grads": grads,
         "weights": {name: value.clone() for name, value in weights_by_name(ddp).items()},
         "regions": {r.name: r.detail["region"] for r in scheduler.recorder.take() if r.kind == "dw"}

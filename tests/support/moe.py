@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +59,7 @@ def make_config(case: Case) -> Any:
         add_bias_linear=False,
         normalization="RMSNorm",
         bf16=case.dtype == torch.bfloat16,
+        fp16=case.dtype == torch.float16,
         params_dtype=case.dtype,
         gradient_accumulation_fusion=case.fuse,
         bias_activation_fusion=False,
@@ -69,12 +71,10 @@ def make_config(case: Case) -> Any:
 
 def fluid_layer(case: Case) -> Any:
     """A FluidMoELayer of this rank, built through the Layer Spec."""
-    from megatron.core.transformer.spec_utils import build_module
-
     from fluid_npu.mcore.layer_spec import get_fluid_moe_layer_spec
 
     config = make_config(case)
-    layer = build_module(get_fluid_moe_layer_spec(config, overlap=case.overlap).submodules.mlp, config=config)
+    layer = _built(get_fluid_moe_layer_spec(config, overlap=case.overlap).submodules.mlp, config)
     layer.set_layer_number(1)
     return layer
 
@@ -107,13 +107,19 @@ def inputs(case: Case, rank: int, micro: int) -> tuple[torch.Tensor, torch.Tenso
 def stock_layer(case: Case) -> Any:
     """Megatron's MoELayer with SequentialMLP."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.spec_utils import build_module
 
     config = make_config(case)
     spec = get_gpt_layer_local_spec(num_experts=case.experts, normalization="RMSNorm").submodules.mlp
-    layer = build_module(spec, config=config)
+    layer = _built(spec, config)
     layer.set_layer_number(1)
     return layer
+
+
+def _built(spec: Any, config: Any) -> Any:
+    """The module of a ModuleSpec or, from megatron-core 0.17 on, of a functools.partial."""
+    from megatron.core.transformer.spec_utils import build_module
+
+    return spec(config=config) if isinstance(spec, functools.partial) else build_module(spec, config=config)
 
 
 def load(layer: Any, weights: dict[str, torch.Tensor], case: Case, ep_rank: int) -> None:

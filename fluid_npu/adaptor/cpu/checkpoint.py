@@ -26,3 +26,8 @@ def written_with_format(original: Callable[..., Any]) -> Callable[..., Any]:
     from torch.distributed.checkpoint.filesystem import SerializationFormat
 
     return partial(original, serialization_format=SerializationFormat.TORCH_SAVE)
+
+
+def save_in_this_process(strategy: Any, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
+    """Stands for ``AsyncSaveShardedStrategy.save`` of 0.12, which hands the writing to a forked process and waits."""
+    strategy.async_save(sharded_state_dict, checkpoint_dir).execute_sync()
