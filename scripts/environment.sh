@@ -3,8 +3,10 @@
 #
 #   PYTHON       the interpreter to use (3.10, 3.11 or 3.12); default: the first that works, 3.11 preferred
 #   FLUID_TORCH  pip's requirement for torch; default below. An installed torch of the right range is kept.
+#   FLUID_MEGATRON  the same for megatron-core: without it pip would take the newest, which a CPU build of torch cannot import.
 
 FLUID_TORCH="${FLUID_TORCH:-torch==2.13.0}"
+FLUID_MEGATRON="${FLUID_MEGATRON:-megatron-core==0.16.1}"
 
 say() { printf '\n==> %s\n' "$*"; }
 
@@ -73,6 +75,10 @@ install_into() {
             "stop here, install it into the environment yourself, and run this again: an installed torch is kept."
         "$python" -m pip install --disable-pip-version-check "$FLUID_TORCH" \
             || fail "pip could not install $FLUID_TORCH; is there a network, and space on the disk? FLUID_TORCH=... chooses another version (2.6 to 2.13)"
+    fi
+    if ! "$python" -c 'from importlib.metadata import version; version("megatron-core")' >/dev/null 2>&1; then
+        "$python" -m pip install --disable-pip-version-check --quiet "$FLUID_MEGATRON" \
+            || fail "pip could not install $FLUID_MEGATRON; the reason stands above"
     fi
     say "installing fluid_npu and what it needs"
     "$python" -m pip install --disable-pip-version-check --editable ".[$extras]" \

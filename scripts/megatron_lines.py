@@ -29,6 +29,7 @@ VERSIONS = {"0.12.1": (3, 10), "0.16.1": (3, 10), "0.18.2": (3, 12), "0.19.2": (
 #: Lines that cannot be imported without triton; torch itself refuses one before 3.
 NEED_TRITON = ("0.18.2", "0.19.2")
 TRITON = "triton>=3.5,<4"
+TRITON_FOLDER = FOLDER / f"triton-{sys.implementation.cache_tag}"  # compiled: one for each Python
 
 
 def folder(version: str) -> Path:
@@ -43,7 +44,7 @@ def environment(version: str) -> dict[str, str]:
     place = folder(version)
     if not _complete(version):
         raise ValueError(f"{place} has no megatron-core {version}; python scripts/megatron_lines.py install {version}")
-    triton = [str(FOLDER / "triton")] if version in NEED_TRITON and not _has_triton() else []
+    triton = [str(TRITON_FOLDER)] if version in NEED_TRITON and not _has_triton() else []
     paths = [str(place), *triton, *filter(None, [os.environ.get("PYTHONPATH", "")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
@@ -63,14 +64,14 @@ def install(version: str) -> None:
             zipfile.ZipFile(wheel).extractall(unpacked)
         shutil.rmtree(folder(version), ignore_errors=True)
         unpacked.rename(folder(version))
-        if version in NEED_TRITON and not _has_triton() and not (FOLDER / "triton").is_dir():
+        if version in NEED_TRITON and not _has_triton() and not TRITON_FOLDER.is_dir():
             _pip("install", "--target", f"{scratch}/triton", TRITON)
-            Path(scratch, "triton").rename(FOLDER / "triton")
+            Path(scratch, "triton").rename(TRITON_FOLDER)
     print(f"megatron-core {version}: unpacked into {folder(version)}")
 
 
 def _complete(version: str) -> bool:
-    triton = version not in NEED_TRITON or _has_triton() or (FOLDER / "triton").is_dir()
+    triton = version not in NEED_TRITON or _has_triton() or TRITON_FOLDER.is_dir()
     return triton and (folder(version) / f"megatron_core-{version}.dist-info" / "METADATA").is_file()
 
 

@@ -33,6 +33,8 @@ say "ruff format --check"
 "$python" -m ruff format --check .
 say "mypy"
 "$python" -m mypy
+say "the other lines of megatron-core, for tests/lines"
+"$python" scripts/megatron_lines.py install
 say "pytest"
 # A test that was skipped tested nothing: it fails here. Tests for other hardware are deselected and counted instead.
 export FLUID_FORBID_SKIPS=1

@@ -1,4 +1,4 @@
-"""What one line of megatron-core does with our modules, on two ranks; run by ``tests/lines`` with that line on the path.
+"""What a line of megatron-core does with our modules on two ranks; ``tests/lines`` runs it with that line on the path.
 
     python tests/support/line_worker.py CHECKPOINT RESULT [make]
 
