@@ -3,8 +3,8 @@
     PYTHONPATH=MEGATRON_LM_CHECKOUT python scripts/try_mindspeed.py MINDSPEED_CHECKOUT [--flags=--moe-grouped-gemm]
 
 MindSpeed's own ``import mindspeed.megatron_adaptor`` runs whole. Only what it imports and is not installed here is
-put in its place: torch_npu, acl, torchair and triton, as modules that have every name; what would run on an NPU refuses to be
-called. Nothing of MindSpeed is copied into this repository. Each import order runs in a process of its own; the exit
+put in its place: torch_npu, acl, torchair and triton, as modules that have every name; what would run on an NPU refuses
+to be called. Nothing of MindSpeed is copied into this repository. Each import order runs in a process of its own; the exit
 status is 1 when a check fails. docs/PROVIDERS.md records the output.
 """
 
@@ -149,11 +149,15 @@ def _check(when: str, problems: list[str]) -> int:
 
 
 def _ours_on_top(rows: Sequence[Any]) -> list[str]:
-    from fluid_npu.adaptor import _REGISTRY
+    from fluid_npu.adaptor import status
 
-    wrong = [f"{entry.patch.target} is not ours" for entry in _REGISTRY.entries if not entry.in_place]
-    missing = {row.target for row in rows} - {entry.patch.target for entry in _REGISTRY.entries}
-    return wrong + [f"{target} is off" for target in sorted(missing)] + _wrong_modules()
+    states = {state.patch: state for state in status({row.feature for row in rows})}
+    off = [f"{row.target} is off" for row in rows if not states[row].applied]
+    return (
+        off
+        + [states[row].problem for row in rows if states[row].problem]
+        + (_wrong_modules() if any(row.feature == "moe" for row in rows) else [])
+    )
 
 
 def _wrong_modules() -> list[str]:

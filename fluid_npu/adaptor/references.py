@@ -59,9 +59,14 @@ def names_of(values: Iterable[Any]) -> dict[int, list[Name]]:
     if wanted:
         for module, namespace in _namespaces():
             for name, value in list(namespace.items()):
-                if id(value) in wanted:
+                if id(value) in wanted and not _defines(module, name, value):
                     found[id(value)].append(Name(module, name, namespace))
     return found
+
+
+def _defines(module: str, name: str, value: Any) -> bool:
+    """Whether MindSpeed defines there what it puts into Megatron: it would register ours at its next repatch."""
+    return module.startswith("mindspeed.") and (value.__module__, value.__qualname__) == (module, name)
 
 
 def _namespaces() -> Iterator[tuple[str, dict[str, Any]]]:

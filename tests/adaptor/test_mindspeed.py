@@ -148,6 +148,17 @@ def test_mindspeed_can_be_removed_after_ours(case: Case, start: Start) -> None:
     assert changed(before, state()) == set()
 
 
+def test_what_mindspeed_defines_stays_its_own(case: Case) -> None:
+    """Or it would register our class as its own when it patches again."""
+    _, adaptation = mindspeed_first(case)
+    theirs = import_module("mindspeed.features").GmmExperts
+    assert theirs is case.installed(EXPERTS) and theirs.__module__ == "mindspeed.features"
+    case.manager.register_patch(EXPERTS, theirs, force_patch=True)
+    case.manager.apply_patches()
+    adaptation.rollback()
+    assert at(EXPERTS) is theirs
+
+
 def test_features_switched_on_before_and_after_it_come_off_in_order(case: Case) -> None:
     before = state()
     experts = adapt(["grouped_mlp"])

@@ -5,13 +5,16 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+from fluid_npu import adaptor
+from fluid_npu.adaptor import PatchError, providers
 
 STANDIN = Path(__file__).parent / "mindspeed_standin"
 DUMMIES = ("mindspeed", "transformer_engine", "apex")
@@ -77,6 +80,11 @@ def mindspeed_case(monkeypatch: pytest.MonkeyPatch) -> Iterator[Case]:
 
 
 def _take_away() -> None:
+    if adaptor._ACTIVE:  # a test failed half-way
+        with suppress(PatchError):
+            adaptor._REGISTRY.rollback()
+        adaptor._ACTIVE.clear()
+        providers.detach()
     manager = getattr(sys.modules.get("mindspeed.patch_utils"), "MindSpeedPatchesManager", None)
     for patch in reversed(getattr(manager, "patches_info", {}).values()):
         if patch.orig_module is not None:

@@ -98,7 +98,7 @@ def _meeting(row: Patch, other: Foreign) -> Meeting | None:
     if _same(row, other):
         if row.kind == "wrap":
             return Meeting(row=row, foreign=other, how="ours wraps theirs")
-        both = f"both replace {row.target}" if other.replaces else f"ours replaces what theirs wraps, {row.target}"
+        both = "both replace it" if other.replaces else "ours replaces what theirs wraps"
         return _contested(row, other, both)
     if other.target.startswith(row.target + ".") and row.kind == "replace":
         return _contested(row, other, f"ours replaces {row.target}, which holds the target of theirs")
