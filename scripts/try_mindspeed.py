@@ -4,8 +4,8 @@
 
 MindSpeed's own ``import mindspeed.megatron_adaptor`` runs whole. Only what it imports and is not installed here is
 put in its place: torch_npu, acl, torchair and triton, as modules that have every name; what would run on an NPU refuses
-to be called. Nothing of MindSpeed is copied into this repository. Each import order runs in a process of its own; the exit
-status is 1 when a check fails. docs/PROVIDERS.md records the output.
+to be called. Nothing of MindSpeed is copied into this repository. Each import order runs in a process of its own; the
+exit status is 1 when a check fails. docs/PROVIDERS.md records the output.
 """
 
 from __future__ import annotations
@@ -99,13 +99,17 @@ def _arguments() -> argparse.Namespace:
 
 
 def _try(order: str) -> int:
-    from fluid_npu.adaptor import providers, select
+    from fluid_npu.adaptor import PatchError, providers, select
     from fluid_npu.adaptor.versions import installed_version
 
     importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
     features = [name for name in FEATURES if _has_rows(name)]
     print(f"megatron-core {installed_version('megatron-core')}; our features: {', '.join(features)}")
-    adaptation = _start(order, features)
+    try:
+        adaptation = _start(order, features)
+    except PatchError as error:
+        print(f"refused: {error}")
+        return 1
     manager = sys.modules["mindspeed.patch_utils"].MindSpeedPatchesManager
     rows = select(features)
     print(f"MindSpeed: {len(providers.foreign())} targets patched; ours: {len(rows)} rows")
@@ -151,13 +155,13 @@ def _check(when: str, problems: list[str]) -> int:
 def _ours_on_top(rows: Sequence[Any]) -> list[str]:
     from fluid_npu.adaptor import status
 
-    states = {state.patch: state for state in status({row.feature for row in rows})}
-    off = [f"{row.target} is off" for row in rows if not states[row].applied]
-    return (
-        off
-        + [states[row].problem for row in rows if states[row].problem]
-        + (_wrong_modules() if any(row.feature == "moe" for row in rows) else [])
-    )
+    features = {row.feature for row in rows}
+    problems = [
+        state.problem or f"{state.patch.target} is off"
+        for state in status(sorted(features))
+        if state.problem or not state.applied
+    ]
+    return problems + (_wrong_modules() if "moe" in features else [])
 
 
 def _wrong_modules() -> list[str]:
