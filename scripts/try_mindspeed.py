@@ -116,6 +116,8 @@ def _try(order: str) -> int:
     for meeting in providers.met(rows):
         print(f"  both on {meeting.row.target}: {meeting.how} ({', '.join(meeting.foreign.by)})")
     failed = _check("after both", _ours_on_top(rows))
+    if "megatron_lm" in features:
+        failed += _check("Megatron's parser has the flags of both", _flags_missing())
     sys.modules["mindspeed.megatron_adaptor"].repatch({})
     failed += _check("after MindSpeed's repatch", _ours_on_top(rows))
     adaptation.rollback()
@@ -174,6 +176,14 @@ def _wrong_modules() -> list[str]:
     mlp = spec.submodules.mlp
     got = (mlp.module, getattr(mlp.submodules.experts, "module", mlp.submodules.experts))
     return [] if got == (FluidMoELayer, FluidGroupedMLP) else [f"the spec names {got}"]
+
+
+def _flags_missing() -> list[str]:
+    from megatron.training.arguments import parse_args
+
+    args = parse_args(ignore_unknown_args=True)
+    wanted = {"ours": "fluid_overlap", "MindSpeed's": "optimization_level", "both": "gemm_gradient_accumulation_fusion"}
+    return [f"{owner}: --{flag.replace('_', '-')}" for owner, flag in wanted.items() if not hasattr(args, flag)]
 
 
 def _only_theirs(manager: Any, rows: Sequence[Any]) -> list[str]:
