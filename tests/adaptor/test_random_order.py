@@ -6,8 +6,6 @@ Compared are all entries of the dictionaries of all Megatron modules, of torch.c
 from __future__ import annotations
 
 import importlib
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,37 +16,12 @@ from fluid_npu.adaptor import PatchError, Registry, status
 from fluid_npu.adaptor.patch import Patch
 from tests.support import upstream_kinds as kinds
 from tests.support.patch_rows import patch_row
+from tests.support.snapshot import State, differences, entries
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PLACES = ("megatron", "torch.cuda", "torch.compiler", "torch._tensor")
 EXAMPLES = 30
 NIGHTLY_EXAMPLES = 1000
-
-State = dict[tuple[str, str], Any]
-
-
-def entries() -> Iterator[tuple[tuple[str, str], Any]]:
-    """Every attribute of every module and class looked at, as it is stored."""
-    seen: set[int] = set()
-    for name, module in list(sys.modules.items()):
-        if module is None or not any(name == place or name.startswith(place + ".") for place in PLACES):
-            continue
-        for attribute, value in list(vars(module).items()):
-            if attribute == "__warningregistry__":
-                continue
-            yield (name, attribute), value
-            if isinstance(value, type) and id(value) not in seen and not value.__module__.startswith("fluid_npu"):
-                seen.add(id(value))
-                path = f"{name}.{attribute}"
-                yield from (((path, key), item) for key, item in vars(value).items())
-                yield (path, "__bases__"), value.__bases__
-
-
-def differences(before: State) -> list[tuple[str, str]]:
-    """What is not the identical object any more, and what has come or gone."""
-    now = dict(entries())
-    changed = [key for key, value in before.items() if key in now and now[key] is not value]
-    return [*changed, *(before.keys() ^ now.keys())]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +45,7 @@ def start(pool: list[Patch]) -> State:
     for row in pool:
         apply_some(registry, [row])
     registry.rollback()
-    return dict(entries())
+    return dict(entries(PLACES))
 
 
 def apply_some(registry: Registry, rows: list[Patch]) -> None:
@@ -90,18 +63,18 @@ def run(pool: list[Patch], start: State, choice: list[int], steps: list[str]) ->
     rows = [pool[index] for index in choice]
     size = max(1, len(rows) // len(steps))
     for number, step in enumerate(steps):
-        before = dict(entries()) if step == "back" else {}
+        before = dict(entries(PLACES)) if step == "back" else {}
         count = len(registry.applied)
         apply_some(registry, rows[number * size : (number + 1) * size])
         if step == "back":
             registry.rollback(count)
-            assert not differences(before), "a partial rollback restores the state before its call"
+            assert not differences(before, PLACES), "a partial rollback restores the state before its call"
         if step == "suspend" and registry.applied:
             registry.suspend()
-            assert not differences(start)
+            assert not differences(start, PLACES)
             registry.resume()
     registry.rollback()
-    assert not differences(start)
+    assert not differences(start, PLACES)
 
 
 def orders(size: int) -> tuple[Any, Any]:
@@ -134,6 +107,6 @@ def test_a_thousand_random_orders_leave_megatron_identical(pool: list[Patch], st
 
 def test_the_comparison_sees_one_changed_entry(start: State, monkeypatch: pytest.MonkeyPatch) -> None:
     utils = importlib.import_module("megatron.core.utils")
-    assert not differences(start)
+    assert not differences(start, PLACES)
     monkeypatch.setattr(utils, "divide", kinds.instead)
-    assert ("megatron.core.utils", "divide") in differences(start)
+    assert ("megatron.core.utils", "divide") in differences(start, PLACES)
