@@ -123,9 +123,12 @@ def test_what_cannot_be_counted_says_so(registry: Registry) -> None:
 
 def counted_run(reached: list[str]) -> tuple[dict[str, int | None], str]:
     """Hits of a stock training run on a CPU, with a row that nothing reaches."""
+    from megatron.core import parallel_state
+
     from fluid_npu.adaptor import adapt, status
 
     with adapt(["cpu"]) as adaptation:
+        parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
         train_once()
         counts = {state.patch.target: state.hits for state in status(["cpu", "no_te"])}
         report = adaptation.report()

@@ -11,44 +11,33 @@ import torch.distributed as dist
 from fluid_npu.adaptor import select
 from fluid_npu.adaptor.patch import Patch
 from fluid_npu.adaptor.registry import Registry
+from tests.support import stock_extras
 
 SEQ, BATCH, VOCAB = 8, 2, 32
 
 
-def without_each(targets: list[str]) -> dict[str, str]:
-    """Leaves out one row after another and trains; maps its target to the error. '' maps to that of all rows together.
+def without_each(parts: dict[str, str]) -> dict[str, str]:
+    """Leaves out one row after another and runs its part; maps its target to the error. '' maps to that of all rows.
 
-    No error is ''. For ranks of an expert-parallel group of two.
+    ``parts`` maps a target to the name of the part that needs its row: a function of ``stock_extras``, or
+    ``train_once``. No error is ''. For ranks of an expert-parallel group of two.
     """
     rows = select(["cpu", "no_te"])
-    outcome = {"": _try(rows)}
-    for target in targets:
-        outcome[target] = _try([row for row in rows if row.target != target])
+    outcome = {"": "".join(_try(rows, part) for part in sorted({*parts.values(), "load_in_parallel"}))}
+    for target, part in parts.items():
+        outcome[target] = _try([row for row in rows if row.target != target], part)
     return outcome
 
 
-def train_once() -> None:
-    """A stock run in each precision, for ranks of an expert-parallel group of two; the caller adapts."""
+def _try(rows: list[Patch], part: str) -> str:
     from megatron.core import parallel_state
 
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
-    try:
-        for dtype in (torch.float32, torch.float16):
-            train_stock(dtype)
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.barrier()
-
-
-def _try(rows: list[Patch]) -> str:
-    from megatron.core import parallel_state
-
+    stock_extras.fresh_start()
     registry = Registry()
     registry.apply(rows)
     try:
         parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
-        for dtype in (torch.float32, torch.float16):
-            train_stock(dtype)
+        (train_once if part == "train_once" else getattr(stock_extras, part))()
         return ""
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -56,6 +45,12 @@ def _try(rows: list[Patch]) -> str:
         parallel_state.destroy_model_parallel()
         registry.rollback()
         dist.barrier()
+
+
+def train_once() -> None:
+    """A stock run in each precision."""
+    for dtype in (torch.float32, torch.float16):
+        train_stock(dtype)
 
 
 def train_stock(dtype: torch.dtype) -> None:

@@ -19,7 +19,7 @@ def current_device() -> torch.device:
 
 
 def nothing(*_args: Any, **_kwargs: Any) -> None:
-    """Stands for ``torch.cuda.synchronize`` and ``empty_cache``: the CPU has nothing in flight."""
+    """Stands for ``torch.cuda.synchronize``: the CPU has nothing in flight."""
 
 
 def to_cuda(tensor: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
@@ -57,13 +57,8 @@ _STREAM = HostStream()
 
 
 def current_stream(*_args: Any, **_kwargs: Any) -> HostStream:
-    """Stands for ``torch.cuda.current_stream`` and ``default_stream``."""
+    """Stands for ``torch.cuda.current_stream``."""
     return _STREAM
-
-
-def stream(_stream: Any) -> contextlib.AbstractContextManager[None]:
-    """Stands for ``torch.cuda.stream``."""
-    return contextlib.nullcontext()
 
 
 def _on_host(factory: Callable[..., Any], mark: Callable[[], None]) -> Callable[..., Any]:
