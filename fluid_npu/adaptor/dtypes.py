@@ -164,13 +164,23 @@ _OURS = {
     ),
 }
 _NPU_FP32 = "npu_grouped_matmul takes it; dW by npu_grouped_matmul, then add_: the adding operator takes halves only"
+_CPU = "CPU, gloo, every commit"
+_GPU = "2 x H200, 2026-11-21"
+#: Operators know nothing of Megatron, so these hold on every line.
 _RAN = {
-    ("cpu", "fp32"): "CPU, gloo, every commit: operators, layer, parity, training",
-    ("cpu", "fp16"): "CPU, gloo, every commit: operators, training",
-    ("cpu", "bf16"): "CPU, gloo, every commit: operators, layer, training",
-    ("cuda", "fp32"): "2 x H200, 2026-11-21: operators, parity with stock",
-    ("cuda", "fp16"): "2 x H200, 2026-11-21: operators, training",
-    ("cuda", "bf16"): "2 x H200, 2026-11-21: operators, parity with stock, training",
+    ("cpu", "fp32"): f"{_CPU}: operators, 20 steps as stock",
+    ("cpu", "fp16"): f"{_CPU}: operators, layer",
+    ("cpu", "bf16"): f"{_CPU}: operators, layer",
+    **{("cuda", dtype): f"{_GPU}: operators alone" for dtype in DTYPES},
+}
+#: What was run on top with 0.16.
+_RAN_0_16 = {
+    ("cpu", "fp32"): f"{_CPU}: operators, 20 steps as stock, parity, training",
+    ("cpu", "fp16"): f"{_CPU}: operators, layer, training",
+    ("cpu", "bf16"): f"{_CPU}: operators, layer, training",
+    ("cuda", "fp32"): f"{_GPU}: operators, parity with stock",
+    ("cuda", "fp16"): f"{_GPU}: operators, training",
+    ("cuda", "bf16"): f"{_GPU}: operators, parity with stock, training",
 }
 
 
@@ -196,7 +206,12 @@ def ours_would(megatron_version: str, dtype: str, device: str, *, supported: Seq
         reason = _NPU_FP32
     if dtype == "fp16" and LINES[name].expert_fp16 is not None:
         reason += "; Megatron-LM's own parser refuses fp16 with expert parallelism on this line, a layer spec does not"
-    return Answer(value="runs", reason=reason, source=source, ran=_RAN.get((device, dtype), ""))
+    return Answer(value="runs", reason=reason, source=source, ran=_ran(name, device, dtype))
+
+
+def _ran(line: str, device: str, dtype: str) -> str:
+    table = _RAN_0_16 if line == "0.16" else _RAN
+    return table.get((device, dtype), "")
 
 
 def supported_lines() -> list[str]:

@@ -22,6 +22,7 @@ CORRECTION = (
     "GroupedMLP.forward in 0.16; from 0.17 on the class is gone."
 )
 _WIDTH = 120
+_NOWHERE = "not run on this hardware"
 
 Row = Mapping[str, Any]
 
@@ -71,13 +72,13 @@ def dtypes_text(rows: Sequence[Row]) -> str:
         f'MindSpeed\'s documentation says: "{SENTENCE}"',
         *textwrap.wrap(CORRECTION, _WIDTH),
         "",
-        f"{'':<16}{'stock':<60}fluid_npu",
-        f"{'megatron':<10}{'dtype':<6}" + "".join(f"{head:<15}" for head in _NAMES.values()),
+        f"{'':<16}{'stock':<64}fluid_npu",
+        f"{'megatron':<10}{'dtype':<6}" + "".join(f"{head:<16}" for head in _NAMES.values()),
     ]
-    lines[-1] += "".join(f"{head:<15}" for head in DEVICES).rstrip()
-    lines += [*table, "", *(f"{value:<15}{what}" for value, what in VALUES.items())]
+    lines[-1] += "".join(f"{head:<16}" for head in DEVICES).rstrip()
+    lines += [*table, "", *(f"{value:<16}{what}" for value, what in VALUES.items())]
     if any(row["installed"] for row in rows):
-        lines += [f"{'*':<15}the installed line"]
+        lines += [f"{'*':<16}the installed line"]
     notes.library(rows)
     return "\n".join([*lines, "", *notes.text()])
 
@@ -87,7 +88,7 @@ def _text_row(row: Row, notes: _Notes) -> str:
     cells += [(f"fluid_npu on {device}", cell) for device, cell in row["ours"].items()]
     marked = row["megatron"] + ("*" if row["installed"] else "")
     text = f"{marked:<10}{row['dtype']:<6}"
-    text += "".join(f"{_with_number(cell, notes.number(who, cell, row)):<15}" for who, cell in cells)
+    text += "".join(f"{_with_number(cell, notes.number(who, cell, row)):<16}" for who, cell in cells)
     tried = row["ours"]["cpu"].get("tried_here")
     return text.rstrip() + (f"   tried here, cpu: {tried}" if tried else "")
 
@@ -112,7 +113,7 @@ class _Notes:
         note["sources"][cell["source"]] = None
         note["holds"][f"{row['megatron']} {row['dtype']}"] = None
         if who.startswith("fluid_npu"):
-            note["ran"][f"{row['dtype']}: {cell['ran'] or 'not run on this hardware'}"] = None
+            note["ran"][f"{row['megatron']} {row['dtype']}: {cell['ran'] or _NOWHERE}"] = None
         return list(self._notes).index(key) + 1
 
     def library(self, rows: Sequence[Row]) -> None:
@@ -128,8 +129,7 @@ class _Notes:
             yield from _wrapped(f"[{number}]", f"{who}: {value}. {reason}")
             if who.endswith("parser"):
                 yield from _wrapped("", f"holds for {_holds(list(note['holds']))}")
-            for ran in note["ran"]:
-                yield from _wrapped("", f"run: {ran}")
+            yield from (line for ran in _runs(list(note["ran"])) for line in _wrapped("", ran))
             yield from _wrapped("", _sources(list(note["sources"])))
 
 
@@ -140,6 +140,15 @@ def _holds(places: Sequence[str]) -> str:
         megatron, dtype = place.split()
         found.setdefault(megatron, []).append(dtype)
     return ", ".join(f"{megatron} ({', '.join(dtypes)})" for megatron, dtypes in found.items())
+
+
+def _runs(runs: Sequence[str]) -> list[str]:
+    """'0.12 fp32: where' of each line and dtype as 'run with 0.12 (fp32), 0.18 (fp32): where'."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        place, _, where = run.partition(": ")
+        found.setdefault(where, []).append(place)
+    return [f"{'run with ' if where != _NOWHERE else ''}{_holds(places)}: {where}" for where, places in found.items()]
 
 
 def _sources(sources: Sequence[str]) -> str:

@@ -27,7 +27,7 @@ def _by_feature(rows: Sequence[Mapping[str, Any]]) -> list[Item]:
     items = []
     for feature, count in counts.items():
         bad = sum(1 for row in rows if row["feature"] == feature and row["problem"])
-        state = f"{count - bad} of {count} rows fit" if bad else f"{count} rows fit"
+        state = f"{count - bad} of {count} rows fit" if bad else "1 row fits" if count == 1 else f"{count} rows fit"
         on = f"{applied[feature]} applied" if applied[feature] else "not applied here"
         files = sorted({row["manifest"] for row in rows if row["feature"] == feature})
         text = f"{state}; {on} ({', '.join(files)})"

@@ -74,6 +74,8 @@ def test_ours_runs_what_the_operators_take_and_refuses_the_rest_by_name() -> Non
         assert refused.value == "refuses" and refused.reason.startswith("fp8 is not in the operator table")
     assert ours_would("0.14.0", "bf16", "cpu", supported=["0.12", "0.16"]).value == "unsupported"
     assert not ours_would("0.16.1", "bf16", "npu").ran, "nothing of ours has run on an NPU"
+    assert "training" in ours_would("0.16.1", "bf16", "cuda").ran
+    assert "operators alone" in ours_would("0.18.2", "bf16", "cuda").ran, "only 0.16 has trained on a GPU"
     assert "0.16" in supported_lines()
 
 
