@@ -41,6 +41,7 @@ def test_a_tested_combination_is_ok_throughout() -> None:
         ("torch-npu", "ok", "built for this torch", {"torch": "2.7.1", "torch_npu": "2.7.1.post2"}),
         ("torch-npu", "wrong", "is built for torch 2.7.1; torch is 2.13.0+cpu", {"torch_npu": "2.7.1"}),
         ("triton", "wrong", "imports it on every device", {"megatron_core": "0.19.2"}),
+        ("triton", "wrong", "imports it on every device", {"megatron_core": "0.18.2"}),
         ("others", "wrong", "missing: einops", {"einops": None}),
     ],
 )
@@ -51,6 +52,7 @@ def test_what_does_not_fit_is_named(name: str, level: str, text: str, case) -> N
 
 def test_triton_is_not_asked_for_where_nobody_imports_it() -> None:
     assert "triton" not in items() and "triton" not in items(megatron_core="0.19.2", triton="3.5.0")
+    assert "triton" not in items(megatron_core="0.18.2", pytorch_triton="3.5.0")
 
 
 def test_versions_are_read_of_what_is_installed() -> None:
