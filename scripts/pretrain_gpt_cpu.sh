@@ -41,7 +41,7 @@ steps="${STEPS:-20}"
 if [[ -n "${DATA:-}" ]]; then
     [[ -n "${VOCAB:-}" ]] || fail "DATA=$DATA needs VOCAB, its vocabulary size; fluid-npu data info $DATA prints it"
     # Ids come from the files; the tokenizer only has to know how many there are (it adds one for the end of a document).
-    data=(--data-path "$(realpath "$DATA.bin" | sed 's/\.bin$//')" --split 98,1,1 --tokenizer-type NullTokenizer --vocab-size "$((VOCAB - 1))")
+    data=(--data-path "$(realpath "$DATA.bin" | sed 's/\.bin$//')" --split "98,1,1" --tokenizer-type NullTokenizer --vocab-size "$((VOCAB - 1))")
 else
     data=(--mock-data --tokenizer-type NullTokenizer --vocab-size 255)
 fi
