@@ -166,6 +166,8 @@ def _resigned(patch: Patch, slot: Slot) -> str | None:
         inspect.unwrap(function)
     ):
         return None
+    if node.decorator_list:
+        return None  # Upstream's own decorators may show other parameters (typed_torch.copy_signature, from 0.17).
     declared = _declared(node)
     try:
         parameters = inspect.signature(function).parameters.values()
