@@ -71,14 +71,15 @@ def dataset_helpers() -> Iterator[None]:
     Raises ImportError with what to do when neither has it.
     """
     loaded = False
-    if _HELPERS not in sys.modules and importlib.util.find_spec(_HELPERS) is None:
+    modules = sys.modules  # When the interpreter ends, this runs after ``sys`` is gone.
+    if _HELPERS not in modules and importlib.util.find_spec(_HELPERS) is None:
         _load(_helper_of_the_wheel())
         loaded = True
     try:
         yield
     finally:
         if loaded:
-            sys.modules.pop(_HELPERS, None)
+            modules.pop(_HELPERS, None)
 
 
 def _helper_of_the_wheel() -> Path:
