@@ -102,6 +102,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "block": True,
         "config": {"moe_layer_freq": [0, 1, 1, 0, 0, 1, 1, 1]},
     },
+    "reduced_as_ready": {"pp": 2, "vpp": 2, "align": False},
     "tied_embeddings": {"pp": 2, "vpp": 2, "tied": True},
     "aux_loss": {
         "pp": 2,

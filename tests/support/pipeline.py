@@ -29,7 +29,10 @@ ROUTER: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training run. ``impl`` is stock, off, dw or twin; ``samples`` are micro-batches of all data ranks."""
+    """One training run. ``impl`` is stock, off, dw or twin; ``samples`` are micro-batches of all data ranks.
+
+    ``align`` reduces gradients when the schedule says so, as Megatron-LM does by default, else as they get ready.
+    """
 
     impl: str = "dw"
     pp: int = 1
@@ -40,6 +43,7 @@ class Run:
     carry_over: bool = False
     block: bool = False
     tied: bool = False
+    align: bool = True
     config: dict[str, Any] = field(default_factory=dict)
     ddp: dict[str, Any] = field(default_factory=dict)
 
@@ -170,7 +174,7 @@ def train(run: Run, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     if settings.overlap_grad_reduce:
         no_sync, sync = [ddp.no_sync for ddp in ddps], [ddp.start_grad_sync for ddp in ddps]
         config.no_sync_func = no_sync if run.vpp > 1 else no_sync[0]
-        if run.pp > 1:  # as Megatron-LM does by default (align_grad_reduce)
+        if run.pp > 1 and run.align:
             config.grad_sync_func = sync if run.vpp > 1 else sync[0]
     scheduler = None if run.impl == "stock" else get_backward_scheduler(ddps)
     if scheduler is not None:
