@@ -1,15 +1,17 @@
 """Writes fluid_npu/cluster/megatron_flags.txt: which flags pretrain_gpt.py of each Megatron-LM version takes.
 
-    python scripts/megatron_flags.py 0.12.1=CHECKOUT 0.16.1=CHECKOUT ...
+    python scripts/megatron_flags.py 0.12.1=CHECKOUT 0.16.1=CHECKOUT ... mindspeed=CHECKOUT
 
 Each checkout is read in a process of its own, which builds Megatron's own parser; packages that are not installed
-are replaced by empty stand-ins, since a parser needs none of them. Torch must be installed.
+are replaced by empty stand-ins, since a parser needs none of them. Torch must be installed. MindSpeed's flags are read
+from the source of its features, without running it.
 """
 
 from __future__ import annotations
 
 import abc
 import argparse
+import ast
 import importlib.abc
 import importlib.machinery
 import json
@@ -25,7 +27,8 @@ TABLE = Path(__file__).resolve().parents[1] / "fluid_npu" / "cluster" / "megatro
 HEADER = """\
 # Flags of Megatron-LM's pretrain_gpt.py: name, kind of its values, versions that have it.
 # Kinds: switch (no value), int, float, str, and + or * or ? for how many; {a,b} are the only values allowed.
-# Source: add_megatron_arguments() of megatron/training/arguments.py, github.com/NVIDIA/Megatron-LM, tags core_vX.
+# Source: add_megatron_arguments() of megatron/training/arguments.py, github.com/NVIDIA/Megatron-LM, tags core_vX;
+# "mindspeed": add_argument() calls below mindspeed/features_manager, github.com/Ascend/MindSpeed, master 028de58c.
 # Written by scripts/megatron_flags.py; not edited by hand.
 """
 
@@ -106,6 +109,31 @@ def _kind(action: argparse.Action) -> str:
     return kind + (str(action.nargs) if action.nargs in ("+", "*", "?") else "")
 
 
+def flags_of_mindspeed(checkout: str) -> dict[str, str]:
+    """Flag to kind, from the ``add_argument`` calls of MindSpeed's features; a type that is not literal is str."""
+    found = {}
+    for path in sorted(Path(checkout, "mindspeed", "features_manager").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument" and node.args):
+                continue
+            names = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+            settings = {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
+            found.update({name: _literal_kind(settings) for name in names if str(name).startswith("--")})
+    return found
+
+
+def _literal_kind(settings: dict[str, ast.expr]) -> str:
+    text = {name: ast.unparse(value).strip("'") for name, value in settings.items()}
+    if text.get("action", "").startswith("store_"):
+        return "switch"
+    choices = settings.get("choices")
+    if isinstance(choices, (ast.List, ast.Tuple)) and all(isinstance(item, ast.Constant) for item in choices.elts):
+        return "{" + ",".join(str(item.value) for item in choices.elts) + "}"  # type: ignore[attr-defined]
+    kind = text.get("type", "str")
+    many = text.get("nargs", "")
+    return (kind if kind in ("int", "float") else "str") + (many if many in ("+", "*", "?") else "")
+
+
 def _read(checkout: str) -> dict[str, str]:
     command = [sys.executable, __file__, "--one", checkout]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -130,7 +158,8 @@ def main(argv: Sequence[str]) -> int:
     if not pairs or not all(equals for _, equals, _ in pairs):
         print(f"usage: {Path(__file__).name} VERSION=CHECKOUT ...", file=sys.stderr)
         return 2
-    TABLE.write_text(table_text({version: _read(checkout) for version, _, checkout in pairs}))
+    readers = {"mindspeed": flags_of_mindspeed}
+    TABLE.write_text(table_text({name: readers.get(name, _read)(checkout) for name, _, checkout in pairs}))
     print(f"wrote {TABLE.name}: {len(TABLE.read_text().splitlines()) - len(HEADER.splitlines())} rows")
     return 0
 

@@ -20,6 +20,7 @@ Sizes of the official 8-NPU recipe (MindSpeed-LLM deepseek2_lite: TP 1, PP 1, EP
 grouped GEMM, an overlapped AllToAll). Ours: the alltoall dispatcher where it has alltoall_seq (gone from Megatron 0.13
 on), --fluid-overlap where it has --moe-alltoall-overlap-comm, batch size, learning rate."
 
+# Latent attention with --transformer-impl local is MindSpeed's: stock DotProductAttention refuses its sizes.
 MODEL=(
     --num-layers 27 --hidden-size 2048 --ffn-hidden-size 10944 --num-attention-heads 16
     --multi-latent-attention --kv-lora-rank 512 --qk-head-dim 128 --qk-pos-emb-head-dim 64 --v-head-dim 128

@@ -20,6 +20,7 @@ Sizes and environment of the official A2 recipe (MindSpeed-LLM deepseek3: 512 NP
 PP 8, EP 32, ETP 1, GBS 3840). Ours: --fluid-overlap and Megatron's 1F1B where it has --moe-fb-overlap with DualPipeV;
 the last stage has 5 layers where it pads to 64; no multi-token prediction."
 
+# Latent attention with --transformer-impl local is MindSpeed's: stock DotProductAttention refuses its sizes.
 MODEL=(
     --num-layers 61 --hidden-size 7168 --ffn-hidden-size 18432 --num-attention-heads 128
     --multi-latent-attention --q-lora-rank 1536 --kv-lora-rank 512

@@ -76,8 +76,8 @@ def _selectively_dropped(plan: Plan, moe: bool) -> int:
 
 
 def _norm(plan: Plan, elements: int) -> int:
-    """What torch's norms keep: their input and the normalised input, both in fp32. A fused norm keeps less."""
-    return elements * 8
+    """What torch's norms keep: their input and the normalised input, both in fp32. MindSpeed's fused one: its input."""
+    return elements * (width(plan) if "--use-fused-rmsnorm" in plan.args else 8)
 
 
 def attention_heads(plan: Plan) -> int:

@@ -13,7 +13,7 @@ from fluid_npu.megatron_lm.launch_patch import is_applied, patch_for
 
 def check(plan: Plan, megatron: str) -> list[Problem]:
     """Every file that is missing on this machine."""
-    return [*check_checkout(megatron), *_data(plan), *_tokenizer(plan), *_load(plan)]
+    return [*check_checkout(megatron), *_mindspeed(plan, megatron), *_data(plan), *_tokenizer(plan), *_load(plan)]
 
 
 def version_of(megatron: str) -> str | None:
@@ -46,6 +46,25 @@ def _checkout(megatron: str) -> Iterator[Problem]:
     if not applied:
         rule = "its pretrain_gpt.py does not import fluid_npu.megatron_adaptor: this would be stock Megatron"
         yield _problem("MEGATRON", megatron, rule, f"run: fluid-npu megatron-lm apply {megatron}")
+
+
+def _mindspeed(plan: Plan, megatron: str) -> Iterator[Problem]:
+    """On an NPU something must map torch.cuda to it before Megatron is imported; our adaptor refuses to go without.
+
+    Latent attention needs MindSpeed itself: Megatron's DotProductAttention of --transformer-impl local takes no sizes
+    of its own for keys and values (TypeError: k_channels, seen with 0.16.1); MindSpeed's mla_feature.py changes that.
+    """
+    try:
+        text = open_checkout(Path(megatron)).text if megatron else None
+    except CheckoutError:
+        return
+    latent = "--multi-latent-attention" in plan.args and plan.args.get("--transformer-impl") == "local"
+    enough = ("mindspeed.megatron_adaptor", *(() if latent else ("torch_npu.contrib.transfer_to_npu",)))
+    if text is not None and not any(name in text for name in enough):
+        why = "its latent attention is MindSpeed's" if latent else "Megatron calls torch.cuda"
+        rule = f"its pretrain_gpt.py does not import mindspeed.megatron_adaptor, and {why}"
+        fix = "install MindSpeed, and write `import mindspeed.megatron_adaptor` above our import in it"
+        yield _problem("MEGATRON", megatron, rule, fix)
 
 
 def _data(plan: Plan) -> Iterator[Problem]:

@@ -28,15 +28,17 @@ class Flag:
     kind: str
     choices: tuple[str, ...]
     many: str
+    owner: str = "megatron"
+    """Who brings it: megatron, mindspeed or fluid."""
 
     @classmethod
-    def of(cls, name: str, kind: str) -> Flag:
+    def of(cls, name: str, kind: str, owner: str) -> Flag:
         """From the second column of megatron_flags.txt."""
         many = kind[-1] if kind[-1] in "+*?" else ""
         kind = kind.removesuffix(many) if many else kind
         if kind.startswith("{"):
-            return cls(name, "choices", tuple(kind.strip("{}").split(",")), many)
-        return cls(name, kind, (), many)
+            return cls(name, "choices", tuple(kind.strip("{}").split(",")), many, owner)
+        return cls(name, kind, (), many, owner)
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,16 @@ class Arguments:
     """A command line that was read: a flag's value is True for a switch, a list where several are allowed."""
 
     values: Mapping[str, Any]
-    words: tuple[str, ...]
+    line: str
 
     def __contains__(self, flag: str) -> bool:
         return flag in self.values
+
+    @property
+    def of_mindspeed(self) -> list[str]:
+        """Flags that only MindSpeed knows."""
+        known = known_flags(self.line)
+        return [flag for flag in self.values if known[flag].owner == "mindspeed"]
 
     def get(self, flag: str, default: Any = None) -> Any:
         """The value of a flag, or what Megatron takes without it."""
@@ -56,21 +64,23 @@ class Arguments:
 
 @cache
 def known_flags(line: str) -> Mapping[str, Flag]:
-    """Flags of one Megatron-LM version of ``LINES``, and ours."""
-    found = {name: _ours(name, settings) for name, settings in FLAGS}
-    for name, kind, versions in _rows():
-        if line in versions:
-            found[name] = Flag.of(name, kind)
+    """Flags of one Megatron-LM version of ``LINES``, MindSpeed's and ours; an earlier owner's keeps the name."""
+    found: dict[str, Flag] = {}
+    for owner, version in (("megatron", line), ("mindspeed", "mindspeed")):
+        for name, kind, versions in _rows():
+            if version in versions:
+                found.setdefault(name, Flag.of(name, kind, owner))
+    found.update({name: _ours(name, settings) for name, settings in FLAGS})
     return found
 
 
 def _ours(name: str, settings: Mapping[str, Any]) -> Flag:
     """One of the flags that ``import fluid_npu.megatron_adaptor`` adds to Megatron's parser."""
     if settings.get("action") == "store_true":
-        return Flag(name, "switch", (), "")
+        return Flag(name, "switch", (), "", "fluid")
     if "choices" in settings:
-        return Flag(name, "choices", tuple(settings["choices"]), "")
-    return Flag(name, settings.get("type", str).__name__, (), "")
+        return Flag(name, "choices", tuple(settings["choices"]), "", "fluid")
+    return Flag(name, settings.get("type", str).__name__, (), "", "fluid")
 
 
 def _rows() -> Iterator[tuple[str, str, list[str]]]:
@@ -112,7 +122,7 @@ def read(words: Sequence[str], line: str) -> tuple[Arguments, list[Problem]]:
             problems.append(_bad(name, _text(given), rule, fix))
         else:
             values[name] = value
-    return Arguments(values, tuple(words)), problems
+    return Arguments(values, line), problems
 
 
 def _split(words: Sequence[str], known: Mapping[str, Flag]) -> Iterator[tuple[str, list[str]]]:
@@ -165,7 +175,7 @@ def _unknown(name: str, line: str) -> Problem:
     if others:
         rule = f"Megatron-LM {line} has no such flag; it is in {', '.join(others)}"
     else:
-        rule = f"no such flag in Megatron-LM {line} or in fluid_npu"
+        rule = f"no such flag in Megatron-LM {line}, MindSpeed or fluid_npu"
     return _bad(name, "", rule, f"did you mean {close[0]}?" if close else "remove it, or set MEGATRON_VERSION")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import socket
 import subprocess
@@ -18,6 +19,13 @@ ON_A_CPU = (
     *("--no-bias-swiglu-fusion", "--no-persist-layer-norm", "--mock-data"),
     *("--tokenizer-type", "NullTokenizer", "--vocab-size", "255"),
 )
+
+
+#: Module and package of what megatron/training imports and neither fluid_npu nor megatron-core installs.
+_TRAINING_CODE = {
+    **{name: name for name in ("six", "triton", "pydantic", "regex", "sentencepiece")},
+    "yaml": "pyyaml",
+}
 
 
 class LocalError(ValueError):
@@ -62,6 +70,15 @@ def _megatron(megatron: str, values: dict[str, object]) -> list[str]:
     problems = files.check_checkout(megatron)
     if problems:
         raise LocalError(problems[0].text())
+    if "--multi-latent-attention" in values:
+        raise LocalError(
+            "--multi-latent-attention: with --transformer-impl local only MindSpeed makes Megatron-LM take it, and "
+            "MindSpeed has no CPU; unset MEGATRON to try the script with our own trainer"
+        )
+    missing = [package for module, package in _TRAINING_CODE.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        fix = f"{sys.executable} -m pip install {' '.join(missing)}"
+        raise LocalError(f"MEGATRON {megatron}: its training code needs more than fluid_npu installs; {fix}")
     replaced = {word for word in ON_A_CPU if word.startswith("--")}
     kept = {flag: value for flag, value in values.items() if flag not in replaced}
     launch = ["--nnodes", "1", "--nproc-per-node", str(tiny.RANKS), "--master-port", str(_free_port())]

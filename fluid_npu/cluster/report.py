@@ -12,6 +12,8 @@ from fluid_npu.cluster.problem import Problem
 def as_text(checked: Checked) -> str:
     """Sizes, model, memory of each stage, problems."""
     lines = [_sizes(checked), f"flags of Megatron-LM {checked.megatron.value} ({checked.megatron.reason})"]
+    if checked.plan.args.of_mindspeed:
+        lines.append(f"flags of MindSpeed, which must be installed: {', '.join(checked.plan.args.of_mindspeed)}")
     if checked.estimates:
         lines += [_model(checked), *_memory(checked)]
     for level in ("warning", "error"):

@@ -85,6 +85,9 @@ def shrink(args: Arguments, steps: int) -> tuple[dict[str, Any], list[Change]]:
         if flag in _DROPPED:
             changes.append(Change(flag, _text(value), "", _DROPPED[flag]))
             continue
+        if flag in args.of_mindspeed:
+            changes.append(Change(flag, _text(value), "", "MindSpeed's, which is not on a CPU"))
+            continue
         values[flag] = _tiny(flag, value, args, steps)
         if values[flag] != value:
             changes.append(Change(flag, _text(value), _text(values[flag])))

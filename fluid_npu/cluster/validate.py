@@ -177,7 +177,8 @@ def sequence(plan: Plan) -> Iterator[Problem]:
     if positions < length:
         rule = f"must be at least --seq-length {length}"
         yield _problem("sequence", "--max-position-embeddings", positions, rule, f"use {length}")
-    if plan.cp > 1 and plan.args.get("--transformer-impl") == "local":
+    local = plan.args.get("--transformer-impl") == "local" and "--context-parallel-algo" not in plan.args
+    if plan.cp > 1 and local:
         rule = "Megatron's attention of --transformer-impl local refuses it (transformer/dot_product_attention.py)"
         fix = f"use {_CP} 1, or MindSpeed's context parallelism (--context-parallel-algo)"
         yield _problem("sequence", _CP, plan.cp, rule, fix, level=WARNING)
@@ -186,6 +187,9 @@ def sequence(plan: Plan) -> Iterator[Problem]:
 def dtype(plan: Plan) -> Iterator[Problem]:
     """One of bf16 and fp16; Megatron up to 0.15 takes no experts with fp16 (0.12.1 training/arguments.py:855)."""
     args = plan.args
+    if "--fp16" in args and plan.ep > 1 and args.line.startswith("0.12."):
+        rule = f"Megatron {args.line} takes no expert parallelism with fp16"
+        yield _problem("dtype", "--fp16", "", rule, "use --bf16")
     if "--bf16" in args and "--fp16" in args:
         yield _problem("dtype", "--fp16", "", "cannot be given together with --bf16", "remove one of the two")
     elif "--bf16" not in args and "--fp16" not in args:
@@ -226,6 +230,7 @@ _OTHER_ENGINES = {
     "--overlap-moe-expert-parallel-comm",
     "--delay-wgrad-compute",
     "--overlap-dispatch-backward-with-experts-wgrad",
+    *("--moe-alltoall-overlap-comm", "--moe-allgather-overlap-comm", "--moe-fb-overlap", "--moe-alltoall-mc2"),
 }
 
 

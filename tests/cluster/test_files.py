@@ -61,6 +61,12 @@ def test_a_checkout_without_the_launch_line_would_be_stock_megatron(tmp_path: Pa
     assert f"fluid-npu megatron-lm apply {stock}" in checked.errors[0].fix
 
 
+def test_a_checkout_without_mindspeed_has_no_npu(tmp_path: Path) -> None:
+    alone = make_checkout(tmp_path / "alone", mindspeed=False)
+    checked = check(tmp_path, megatron=str(alone))
+    assert "does not import mindspeed.megatron_adaptor" in checked.errors[0].text() and checked.exit_code == 3
+
+
 def test_the_flags_expected_are_those_of_the_checkout(tmp_path: Path) -> None:
     newer = make_checkout(tmp_path / "newer", version="0.16.1")
     checked = check(tmp_path, "--moe-token-dispatcher-type", "alltoall_seq", megatron=str(newer))

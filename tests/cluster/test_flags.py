@@ -16,9 +16,10 @@ def test_all_scripts_are_here() -> None:
 
 @pytest.mark.parametrize("line", flags.LINES)
 @pytest.mark.parametrize("name", EXPECTED)
-def test_every_flag_of_every_script_is_one_of_megatron_lm(name: str, line: str) -> None:
-    _, problems = flags.read(job_of(name).words, line)
+def test_every_flag_of_every_script_exists(name: str, line: str) -> None:
+    args, problems = flags.read(job_of(name).words, line)
     assert [problem.text() for problem in problems] == []
+    assert not args.of_mindspeed
 
 
 def test_the_table_has_what_differs_between_versions() -> None:
@@ -44,7 +45,7 @@ def test_values_have_the_type_of_their_flag() -> None:
     [
         (
             "--num-layer 4",
-            "--num-layer: no such flag in Megatron-LM 0.12.1 or in fluid_npu; did you mean --num-layers?",
+            "--num-layer: no such flag in Megatron-LM 0.12.1, MindSpeed or fluid_npu; did you mean --num-layers?",
         ),
         (
             "--delay-wgrad-compute",
@@ -62,6 +63,13 @@ def test_values_have_the_type_of_their_flag() -> None:
 def test_a_wrong_argument_is_named(words: str, message: str) -> None:
     _, problems = flags.read(words.split(), "0.12.1")
     assert any(problem.text().startswith(message) for problem in problems), [p.text() for p in problems]
+
+
+def test_flags_of_mindspeed_are_known_as_such() -> None:
+    args, problems = flags.read(["--use-fused-rmsnorm", "--num-layers", "4", "--fluid-overlap", "dw"], "0.12.1")
+    assert not problems and args.of_mindspeed == ["--use-fused-rmsnorm"]
+    # Both have it; it is not a reason to ask for MindSpeed.
+    assert flags.known_flags("0.12.1")["--gemm-gradient-accumulation-fusion"].owner == "fluid"
 
 
 @pytest.mark.parametrize(("version", "line"), [("0.12.1", "0.12.1"), ("0.17.0", "0.16.1"), ("0.20.0rc1", "0.19.0")])

@@ -93,6 +93,7 @@ def test_interleaved_stages_hold_what_megatron_warms_up() -> None:
         (("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"), ()),
         (("--tensor-model-parallel-size", "4"), ()),
         (("--recompute-modules", "moe"), ()),
+        (("--use-fused-rmsnorm",), ()),
     ],
 )
 def test_what_saves_memory_lowers_the_estimate(changes: tuple[str, ...], without: tuple[str, ...]) -> None:

@@ -21,6 +21,8 @@ def planted(kind: str, script: str, message: str, *extra: str, **changes: Any) -
 
 
 MISTAKES = [
+    planted("overlap", "mixtral_8x7b", "--moe-fb-overlap: another engine", "--moe-fb-overlap"),
+    planted("dtype", "mixtral_8x7b", "--fp16: Megatron 0.12.1 takes no expert", "--fp16", without=["--bf16"]),
     planted("flag", "mixtral_8x7b", "--num-expert: no such flag", "--num-expert", "8"),
     planted("cluster", "mixtral_8x7b", "NODE_RANK 4: must be from 0 to 3", node_rank=4),
     planted("cluster", "mixtral_8x7b", "NNODES 0: must be at least 1", nodes=0),

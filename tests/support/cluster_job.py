@@ -106,14 +106,15 @@ def job_of(name: str) -> Job:
     return Job(settings, tuple(lines[split + 1 :]), env)
 
 
-def make_checkout(folder: Path, version: str = "0.12.1", patched: bool = True) -> Path:
+def make_checkout(folder: Path, version: str = "0.12.1", patched: bool = True, mindspeed: bool = True) -> Path:
     """A folder that looks like a Megatron-LM checkout; only its launch line and version are there."""
     (folder / "megatron" / "core").mkdir(parents=True)
     major, minor, patch = version.split(".")
     info = f"MAJOR = {major}\nMINOR = {minor}\nPATCH = {patch}\nPRE_RELEASE = ''\n"
     (folder / "megatron" / "core" / "package_info.py").write_text(info)
     line = "import fluid_npu.megatron_adaptor\n" if patched else ""
-    (folder / "pretrain_gpt.py").write_text(f"import torch\n{line}")
+    theirs = "import mindspeed.megatron_adaptor\n" if mindspeed else ""
+    (folder / "pretrain_gpt.py").write_text(f"import torch\n{theirs}{line}")
     return folder
 
 
