@@ -55,7 +55,13 @@ def check(plan: Plan, estimates: Sequence[Estimate]) -> list[Problem]:
         return []
     largest = max(worst.parts, key=lambda name: worst.parts[name])
     rule = f"pipeline stage {worst.stage} needs about {worst.total / GIB:.1f} GiB, most of it {largest}"
-    return [Problem(kind="memory", flag="DEVICE_MEMORY_GIB", value=f"{have:g}", rule=rule, fix=_FIXES[largest])]
+    return [Problem(kind="memory", flag="DEVICE_MEMORY_GIB", value=f"{have:g}", rule=rule, fix=_fix(plan, largest))]
+
+
+def _fix(plan: Plan, largest: str) -> str:
+    if largest == "optimizer" and "--use-distributed-optimizer" in plan.args:
+        return f"use more nodes (its states are shared by {plan.edp} copies of an expert), or recompute more"
+    return _FIXES[largest]
 
 
 _FIXES = {
