@@ -11,8 +11,8 @@ import pytest
 
 from tests.support.cluster_job import NAMES, ROOT, job_of, make_files, run_script
 
-#: scripts/nightly.sh: `cd` without `|| exit`.
-EXCUSED = {"nightly.sh": "SC2164"}
+#: nightly.sh: `cd` without `|| exit`; pretrain_gpt_cpu.sh: commas in an argument.
+EXCUSED = {"nightly.sh": "SC2164", "pretrain_gpt_cpu.sh": "SC2054"}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("scripts/*.sh")), ids=lambda path: path.name)
