@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import fluid_npu.adaptor.moe
+from fluid_npu import adaptor
 from fluid_npu.adaptor import Adaptation, PatchError, adapt, providers, resume, suspend
 from fluid_npu.adaptor.fingerprint import fingerprint_of
 from fluid_npu.adaptor.providers.import_hook import after_import
@@ -52,11 +53,12 @@ def check_that_ours_are_on_top(mindspeed: bool) -> None:
     assert spec.submodules.mlp.submodules.experts.module is FluidGroupedMLP
     assert spec.metainfo.get("mindspeed", False) == mindspeed
     assert at(EXPERTS) is FluidGroupedMLP
+    assert [entry.foreign() for entry in adaptor._REGISTRY.entries if entry.foreign()] == []
 
 
 def mindspeed_first(case: Case) -> tuple[ModuleType, Adaptation]:
-    adaptor = case.adaptor(GROUPED)
-    return adaptor, adapt(FEATURES)
+    theirs = case.adaptor(GROUPED)
+    return theirs, adapt(FEATURES)
 
 
 def ours_first(case: Case) -> tuple[ModuleType, Adaptation]:
@@ -117,14 +119,14 @@ def test_ours_lie_on_top_and_rollback_leaves_mindspeeds(case: Case, start: Start
 @in_each_order
 def test_a_repatch_in_the_middle_goes_below_ours(case: Case, start: Start) -> None:
     before = state()
-    adaptor, adaptation = start(case)
+    theirs, adaptation = start(case)
     first = case.installed(SPEC)
-    adaptor.repatch({"moe_grouped_gemm": True})
+    theirs.repatch({"moe_grouped_gemm": True})
     assert case.installed(SPEC) is not first, "MindSpeed built a new wrapper"
     check_that_ours_are_on_top(mindspeed=True)
     adaptation.rollback()
     check_that_only_mindspeeds_is_left(case, before)
-    adaptor.repatch({})
+    theirs.repatch({})
     check_that_only_mindspeeds_is_left(case, before)
 
 
@@ -177,8 +179,8 @@ def test_whose_grouped_experts_win_is_said_once(case: Case, capsys: pytest.Captu
     from fluid_npu.device import choice
 
     choice._announced.clear()
-    adaptor, adaptation = ours_first(case)
-    adaptor.repatch({})
+    theirs, adaptation = ours_first(case)
+    theirs.repatch({})
     lines = [line for line in capsys.readouterr().out.splitlines() if "not MindSpeed" in line]
     assert len(lines) == 1
     assert EXPERTS in lines[0] and "mindspeed.features.GmmExperts stays below" in lines[0]
@@ -246,10 +248,10 @@ def test_a_method_of_a_class_that_ours_replaces_is_said_to_be_passed_over(case: 
 
 def test_fingerprints_are_of_megatrons_source_below_mindspeed(case: Case) -> None:
     imported = "megatron.core.models.backends.GroupedMLP"  # an import of a class that another file defines
-    before = fingerprint_of(imported)
+    before = [fingerprint_of(imported, form) for form in ("source", "signature")]
     case.adaptor(GROUPED)
     assert at(imported).__module__ == "mindspeed.features"
-    assert fingerprint_of(imported) == before
+    assert [fingerprint_of(imported, form) for form in ("source", "signature")] == before
 
 
 def test_a_single_patch_applied_past_the_manager_goes_below_ours(case: Case) -> None:
@@ -276,12 +278,12 @@ def test_ours_come_back_when_theirs_fail_half_way(case: Case) -> None:
 
 
 def test_somebody_on_top_of_ours_is_named_and_nothing_changes(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    adaptor, adaptation = mindspeed_first(case)
+    theirs, adaptation = mindspeed_first(case)
     with monkeypatch.context() as third:
         third.setattr(sys.modules[SPEC.rpartition(".")[0]], "get_gpt_layer_local_spec", lambda: None)
         before = state()
         with pytest.raises(PatchError, match=f"someone else patched on top of patch of {SPEC}"):
-            adaptor.repatch({})
+            theirs.repatch({})
         assert changed(before, state()) == set()
     adaptation.rollback()
 
