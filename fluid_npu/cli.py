@@ -21,6 +21,7 @@ _COMMANDS = (
     ("fluid_npu.doctor.cli", "add_doctor_parser"),
     ("fluid_npu.megatron_lm.cli", "add_megatron_lm_parser"),
     ("fluid_npu.cluster.cli", "add_cluster_parser"),
+    ("fluid_npu.sim.cli", "add_sim_parser"),
 )
 
 

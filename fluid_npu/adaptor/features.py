@@ -36,6 +36,12 @@ _ALL = (
         what="repairs of megatron-core where it assumes Transformer Engine although it is not installed",
         unless="transformer_engine",
     ),
+    Feature(
+        name="npu",
+        what="megatron-core on an Ascend NPU without MindSpeed: its CUDA names mean the NPU",
+        brings=("no_te",),
+        needs=("torch_npu",),
+    ),
     Feature(name="moe", what="Megatron's own spec functions give our MoE layer where grouped experts are asked for"),
     Feature(name="grouped_mlp", what="Megatron's legacy GroupedMLP is FluidGroupedMLP (up to 0.16)"),
     Feature(name="token_dispatcher", what="Megatron's AllToAll dispatcher is FluidTokenDispatcher"),

@@ -51,7 +51,8 @@ def join(config: TrainConfig, store: dist.Store | None = None) -> Place:
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     device = get_device(config.device).announce("device").value
     device.set_current(local_rank)
-    adapt(["cpu"] if device.name == "cpu" else [] if installed("transformer_engine").value else ["no_te"])
+    without_te = [] if installed("transformer_engine").value else ["no_te"]
+    adapt({"cpu": ["cpu"], "npu": ["npu"]}.get(device.name, without_te))
     if not dist.is_initialized():
         # NCCL warns about its barrier when it has to guess the device.
         bound = device.torch_device(local_rank) if device.name == "cuda" else None

@@ -1,0 +1,110 @@
+"""What the installed torch_npu asks of CANN: the names it is linked with, and the schemas of the operators we call.
+
+An upgrade that adds a name or changes a schema is found here, by name, before a program meets it at run time.
+``fluid-npu sim exec -- python -m fluid_npu.sim.audit`` checks both and prints what differs.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from fluid_npu.sim.errors import SimError
+
+# Functions that carry arguments to the legacy operator path or to the profiler. They return 0 and do nothing: the
+# legacy path itself (aclopCompileAndExecute) ends the process.
+QUIET_PREFIXES = ("Msprof", "aclop", "aclCreate", "aclDestroy", "aclGetTensorDesc", "aclSetTensor")
+
+# Linked by torch-npu 2.13.0 and not simulated; a call ends the process by name.
+KNOWN_ABSENT = frozenset(
+    {
+        *("aclrtBinaryGetFunction", "aclrtBinaryLoadFromData", "aclrtGetFunctionAddr"),
+        *("aclrtMemExportToShareableHandle", "aclrtMemImportFromShareableHandle", "aclrtMemSetPidToShareableHandle"),
+        *("rtDevBinaryRegister", "rtFunctionRegister", "rtGetC2cCtrlAddr", "rtKernelLaunch"),
+    }
+)
+
+_OF_CANN = ("acl", "rt", "Msprof", "prof", "ge")
+
+SCHEMAS = Path(__file__).parent / "schemas.json"
+
+
+def imported_names(torch: Path, torch_npu: Path) -> set[str]:
+    """Names of CANN that torch_npu's libraries need when they are loaded."""
+    provided: set[str] = set()
+    for library in [*(torch / "lib").glob("*.so*"), *(torch_npu / "lib").glob("*.so"), *_system_libraries(torch)]:
+        provided |= symbols(library, "--defined-only")
+    wanted: set[str] = set()
+    linked = ("libtorch_npu.so", "libtensorpipe.so", "libnpu_profiler.so")
+    for library in [*(torch_npu / "lib" / name for name in linked), *torch_npu.glob("_C*.so")]:
+        wanted |= symbols(library, "--undefined-only")
+    return {name for name in wanted - provided if name.startswith(_OF_CANN)}
+
+
+def symbols(library: Path, kind: str) -> set[str]:
+    """Dynamic symbols of a library ('--defined-only' or '--undefined-only'), without weak ones."""
+    try:
+        done = subprocess.run(["nm", "-D", kind, str(library)], capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise SimError("there is no nm; install binutils (it comes with g++)") from error
+    lines = (line.split() for line in done.stdout.splitlines() if " w " not in line)
+    return {words[-1].split("@")[0] for words in lines if words}
+
+
+def unknown_names(absent: Iterable[str]) -> list[str]:
+    """Names that torch_npu links and nobody has looked at: neither simulated, nor quiet, nor known to be absent."""
+    return sorted(name for name in absent if not name.startswith(QUIET_PREFIXES) and name not in KNOWN_ABSENT)
+
+
+def stubs(absent: Iterable[str]) -> str:
+    """C source of the functions that are not simulated."""
+    lines = ["void fluidsim_stop(const char* message);"]
+    for name in sorted(absent):
+        quiet = name.startswith(QUIET_PREFIXES)
+        body = "return 0;" if quiet else f'fluidsim_stop("{name} is not simulated"); return 0;'
+        lines.append(f"long {name}(void) {{ {body} }}")
+    return "\n".join(lines) + "\n"
+
+
+def schema_differences() -> list[str]:
+    """Operators whose schema in the installed torch_npu is not the recorded one. Needs the simulator."""
+    recorded: dict[str, str] = json.loads(SCHEMAS.read_text(encoding="utf-8"))
+    present = installed_schemas(recorded)
+    return [
+        f"{name}: recorded {schema}, installed {present[name]}"
+        for name, schema in recorded.items()
+        if present[name] != schema
+    ]
+
+
+def installed_schemas(names: Iterable[str]) -> dict[str, str]:
+    """The schema of each ``npu`` operator ('name' or 'name.overload'), or 'absent'."""
+    import torch
+
+    from fluid_npu.device.npu import load_torch_npu
+
+    load_torch_npu()
+    known = {}
+    for schema in torch._C._jit_get_all_schemas():
+        name = schema.name.removeprefix("npu::")
+        known[f"{name}.{schema.overload_name}" if schema.overload_name else name] = str(schema)
+    return {name: known.get(name, "absent") for name in names}
+
+
+def _system_libraries(torch: Path) -> list[Path]:
+    done = subprocess.run(["ldd", str(torch / "lib" / "libtorch_python.so")], capture_output=True, text=True)
+    return [Path(word) for word in done.stdout.split() if word.startswith("/") and ".so" in word]
+
+
+def main() -> int:
+    """Prints what differs; 1 when something does."""
+    differences = schema_differences()
+    print("\n".join(differences) or "all recorded schemas are those of the installed torch_npu")
+    return 1 if differences else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
