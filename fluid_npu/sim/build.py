@@ -1,15 +1,19 @@
-"""Compiles the simulator's libraries once: the folder's name is a key of the sources and of the versions it is built for."""
+"""Compiles the simulator's libraries once: the folder's name is a key of the sources and of the versions it is built for.
+
+Objects are kept by a key of their own, so that a change of one source compiles that one again.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import metadata
@@ -47,6 +51,8 @@ def build(*, force: bool = False) -> Path:
         start = time.monotonic()
         print(f"fluid-npu sim: compiling the simulator into {out}", file=sys.stderr, flush=True)
         shutil.rmtree(out, ignore_errors=True)
+        if force:
+            shutil.rmtree(home() / "objects", ignore_errors=True)
         _compile_all(out, torch_folder(), torch_npu)
         (out / _DONE).write_text(f"{time.monotonic() - start:.0f} s\n", encoding="utf-8")
         print(f"fluid-npu sim: compiled in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
@@ -54,12 +60,23 @@ def build(*, force: bool = False) -> Path:
 
 
 def _key() -> str:
+    files = [*sources.all_files(), Path(sources.__file__), Path(audit.__file__)]
+    return _digest(files)
+
+
+def _digest(files: Iterable[Path], *more: object) -> str:
+    """Of the files' contents and of all that decides what the compiler makes of them."""
     digest = hashlib.sha256()
-    for path in [*sources.all_files(), Path(sources.__file__), Path(audit.__file__)]:
+    for path in files:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    version = subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout.splitlines()[:1]
-    digest.update(repr((metadata.version("torch"), TORCH_NPU, version, sys.version_info[:2])).encode())
+    digest.update(repr((metadata.version("torch"), TORCH_NPU, _compiler_version(), sys.version_info[:2], more)).encode())
     return digest.hexdigest()[:12]
+
+
+@functools.cache
+def _compiler_version() -> str:
+    done = subprocess.run([compiler(), "--version"], capture_output=True, text=True)
+    return done.stdout.split("\n", 1)[0]
 
 
 @contextmanager
@@ -71,44 +88,42 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _compile_all(out: Path, torch: Path, torch_npu: Path) -> None:
-    objects = out / "objects"
-    objects.mkdir(parents=True)
-    includes = sources.include_flags(torch, torch_npu)
-    work = [(library, source) for library in sources.LIBRARIES for source in library.sources()]
-    work.sort(key=lambda item: not item[0].torch)  # the slow ones first
+    out.mkdir()
+    objects = home() / "objects"
+    objects.mkdir(exist_ok=True)
+    flags = [*sources.COMPILE, *sources.include_flags(torch, torch_npu)]
+    work = [source for library in sources.LIBRARIES for source in library.sources()]
+    work.sort(key=lambda source: source.parent.name == "runtime")  # the slow ones first
     with ThreadPoolExecutor(_JOBS) as pool:
-        absent = pool.submit(_absent_names, torch, torch_npu)
-        list(pool.map(lambda item: _compile(item[1], _object_of(objects, *item), includes), work))
-        stubs = objects / "stubs.c"
-        runtime = [_object_of(objects, *item) for item in work if item[0].name == "libascendcl.so"]
-        stubs.write_text(audit.stubs(absent.result() - _defined(runtime)), encoding="utf-8")
-    _compile(stubs, objects / "stubs.o", ["-x", "c"])
+        absent = pool.submit(audit.imported_names, torch, torch_npu)
+        made = dict(zip(work, pool.map(lambda source: _object(source, objects, flags), work), strict=True))
+    stubs = out / "stubs.c"
+    runtime = [made[source] for source in sources.LIBRARIES[0].sources()]
+    stubs.write_text(audit.stubs(absent.result() - _defined(runtime)), encoding="utf-8")
     for library in sources.LIBRARIES:
-        parts = [_object_of(objects, library, source) for source in library.sources()]
-        if library.name == "libascendcl.so":
-            parts.append(objects / "stubs.o")
-        _run(*parts, "-o", out / library.name, *sources.link_flags(library, torch, out))
+        parts: list[object] = [made[source] for source in library.sources()]
+        if library is sources.LIBRARIES[0]:
+            parts += ["-x", "c", stubs, "-x", "none"]
+        _run(*parts, "-fPIC", "-w", "-o", out / library.name, *sources.link_flags(library, torch, out))
     for name in sources.EMPTY:
         _run("-shared", f"-Wl,-soname,{name}", "-x", "c", os.devnull, "-o", out / name)
-    shutil.rmtree(objects)
+    stubs.unlink()
 
 
-def _absent_names(torch: Path, torch_npu: Path) -> set[str]:
-    return audit.imported_names(torch, torch_npu)
+def _object(source: Path, folder: Path, flags: list[str]) -> Path:
+    """The compiled source, from the cache of objects if it is there."""
+    headers = [path for path in sources.all_files() if path.suffix == ".h"]
+    target = folder / f"{source.stem}-{_digest([source, *headers], flags)}.o"
+    if not target.exists():
+        part = target.with_suffix(f".{os.getpid()}.o")
+        _run(*flags, "-c", source, "-o", part)
+        part.replace(target)
+    return target
 
 
 def _defined(objects: list[Path]) -> set[str]:
     done = subprocess.run(["nm", "--defined-only", *map(str, objects)], capture_output=True, text=True)
     return {line.split()[-1] for line in done.stdout.splitlines() if line.split()}
-
-
-def _object_of(folder: Path, library: sources.Library, source: Path) -> Path:
-    return folder / f"{library.name}-{source.stem}.o"
-
-
-def _compile(source: Path, target: Path, flags: list[str]) -> None:
-    language = [] if source.suffix == ".c" else list(sources.COMPILE)
-    _run(*language, *flags, "-fPIC", "-O1", "-w", "-c", source, "-o", target)
 
 
 def _run(*arguments: object) -> None:

@@ -34,7 +34,7 @@ at::Tensor Aliases::cpu(const at::Tensor& x) {
         c10::Storage(found->second.cpu), c10::DispatchKeySet(c10::DispatchKey::CPU), x.dtype());
     auto impl = alias.unsafeGetTensorImpl();
     impl->set_sizes_and_strides(x.sizes(), x.strides(), x.storage_offset());
-    impl->set_wrapped_number(x.unsafeGetTensorImpl()->is_wrapped_number());
+    if (x.unsafeGetTensorImpl()->is_wrapped_number()) impl->set_wrapped_number(true);
     if (x.is_conj()) alias._set_conj(true);
     if (x.is_neg()) alias._set_neg(true);
     return alias;

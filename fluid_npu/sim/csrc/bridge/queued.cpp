@@ -35,7 +35,7 @@ bool depends_on_values(const c10::OperatorHandle& op) {
 at::Tensor shape_of(const at::Tensor& x) {
     if (!is_npu(x)) return x;
     auto meta = at::empty_strided(x.sizes(), x.strides(), x.options().device(at::kMeta));
-    meta.unsafeGetTensorImpl()->set_wrapped_number(x.unsafeGetTensorImpl()->is_wrapped_number());
+    if (x.unsafeGetTensorImpl()->is_wrapped_number()) meta.unsafeGetTensorImpl()->set_wrapped_number(true);
     return meta;
 }
 

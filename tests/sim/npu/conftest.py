@@ -1,0 +1,23 @@
+"""Tests that need an NPU, real or simulated; ``tests/sim/test_on_the_simulator.py`` runs them in one process of it.
+
+On hardware: ``FLUID_NPU_TESTS=1 python -m pytest tests/sim/npu``. Elsewhere they are not collected.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+HERE = bool(os.environ.get("FLUID_SIM") or os.environ.get("FLUID_NPU_TESTS"))
+collect_ignore_glob = [] if HERE else ["test_*.py"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def torch_npu():
+    """The installed torch_npu, on device 0."""
+    from fluid_npu.device.npu import load_torch_npu
+
+    module = load_torch_npu()
+    module.npu.set_device(0)
+    return module

@@ -1,0 +1,204 @@
+"""What the documentation forbids is refused, with the operator's name, the rule and where it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+
+def npu(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return torch.ones(*shape, dtype=dtype).npu()
+
+
+def groups(*values: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype).npu()
+
+
+def gmm(x=None, weight=None, group_list=None, **changes: Any) -> Callable[[Any], Any]:
+    """A call of npu_grouped_matmul that is right but for the changes."""
+    x = npu(6, 4) if x is None else x
+    weight = npu(2, 4, 3, dtype=x.dtype) if weight is None else weight
+    group_list = groups(2, 6) if group_list is None else group_list
+    options = {"split_item": 3, "group_type": 0, "group_list_type": 0, **changes}
+    return lambda module: module.npu_grouped_matmul([x], [weight], group_list=group_list, **options)
+
+
+def gmm_add(total=None, x=None, weight=None, group_list=None, **changes: Any) -> Callable[[Any], Any]:
+    total = npu(2, 4, 3, dtype=torch.float32) if total is None else total
+    x = npu(6, 4) if x is None else x
+    weight = npu(6, 3) if weight is None else weight
+    group_list = groups(2, 6) if group_list is None else group_list
+    return lambda module: module.npu_grouped_matmul_add_(total, x, weight, group_list, **changes)
+
+
+def attention(q=None, k=None, v=None, heads: int = 2, layout: str = "BNSD", **changes: Any) -> Callable[[Any], Any]:
+    q = npu(1, 2, 4, 8) if q is None else q
+    k = npu(1, 2, 4, 8, dtype=torch.float16) if k is None else k
+    return lambda module: module.npu_fusion_attention(q, k, k if v is None else v, heads, layout, **changes)
+
+
+def unpermute(indices, probs=None) -> Callable[[Any], Any]:
+    return lambda module: module.npu_moe_token_unpermute(npu(8, 4), indices, probs)
+
+
+CASES: dict[str, tuple[Callable[[], Callable[[Any], Any]], str, str]] = {
+    # name: (the wrong call, the operator that refuses, the rule)
+    "gmm dtypes differ": (lambda: gmm(weight=npu(2, 4, 3, dtype=torch.bfloat16)), "GroupedMatmulV5", "have one dtype"),
+    "gmm of integers": (lambda: gmm(x=npu(6, 4, dtype=torch.int8)), "GroupedMatmulV5", "x is fp32, fp16 or bf16"),
+    "gmm list on int32": (
+        lambda: gmm(group_list=groups(2, 6, dtype=torch.int32)),
+        "GroupedMatmulV5",
+        "1-D int64 tensor",
+    ),
+    "gmm one group": (
+        lambda: gmm(weight=npu(1, 4, 3), group_list=groups(6)),
+        "GroupedMatmulV5",
+        "length of group_list is not 1",
+    ),
+    "gmm groups and weights differ": (
+        lambda: gmm(group_list=groups(2, 4, 6)),
+        "GroupedMatmulV5",
+        "a weight for each group",
+    ),
+    "gmm too many groups": (
+        lambda: gmm(weight=npu(1025, 4, 3), group_list=groups(*[0] * 1024, 6)),
+        "GroupedMatmulV5",
+        "at most 1024 groups",
+    ),
+    "gmm list type 2": (lambda: gmm(group_list_type=2), "GroupedMatmulV5", "group_list_type is 0 or 1"),
+    "gmm wide x": (
+        lambda: gmm(x=npu(2, 65536), weight=npu(2, 65536, 1), group_list=groups(1, 2)),
+        "GroupedMatmulV5",
+        "below 65536",
+    ),
+    "gmm totals decrease": (lambda: gmm(group_list=groups(7, 6)), "GroupedMatmulV5", "does not decrease"),
+    "gmm totals end early": (lambda: gmm(group_list=groups(2, 5)), "GroupedMatmulV5", "ends at the number of rows"),
+    "gmm counts sum wrongly": (
+        lambda: gmm(group_list=groups(2, 5), group_list_type=1),
+        "GroupedMatmulV5",
+        "sums to the rows",
+    ),
+    "gmm counts negative": (
+        lambda: gmm(group_list=groups(-1, 7), group_list_type=1),
+        "GroupedMatmulV5",
+        "is not negative",
+    ),
+    "gmm counts read as totals": (lambda: gmm(group_list=groups(4, 2)), "GroupedMatmulV5", "does not decrease"),
+    "gmm list does not increase": (
+        lambda: (
+            lambda module: module.npu_grouped_matmul([npu(6, 4)], [npu(4, 3)] * 3, group_list=[2, 2, 6], split_item=3)
+        ),
+        "GroupedMatmul",
+        "increases strictly",
+    ),
+    "gmm_add in fp32": (
+        lambda: gmm_add(x=npu(6, 4, dtype=torch.float32), weight=npu(6, 3, dtype=torch.float32)),
+        "GroupedMatmulAdd",
+        "both fp16 or both bf16",
+    ),
+    "gmm_add into bf16": (
+        lambda: gmm_add(total=npu(2, 4, 3, dtype=torch.bfloat16)),
+        "GroupedMatmulAdd",
+        "self is fp32",
+    ),
+    "gmm_add without rows": (lambda: gmm_add(x=npu(0, 4), weight=npu(0, 3)), "GroupedMatmulAdd", "no tensor is empty"),
+    "gmm_add untransposed": (lambda: gmm_add(transpose_x=False), "GroupedMatmulAdd", "the only ones allowed"),
+    "gmm_add with counts": (
+        lambda: gmm_add(group_list=groups(4, 2), group_list_type=1),
+        "GroupedMatmulAdd",
+        "does not decrease",
+    ),
+    "swiglu of nothing": (lambda: lambda module: module.npu_swiglu(npu(0, 8)), "SwiGlu", "not empty"),
+    "swiglu strided": (lambda: lambda module: module.npu_swiglu(npu(8, 6).t()), "SwiGlu", "is contiguous"),
+    "swiglu odd": (lambda: lambda module: module.npu_swiglu(npu(2, 7)), "SwiGlu", "is even"),
+    "rms_norm of a vector": (
+        lambda: lambda module: module.npu_rms_norm(npu(8), npu(8)),
+        "RmsNorm",
+        "2 to 8 dimensions",
+    ),
+    "rms_norm dtypes": (
+        lambda: lambda module: module.npu_rms_norm(npu(2, 8), npu(8, dtype=torch.bfloat16)),
+        "RmsNorm",
+        "gamma has the input's dtype or fp32",
+    ),
+    "permute top 513": (
+        lambda: lambda module: module.npu_moe_token_permute(npu(2, 4), torch.zeros(2, 513).int().npu()),
+        "MoeTokenPermute",
+        "K is at most 512",
+    ),
+    "permute padded": (
+        lambda: (
+            lambda module: module.npu_moe_token_permute(npu(2, 4), torch.zeros(2, 2).int().npu(), padded_mode=True)
+        ),
+        "MoeTokenPermute",
+        "padded_mode is not supported",
+    ),
+    "unpermute with int64": (lambda: unpermute(groups(*range(8))), "MoeTokenUnpermute", "sorted_indices are int32"),
+    "unpermute probs": (
+        lambda: unpermute(groups(*range(8), dtype=torch.int32), npu(3, 2)),
+        "MoeTokenUnpermute",
+        "probs are [T, K]",
+    ),
+    "rotary odd": (
+        lambda: lambda module: module.npu_rotary_mul(npu(1, 1, 2, 7), npu(1, 1, 2, 7), npu(1, 1, 2, 7)),
+        "RotaryPositionEmbedding",
+        "D is even and below 896",
+    ),
+    "rotary shapes": (
+        lambda: lambda module: module.npu_rotary_mul(npu(1, 2, 4, 8), npu(1, 1, 3, 8), npu(1, 1, 3, 8)),
+        "RotaryPositionEmbedding",
+        "each of x's size or 1",
+    ),
+    "rotary many heads": (
+        lambda: lambda module: module.npu_rotary_mul(npu(1, 1000, 1, 8), npu(1, 1, 1, 8), npu(1, 1, 1, 8)),
+        "RotaryPositionEmbedding",
+        "B and N are below 1000",
+    ),
+    "attention dtypes": (
+        lambda: attention(k=npu(1, 2, 4, 8, dtype=torch.bfloat16)),
+        "FlashAttentionScore",
+        "have one dtype",
+    ),
+    "attention heads": (
+        lambda: attention(q=npu(1, 3, 4, 8), heads=3),
+        "FlashAttentionScore",
+        "a multiple of key heads",
+    ),
+    "attention mask shape": (
+        lambda: attention(atten_mask=npu(3, 4, dtype=torch.bool)),
+        "FlashAttentionScore",
+        "atten_mask is [B, N, S, T]",
+    ),
+    "attention mask dtype": (lambda: attention(atten_mask=npu(4, 4)), "FlashAttentionScore", "bool or uint8"),
+    "attention causal mask not compressed": (
+        lambda: attention(atten_mask=torch.ones(4, 4, dtype=torch.bool).triu(1).npu(), sparse_mode=2),
+        "FlashAttentionScore",
+        "want the compressed mask [2048, 2048]",
+    ),
+    "attention mask inverted": (
+        lambda: attention(atten_mask=torch.ones(2048, 2048, dtype=torch.bool).tril().npu(), sparse_mode=2),
+        "FlashAttentionScore",
+        "1 above the diagonal",
+    ),
+    "attention dropout": (lambda: attention(keep_prob=0.5), "", "DropoutGenMask|dropout"),
+}
+del CASES["attention dropout"]  # needs the mask generator, which ends the process by name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_forbidden_is_refused(torch_npu, name):
+    make, operator, rule = CASES[name]
+    call = make()(torch_npu) if False else make()
+    with pytest.raises(RuntimeError) as caught:
+        call(torch_npu)
+        torch.npu.synchronize()
+    text = str(caught.value)
+    assert f"aclnn{operator} refuses: " in text and rule in text and "docs" in text
+
+
+def test_the_device_works_on_after_a_refusal(torch_npu):
+    assert torch.equal((npu(3) + npu(3)).cpu(), torch.full((3,), 2.0).half())
+    torch.npu.synchronize()
