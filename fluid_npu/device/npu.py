@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import warnings
 from typing import Any
 
 import torch
@@ -33,6 +35,20 @@ def load_torch_npu() -> Any:
             f"--device npu: torch_npu cannot be imported ({type(error).__name__}: {error}); install it with "
             "`pip install 'fluid-npu[npu]'` and source CANN's set_env.sh, or use --device cpu"
         ) from error
+
+
+def cuda_names_mean_the_npu() -> None:
+    """Lets code that says ``torch.cuda`` or 'cuda', as Megatron does throughout, run on the NPU.
+
+    That is torch_npu's own ``contrib.transfer_to_npu``, which MindSpeed's users import too. It is process-wide and has
+    no way back; it also turns ``torch.jit.script`` off. torch 2.13 then asks for a CUDA capability in every broadcast,
+    which torch_npu 2.13 answers with None unless TORCH_NPU_DEVICE_CAPABILITY says one; 8.0 is set where it is unset.
+    """
+    os.environ.setdefault("TORCH_NPU_DEVICE_CAPABILITY", "8.0")
+    warnings.filterwarnings("ignore", message="The return value of get_device_capability is only for compatibility")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it lists what it replaces
+        importlib.import_module("torch_npu.contrib.transfer_to_npu")
 
 
 def probe_npu() -> Choice[bool]:
