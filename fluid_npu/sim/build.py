@@ -1,4 +1,4 @@
-"""Compiles the simulator's libraries once: the folder's name is a key of the sources and of the versions it is built for.
+"""Compiles the simulator's libraries once: their folder's name is a key of the sources and of the versions used.
 
 Objects are kept by a key of their own, so that a change of one source compiles that one again.
 """
@@ -69,7 +69,9 @@ def _digest(files: Iterable[Path], *more: object) -> str:
     digest = hashlib.sha256()
     for path in files:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    digest.update(repr((metadata.version("torch"), TORCH_NPU, _compiler_version(), sys.version_info[:2], more)).encode())
+    digest.update(
+        repr((metadata.version("torch"), TORCH_NPU, _compiler_version(), sys.version_info[:2], more)).encode()
+    )
     return digest.hexdigest()[:12]
 
 
@@ -130,4 +132,6 @@ def _run(*arguments: object) -> None:
     command = [compiler(), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise SimError(f"{' '.join(command)}\n{done.stderr[-3000:]}\nIs {compiler()} a C++20 compiler (g++ 11 or later)?")
+        raise SimError(
+            f"{' '.join(command)}\n{done.stderr[-3000:]}\nIs {compiler()} a C++20 compiler (g++ 11 or later)?"
+        )

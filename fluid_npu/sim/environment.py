@@ -99,7 +99,9 @@ def _pip_install(target: Path) -> None:
     wanted = [os.environ.get("FLUID_SIM_WHEEL") or f"torch-npu=={TORCH_NPU}"]
     if find_spec("yaml") is None:
         wanted.append("pyyaml")
-    print(f"fluid-npu sim: installing {' '.join(wanted)} (44 MB) into {target.parent.parent}", file=sys.stderr, flush=True)
+    print(
+        f"fluid-npu sim: installing {' '.join(wanted)} (44 MB) into {target.parent.parent}", file=sys.stderr, flush=True
+    )
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     done = subprocess.run(
         [*command, "--no-deps", "--only-binary", ":all:", "--target", str(target), *wanted],

@@ -130,9 +130,7 @@ CASES: dict[str, tuple[Callable[[], Callable[[Any], Any]], str, str]] = {
         "K is at most 512",
     ),
     "permute padded": (
-        lambda: (
-            lambda module: module.npu_moe_token_permute(npu(2, 4), torch.zeros(2, 2).int().npu(), padded_mode=True)
-        ),
+        lambda: lambda module: module.npu_moe_token_permute(npu(2, 4), torch.zeros(2, 2).int().npu(), padded_mode=True),
         "MoeTokenPermute",
         "padded_mode is not supported",
     ),

@@ -132,7 +132,9 @@ def test_permute_and_unpermute(torch_npu, dtype, topk):
     indices = torch.stack([torch.randperm(experts)[:topk] for _ in range(tokens)])
     x, x64 = leaf(torch.randn(tokens, 6), dtype)
     probs, probs64 = leaf(torch.rand(tokens, topk), dtype)
-    pairs = sorted((int(indices[t, k]), t, k) for t in range(tokens) for k in range(topk))  # rows: by expert, then token
+    pairs = sorted(
+        (int(indices[t, k]), t, k) for t in range(tokens) for k in range(topk)
+    )  # rows: by expert, then token
     rows, order = torch_npu.npu_moe_token_permute(x, indices.int().npu())
     assert torch.equal(rows.cpu(), x.detach().cpu()[[t for _, t, _ in pairs]])
     assert [pairs[row][1:] for row in order.tolist()] == [(t, k) for t in range(tokens) for k in range(topk)]
@@ -266,3 +268,17 @@ def test_padding_copying_and_casting_inside_torch_npu(torch_npu):
     close(F.pad(x.npu(), (1, 2, 0, 1), value=2.5), F.pad(x.double(), (1, 2, 0, 1), value=2.5), torch.float32)
     close(torch_npu.npu_dtype_cast(x.npu(), torch.float16), x.half(), torch.float16)
     close(x.npu().t().contiguous(), x.t(), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "a, b",
+    [((3, 4), (4, 5)), ((2, 3, 4), (4, 5)), ((3, 4), (2, 4, 5)), ((4,), (4, 5)), ((2, 3, 4), (4,)), ((4,), (4,))],
+    ids=str,
+)
+def test_gradients_of_matmul_which_torch_npu_makes_one_operator(a, b):
+    x, x64 = leaf(torch.randn(a), torch.float32)
+    y, y64 = leaf(torch.randn(b), torch.float32)
+    (x @ y).square().sum().backward()
+    (x64 @ y64).square().sum().backward()
+    close(x.grad, x64.grad, torch.float32)
+    close(y.grad, y64.grad, torch.float32)

@@ -79,7 +79,7 @@ def test_memory_beyond_the_chip_s_raises_torch_s_own_error():
 
 def test_an_operator_without_an_npu_kernel_is_refused_by_name():
     name = "aten::_fused_moving_avg_obs_fq_helper"
-    one = lambda *shape: torch.ones(*shape).npu()  # noqa: E731
+    one = lambda *shape: torch.ones(*shape).npu()
     with pytest.raises(RuntimeError, match=f"no NPU kernel for {name}.*FLUID_SIM_FALLBACK"):
         torch.ops.aten._fused_moving_avg_obs_fq_helper(
             one(3), one(1).long(), one(1).long(), one(1), one(1), one(1), one(1).int(), 0.1, 0, 255, -1

@@ -1,6 +1,7 @@
 // Puts the bridge's kernels over torch_npu's for aten. What moves no values (views, allocation) stays torch_npu's.
 #include <ATen/ops/_to_copy_native.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/matmul.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
@@ -66,6 +67,20 @@ at::Tensor dtype_cast(const at::Tensor& self, int64_t dtype, std::optional<int64
     return out;
 }
 
+// torch_npu differentiates matmul as one operator, for which torch has no CPU kernel: by matmuls, which the bridge runs.
+std::tuple<at::Tensor, at::Tensor> matmul_backward(
+    const at::Tensor& dy, const at::Tensor& a, const at::Tensor& b, std::array<bool, 2> wanted) {
+    // Vectors as matrices, as matmul itself sees them.
+    auto left = a.dim() == 1 ? a.unsqueeze(0) : a, right = b.dim() == 1 ? b.unsqueeze(1) : b;
+    auto gradient = dy;
+    if (b.dim() == 1) gradient = gradient.unsqueeze(-1);
+    if (a.dim() == 1) gradient = gradient.unsqueeze(-2);
+    at::Tensor da, db;
+    if (wanted[0]) da = at::matmul(gradient, right.transpose(-2, -1)).sum_to_size(left.sizes()).reshape(a.sizes());
+    if (wanted[1]) db = at::matmul(left.transpose(-2, -1), gradient).sum_to_size(right.sizes()).reshape(b.sizes());
+    return {da, db};
+}
+
 // A view moves no values: torch_npu's own is right, and the stream must not be drained for it.
 bool is_view(const c10::FunctionSchema& schema) {
     for (const auto& result : schema.returns())
@@ -78,11 +93,13 @@ enum class Action { keep, run, refuse };
 Action action_for(const c10::OperatorHandle& op) {
     using Key = c10::DispatchKey;
     if (kept.count(name_of(op)) || is_view(op.schema())) return Action::keep;
-    if (op.hasKernelForDispatchKey(Key::PrivateUse1)) return Action::run;
     bool decomposes = op.hasKernelForDispatchKey(Key::CompositeImplicitAutograd) ||
         op.hasKernelForDispatchKey(Key::CompositeExplicitAutograd) ||
         op.hasKernelForDispatchKey(Key::CompositeExplicitAutogradNonFunctional);
-    return op.hasKernelForDispatchKey(Key::CPU) && !decomposes ? Action::refuse : Action::keep;
+    bool on_the_cpu = op.hasKernelForDispatchKey(Key::CPU);
+    // One that only torch_npu has stays its own: it calls aclnn operators, and ends by name where one is missing.
+    if (op.hasKernelForDispatchKey(Key::PrivateUse1)) return on_the_cpu || decomposes ? Action::run : Action::keep;
+    return on_the_cpu && !decomposes ? Action::refuse : Action::keep;
 }
 
 // Overriding kernels is what this library is for: torch's warning about it is not wanted.
@@ -111,6 +128,7 @@ void install() {
     original_copy = dispatcher.findSchemaOrThrow("aten::copy_", "").getComputedKernelForDispatchKey(c10::DispatchKey::PrivateUse1);
     aten.impl("copy_", TORCH_FN(copy));
     aten.impl("_to_copy", TORCH_FN(to_copy));
+    aten.impl("matmul_backward", TORCH_FN(matmul_backward));
     auto& npu = *new torch::Library(torch::Library::IMPL, "npu", c10::DispatchKey::PrivateUse1, __FILE__, __LINE__);
     npu.impl("npu_dtype_cast", TORCH_FN(dtype_cast));
 }
