@@ -169,14 +169,4 @@ HcclResult HcclBatchSendRecv(HcclSendRecvItem* items, uint32_t count, HcclComm c
     });
 }
 
-HcclResult HcclBarrier(HcclComm comm, aclrtStream stream) {
-    return collective("HcclBarrier", comm, stream, [](Mesh& mesh) {
-        char token = 0;
-        Inbox inbox(mesh.size, 1);
-        std::vector<Segment> out;
-        for (int peer = 0; peer < mesh.size; ++peer) out.push_back({peer, &token, 1});
-        mesh.exchange(out, inbox.segments);
-    });
-}
-
 }
