@@ -21,3 +21,11 @@ def torch_npu():
     module = load_torch_npu()
     module.npu.set_device(0)
     return module
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """The same numbers in every run."""
+    import torch
+
+    torch.manual_seed(0)

@@ -16,9 +16,9 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 7e-4}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
-def close(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> None:
+def close(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, times: int = 1) -> None:
     assert got.device.type == "npu"
-    assert relative_error(got.detach().cpu(), wanted.detach()) <= TOLERANCE[dtype]
+    assert relative_error(got.detach().cpu(), wanted.detach()) <= times * TOLERANCE[dtype]
 
 
 def leaf(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -254,7 +254,7 @@ def test_fusion_attention(torch_npu, dtype, layout, mask, kv_heads):
     out64.backward(dy.double())
     close(out, LAYOUTS[layout](out64), dtype)
     for x, x64 in pairs:
-        close(x.grad, x64.grad, dtype)
+        close(x.grad, x64.grad, dtype, times=2)  # the backward reads the rounded output
 
 
 def test_attention_of_torch_reaches_the_fused_operator(torch_npu):
