@@ -23,6 +23,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from fluid_npu.mcore.lines.arguments import taken
 from fluid_npu.train.config import TrainConfig
 from fluid_npu.train.parallel import Place
 
@@ -61,7 +62,7 @@ def wrap_ddp(config: TrainConfig, model_config: TransformerConfig, model: GPTMod
         overlap_grad_reduce=False,
         use_distributed_optimizer=config.distributed_optimizer,
         check_for_nan_in_grad=False,
-        delay_wgrad_compute=config.carry_over,
+        **taken(DistributedDataParallelConfig, delay_wgrad_compute=config.carry_over),
     )
     # Also turns what torch made in fp32, such as norms, into the run's precision; Megatron's optimizer expects that.
     wrapped = Float16Module(model_config, model) if model_config.bf16 or model_config.fp16 else model
