@@ -9,7 +9,7 @@
 #   4. with --torch VERSION: the tests in a second environment (.venv-torch-VERSION) with that torch
 # Every part runs even when one before it failed; the exit code is 1 when any failed. What did not run is recorded so.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 # shellcheck source=scripts/environment.sh
 source scripts/environment.sh
 

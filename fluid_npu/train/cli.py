@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fluid_npu.adaptor.versions import installed_version
 from fluid_npu.train import exit_codes
 from fluid_npu.train.config import DTYPES, IMPLS, OVERLAPS, ConfigError, TrainConfig, validate
 from fluid_npu.train.launch import launch, write_config
 from fluid_npu.train.presets import CUT_FIELDS, PRESETS, PresetError, flag_of
 
+_MEGATRON_LINE = "0.16"
 _DEFAULT_RUNS = Path("runs")
 _DEFAULTS = TrainConfig()
 
@@ -103,6 +105,16 @@ def config_of(args: argparse.Namespace) -> TrainConfig:
     return validate(TrainConfig(**values, cut=cut))
 
 
+def check_megatron(version: str | None) -> None:
+    """Refuses a Megatron-Core whose optimizer checkpoints this trainer cannot write. Raises ConfigError."""
+    if version is None or not version.startswith(f"{_MEGATRON_LINE}."):
+        raise ConfigError(
+            f"megatron-core {version or 'is not installed'}: this trainer needs {_MEGATRON_LINE}; "
+            f"pip install 'megatron-core=={_MEGATRON_LINE}.*'. On other lines use the Layer Spec in your own loop, or "
+            "Megatron-LM's (docs/MEGATRON_VERSIONS.md)"
+        )
+
+
 def under_torchrun() -> bool:
     """Whether this process is already a rank of a job."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
@@ -112,6 +124,7 @@ def run_train(args: argparse.Namespace) -> int:
     """Checks, prepares the data, runs, prints the summary."""
     try:
         config = config_of(args)
+        check_megatron(installed_version("megatron-core"))
         if under_torchrun():
             return _run_as_rank(config, as_json=args.json)
         config = dataclasses.replace(config, out=str(choose_out(config)))

@@ -10,7 +10,8 @@ from typing import Any
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 _SPAN = re.compile(r"`(fluid-npu [^`]+)`")
 _LINK = re.compile(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)")
-_PATH = re.compile(r"(?<![\w/.-])((?:scripts|docs|tests|fluid_npu|patches)/[\w./-]*\w|\.ci/run)")
+# `pretrain_<preset>.sh`, `pretrain_{a,b}.sh` and `*.toml` name many files: such a name is none itself.
+_PATH = re.compile(r"(?<![\w/.-])((?:scripts|docs|tests|fluid_npu|patches)/[\w./-]*\w(?![\w./-]*[<{*])|\.ci/run)")
 _SHELLS = ("bash", "sh", "shell", "console")
 
 

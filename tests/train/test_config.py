@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fluid_npu import cli
+from fluid_npu.train import cli as cli_train
 from fluid_npu.train import exit_codes
 from fluid_npu.train.config import ConfigError, TrainConfig, dense_stages, differing_flag, validate
 from fluid_npu.train.presets import PresetError
@@ -152,3 +153,10 @@ def test_help_and_presets_import_neither_torch_nor_megatron() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "exit codes:" in done.stdout
+
+
+@pytest.mark.parametrize("version", ["0.12.1", "0.19.2", "0.160.0", None])
+def test_a_line_of_megatron_without_checkpoints_is_refused(version: str | None) -> None:
+    with pytest.raises(ConfigError, match=rf"megatron-core {version or 'is not'}.*needs 0\.16; pip install"):
+        cli_train.check_megatron(version)
+    cli_train.check_megatron("0.16.1")
