@@ -161,6 +161,7 @@ def _random_states(place: Place) -> dict[str, Any]:
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
         "device": place.device.get_rng_state(),
+        "device_name": place.device.name,
         "megatron": get_cuda_rng_tracker().get_states(),
     }
 
@@ -169,6 +170,11 @@ def _set_random_states(place: Place, states: dict[str, Any]) -> None:
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
+    written_on = states.get("device_name", place.device.name)
+    if written_on != place.device.name:  # each kind of device has generators of its own
+        if place.first:
+            print(f"random states of the {written_on} are not restored on the {place.device.name}", flush=True)
+        return
     place.device.set_rng_state(states["device"])
     get_cuda_rng_tracker().set_states(states["megatron"])
 
