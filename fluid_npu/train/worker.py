@@ -5,6 +5,7 @@ The module's top level imports nothing heavy: helper processes of other librarie
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -104,4 +105,6 @@ if __name__ == "__main__":
     code = main(sys.argv[1])
     sys.stdout.flush()
     sys.stderr.flush()
+    for child in multiprocessing.active_children():  # Megatron's checkpoint writer leaves a manager, which would stay
+        child.terminate()
     os._exit(code)  # threads of a broken process group must not delay the exit
