@@ -35,6 +35,8 @@ say "mypy"
 "$python" -m mypy
 say "the other lines of megatron-core, for tests/lines"
 "$python" scripts/megatron_lines.py install
+say "the simulated NPU, for tests/sim"
+"$python" -m fluid_npu sim build
 say "pytest"
 # A test that was skipped tested nothing: it fails here. Tests for other hardware are deselected and counted instead.
 export FLUID_FORBID_SKIPS=1

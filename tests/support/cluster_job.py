@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -73,9 +74,10 @@ def drop(words: Sequence[str], flags: Sequence[str]) -> list[str]:
 
 
 def run_script(name: str, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs scripts/NAME.sh with an environment that has nothing of this machine's HCCL settings."""
+    """Runs scripts/NAME.sh by this interpreter, with an environment without this machine's HCCL settings."""
     command = ["bash", str(ROOT / "scripts" / f"{name}.sh"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env={**clean_environment(), **(env or {})})
+    environment = {**clean_environment(), "PYTHON": sys.executable, **(env or {})}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def clean_environment() -> dict[str, str]:
