@@ -40,9 +40,20 @@ class Gradients:
 
 
 def gradients_of(variant: Any, batch: Any) -> Gradients:
-    """Runs forward and backward of a ``rig.Variant`` without its optimizer. Collective."""
+    """Runs forward and backward of a ``rig.Variant`` without its optimizer.
+
+    Collective; raises Disagreement on all ranks alike for numbers that are not finite: nothing compares with them.
+    """
     loss = variant.forward_backward(batch)
-    return Gradients(loss, {name: value.clone() for name, value in variant.gradients().items()})
+    by_name = {name: value.clone() for name, value in variant.gradients().items()}
+    endless = ["the loss"] * (not math.isfinite(loss)) + [n for n, g in by_name.items() if not g.isfinite().all()]
+    found = names_over_ranks(endless)
+    if found:
+        raise Disagreement(
+            f"{variant.name}: not finite: {', '.join(found[:4])}; nothing can be compared. fp16 overflows above "
+            "65504: use --dtype bf16 or fp32, or another --seed"
+        )
+    return Gradients(loss, by_name)
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

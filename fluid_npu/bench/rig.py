@@ -207,6 +207,7 @@ def _optimizer_config(config: TrainConfig, optimizer: str, dtype: str) -> Optimi
         bf16=dtype == "bf16",
         fp16=dtype == "fp16",
         params_dtype=TORCH_DTYPES[dtype],
+        initial_loss_scale=2.0**16,  # as the trainer's; Megatron's own, 2**32, overflows fp16 for many steps
         clip_grad=0.0 if optimizer == "sgd" else config.clip_grad,
         use_distributed_optimizer=config.distributed_optimizer,
     )

@@ -35,9 +35,9 @@ def on_rank(config_text: str, part: str, rounds: int, plant: float) -> Any:
     config = TrainConfig.from_json(config_text)
     place = join(config, store())
     options = {"plant_error": plant, "command": "test"}
-    if part == "parity":
-        return compare_variants(config, options, place)
     try:
+        if part == "parity":
+            return compare_variants(config, options, place)
         case = Case("case", config, place, options)
     except Disagreement as error:
         return str(error)
@@ -115,6 +115,17 @@ def test_twenty_steps_stay_equal(run_ranks: Callable[..., list[Any]]) -> None:
     result = ranks(run_ranks, replace(STEP, steps=20, lr=0.1), "parity")
     assert result["passed"], result["rows"]
     assert all(row["tokens_rerouted"] == 0 for row in result["rows"])
+
+
+def test_parity_holds_in_fp16_where_no_token_is_rerouted(run_ranks: Callable[..., list[Any]]) -> None:
+    result = ranks(run_ranks, replace(STEP, dtype="fp16", steps=1, cut={"layers": 1}), "parity")
+    assert result["passed"], result["rows"]
+    assert all(row["weight_error"] > 0 for row in result["rows"]), "an overflow would have skipped the updates"
+
+
+def test_gradients_that_are_not_finite_are_refused_by_name(run_ranks: Callable[..., list[Any]]) -> None:
+    message = ranks(run_ranks, replace(STEP, steps=1, cut={"layers": 1}), "parity", plant=float("inf"))
+    assert message.startswith("ours plain: not finite: ") and "linear_fc" in message and "--dtype" in message
 
 
 @pytest.mark.parametrize(
