@@ -51,7 +51,7 @@ class StepResult:
 
     @property
     def a2a_ms(self) -> float | None:
-        """All AllToAlls of the step; None where compute ran beside some, so that their time is not observable."""
+        """All AllToAlls of the step; None with --ep 1, which has none, and where compute ran beside some: not observable."""
         return self.counters.get("a2a_ms")
 
 
@@ -112,7 +112,7 @@ class TrainStep:
         if updated:
             self.schedule.step(1)
         loss, counters = self._agree(losses)
-        if self.overlapping and not twin:
+        if (self.overlapping and not twin) or self.config.ep == 1:
             counters.pop("a2a_ms", None)
         self.place.device.synchronize()
         if not math.isfinite(loss):

@@ -25,6 +25,7 @@ def check_pipeline(folder: Path, plain: TrainConfig, pipelined: dict[str, Any]) 
     assert unbroken[0]["losses"][whole.steps] < unbroken[0]["losses"][1] - 0.5
     assert unbroken[0]["summary"]["generated"] == reference["summary"]["generated"] != ""
     assert unbroken[0]["summary"]["parallel"]["vpp"] == whole.vpp
+    assert (unbroken[0]["summary"]["a2a_ms"] is None) == (whole.ep == 1)  # one rank exchanges nothing
     later = folder / "whole" / "checkpoints" / f"step_{whole.steps:06d}"
     shutil.copytree(folder / "whole", folder / "broken", ignore=shutil.ignore_patterns(later.name))
     broken = tiny(folder / "broken", **{**pipelined, "resume": True, "checkpoint_every": 100})
@@ -33,7 +34,7 @@ def check_pipeline(folder: Path, plain: TrainConfig, pipelined: dict[str, Any]) 
 
 
 def test_interleaved_pipeline_equals_none(tmp_path: Path) -> None:
-    common = {"ep": 1, "steps": 8, "micro_batches": 4, "cut": FOUR_LAYERS, "overlap": "dw"}
+    common = {"ep": 1, "steps": 8, "micro_batches": 4, "cut": FOUR_LAYERS, "overlap": "dw", "twin_every": 3}
     plain = tiny(tmp_path / "plain", nproc=1, **common)
     check_pipeline(tmp_path, plain, {**common, "pp": 2, "vpp": 2, "checkpoint_every": 4, "carry_over": True})
 
