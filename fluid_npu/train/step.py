@@ -51,7 +51,7 @@ class StepResult:
 
     @property
     def a2a_ms(self) -> float | None:
-        """All AllToAlls of the step; None with --ep 1, which has none, and where compute ran beside some: not observable."""
+        """All AllToAlls of the step; None with --ep 1, and where compute ran beside some (not observable)."""
         return self.counters.get("a2a_ms")
 
 
