@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fluid_npu.schedule.definitions import quiet
+
 Times = npt.NDArray[np.float64]
 _RESAMPLES = 2000
 
@@ -47,6 +49,12 @@ def difference_of_medians(minuend_ms: Times, subtrahend_ms: Times) -> Interval:
     """median(minuend) - median(subtrahend). Raises ValueError for rounds that are not paired."""
     a, b = _paired(minuend_ms, subtrahend_ms)
     return _bootstrap(len(a), lambda rows: np.median(a[rows], axis=-1) - np.median(b[rows], axis=-1))
+
+
+def quiet_halves(ms: Times) -> bool:
+    """Whether the first and the second half of the rounds, two runs in a row, have medians within 10 %."""
+    half = len(ms) // 2
+    return half > 0 and quiet(float(np.median(ms[:half])), float(np.median(ms[half:])))
 
 
 def _paired(a: Times, b: Times) -> tuple[Times, Times]:

@@ -3,10 +3,8 @@
 A row: ``case``, ``impl``, ``median_ms``, ``p10_ms``, ``p90_ms`` (of the slowest rank), ``peak_memory_mb`` (of the
 rank that needs most, above what lives between steps), and
 * ``a2a_ms``: transfer of all AllToAlls of the step by themselves (``probe``); overlapped: that of its twin.
-* ``hidden_ms``: median(twin) - median(overlapped), signed; ``hidden_spread_ms`` half its 95 % interval. 0 without
-  overlap.
-* ``hidden_fraction``: hidden_ms / sum over AllToAlls of min(transfer, dW that the graph lets run beside it). null
-  where the transfer that dW can cover is under 5 spreads: too little to judge.
+* ``hidden_ms``, ``hidden_spread_ms``, ``hidden_fraction``, ``coverable_ms``: as in ``schedule.definitions``; 0 and
+  null without overlap.
 * ``ratio_stock_over_this`` with ``_low`` and ``_high``, its 95 % interval: median of the per-round ratios
   (``stats``); above 1.0 this is faster. null with a planted delay, which stock does not have.
 """
@@ -22,20 +20,22 @@ import torch
 import torch.distributed as dist
 
 from fluid_npu.bench.agreement import TOLERANCE, Disagreement, check_agreement, over_ranks, worst_error
-from fluid_npu.bench.machine import describe_machine, describe_versions
+from fluid_npu.bench.machine import describe_machine
 from fluid_npu.bench.memory import peak_memory_mb
 from fluid_npu.bench.plant import plant_error
-from fluid_npu.bench.probe import Exposure, probe_fluid, probe_stock
+from fluid_npu.bench.probe import probe_fluid, probe_stock
+from fluid_npu.bench.result import envelope
 from fluid_npu.bench.rig import KINDS, LayerAlone, MockData, Variant, build_variants
 from fluid_npu.bench.rounds import run_rounds
-from fluid_npu.bench.stats import Times, difference_of_medians, paired_ratio, percentiles
+from fluid_npu.bench.stats import Times, difference_of_medians, paired_ratio, percentiles, quiet_halves
+from fluid_npu.schedule.definitions import Coverage, hidden_fraction
 from fluid_npu.train.config import TrainConfig
+from fluid_npu.train.model import shared_experts
 from fluid_npu.train.parallel import Place
 
 #: Case to preset, rounds and warm-up rounds.
 CASES = {"h64": ("h64", 60, 5), "h256": ("mixtral-tiny", 20, 2)}
 LAYER = "MoE layer alone"
-_CLEAR = 5.0  # spreads; a transfer under so many cannot be told from noise
 _PROBED = 5
 
 
@@ -55,15 +55,7 @@ def measure(config: TrainConfig, options: dict[str, Any], place: Place) -> dict[
             for part in (bench.layer_alone(), bench.whole_step())
         )
         rows += [*step, *layer]
-    return {
-        "command": options["command"],
-        "machine": {**machine, "load_average_end": describe_machine(place)["load_average"]},
-        "versions": describe_versions(),
-        "dtype": config.dtype or "fp32",
-        "planted_delay_ms": config.plant_delay_ms,
-        "agreement": agreement,
-        "rows": rows,
-    }
+    return envelope("train-step", config, options, place, machine, rows, agreement=agreement)
 
 
 class Case:
@@ -123,10 +115,11 @@ class _Timed:
                     "impl": variant.name,
                     **percentiles(times[:, index]),
                     "peak_memory_mb": peaks[index],
-                    "a2a_ms": exposures[index].a2a_ms,
+                    "a2a_ms": exposures[index].transfer_ms,
                     **hidden(times, index, exposures[3]),
                     **self._ratio(times, index),
                     "rounds": rounds,
+                    "judged": quiet_halves(times[:, index]),
                 }
             )
         return rows
@@ -137,13 +130,13 @@ class _Timed:
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return float(most)
 
-    def _exposure(self, index: int) -> Exposure:
+    def _exposure(self, index: int) -> Coverage:
         variant, step = self.variants[index], self.steps[index]
         if variant.scheduler is None:
             return probe_stock(lambda: step(0), self.place, _PROBED)
         if not variant.kind.twin and variant.kind.overlap != "off":
-            return Exposure(a2a_ms=0.0)
-        return probe_fluid(variant.scheduler, lambda: step(0), self.place, _PROBED)
+            return Coverage()
+        return probe_fluid(variant.scheduler, lambda: step(0), self.place, _PROBED, shared_experts([variant.model]))
 
     def _ratio(self, times: Times, index: int) -> dict[str, float | None]:
         names = ("ratio_stock_over_this", "ratio_stock_over_this_low", "ratio_stock_over_this_high")
@@ -159,16 +152,15 @@ def _announced(part: _Timed, place: Place) -> _Timed:
     return part
 
 
-def hidden(times: Times, index: int, twin: Exposure) -> dict[str, float | None]:
+def hidden(times: Times, index: int, twin: Coverage) -> dict[str, float | None]:
     """``hidden_ms``, its spread and fraction for column ``index``: stock, plain, overlapped, twin."""
     if index != 2:
         return {"hidden_ms": 0.0, "hidden_spread_ms": None, "hidden_fraction": None, "coverable_ms": None}
     gain = difference_of_medians(times[:, 3], times[:, 2])
-    clear = twin.with_dw_ms >= _CLEAR * gain.spread and twin.coverable_ms > 0
     return {
         "hidden_ms": gain.value,
         "hidden_spread_ms": gain.spread,
-        "hidden_fraction": gain.value / twin.coverable_ms if clear else None,
+        "hidden_fraction": hidden_fraction(gain.value, gain.spread, twin),
         "coverable_ms": twin.coverable_ms,
     }
 

@@ -15,8 +15,9 @@ docs/BENCHMARKS.md says the same to users. Standard library only; all times are 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from statistics import fmean, median
+from typing import Any
 
 #: A transfer under so many spreads cannot be told from noise.
 CLEAR_SPREADS = 5.0
@@ -39,6 +40,11 @@ class Exchange:
     wait_ms: float
     beside: tuple[tuple[str, float], ...] = ()
     at_once: bool = False
+    group: Any = field(default=None, compare=False, repr=False)
+    """The process group, where the ranks are; it does not travel to others."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "group": None}
 
     @property
     def beside_ms(self) -> float:

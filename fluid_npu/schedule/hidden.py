@@ -1,10 +1,26 @@
-"""How much time was hidden: some steps run as their serialised twin, and the medians of the two kinds differ by it."""
+"""How much time training hid: some steps run as their serialised twin, with clocks on their AllToAlls.
+
+The words are those of ``schedule.definitions``. Steps of a training run are not paired, so the spread of the difference
+of medians resamples twins and overlapped steps each by themselves.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, fields
 from statistics import median
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from fluid_npu.device import Device
+from fluid_npu.schedule.definitions import Coverage, Exchange, coverage, hidden_fraction, median_coverage
+from fluid_npu.schedule.lanes import Lanes
+from fluid_npu.schedule.scheduler import BackwardScheduler
+
+_RESAMPLES = 1000
 
 
 def is_twin(step: int, overlap: str, every: int) -> bool:
@@ -12,33 +28,78 @@ def is_twin(step: int, overlap: str, every: int) -> bool:
     return overlap != "off" and step % every == 0
 
 
+class TwinClock:
+    """Runs twins of the schedulers of one rank and says what of their AllToAlls could be covered."""
+
+    def __init__(
+        self, schedulers: Sequence[BackwardScheduler], device: Device, modules: Sequence[torch.nn.Module] = ()
+    ) -> None:
+        self._schedulers, self._device, self._modules = list(schedulers), device, list(modules)
+        self._lanes: list[Lanes] = []
+
+    @contextmanager
+    def twin(self) -> Iterator[None]:
+        """Runs the body as the serialised twin, with clocks."""
+        self._lanes = []
+        with ExitStack() as stack:
+            for number, scheduler in enumerate(self._schedulers):
+                stack.enter_context(scheduler.serialise())
+                modules = self._modules if number == 0 else ()
+                self._lanes.append(stack.enter_context(Lanes(scheduler, self._device, modules)))
+            yield
+
+    def coverage(self) -> Coverage:
+        """Of the last twin, mean over the ranks of this rank's groups. Collective over each of those groups."""
+        return gathered_coverage([exchange for lanes in self._lanes for exchange in lanes.take()])
+
+
+def gathered_coverage(exchanges: Sequence[Exchange]) -> Coverage:
+    """Sums over the groups of a rank's exchanges. Collective: every rank of a group has made the same exchanges."""
+    found = [_of_group(ranks, exchanges) for ranks in dict.fromkeys(exchange.ranks for exchange in exchanges)]
+    return Coverage(**{item.name: sum(getattr(one, item.name) for one in found) for item in fields(Coverage)})
+
+
+def _of_group(ranks: tuple[int, ...], exchanges: Sequence[Exchange]) -> Coverage:
+    mine = [exchange for exchange in exchanges if exchange.ranks == ranks]
+    every: list[list[Exchange]] = [mine] * len(ranks)
+    if len(ranks) > 1:
+        dist.all_gather_object(every, mine, group=mine[0].group)
+    return coverage(every)
+
+
 @dataclass
 class OverlapStats:
     """Step times of overlapped steps and of twins, warm-up left out."""
 
-    carry_over: bool = False
     overlapped_ms: list[float] = field(default_factory=list)
     twin_ms: list[float] = field(default_factory=list)
-    coverable_ms: list[float] = field(default_factory=list)
-    a2a_ms: list[float] = field(default_factory=list)
+    covered: list[Coverage] = field(default_factory=list)
 
-    def add(self, step_ms: float, counters: Mapping[str, float], *, twin: bool) -> None:
-        """Takes one step; ``counters`` are the scheduler's of that step."""
-        (self.twin_ms if twin else self.overlapped_ms).append(step_ms)
-        if twin:
-            self.a2a_ms.append(counters.get("a2a_ms", 0.0))
-            # dW may run beside the dispatch's backward (carried over: beside the combine's too), and no more of
-            # either than the other lasts.
-            flights = counters.get("moe_dispatch_backward_ms", 0.0)
-            flights += counters.get("moe_combine_backward_ms", 0.0) if self.carry_over else 0.0
-            self.coverable_ms.append(min(flights, counters.get("dw_ms", 0.0)))
+    def add(self, step_ms: float, twin: Coverage | None = None) -> None:
+        """Takes one step; ``twin`` is a twin's coverage."""
+        if twin is None:
+            self.overlapped_ms.append(step_ms)
+        else:
+            self.twin_ms.append(step_ms)
+            self.covered.append(twin)
 
     def report(self, overlap: str) -> dict[str, float | None]:
-        """hidden_ms, signed, and hidden_fraction; 0 and None with overlap off, None where no twin ran."""
+        """hidden_ms, signed, its spread, and hidden_fraction; 0 and None with overlap off, None where no twin ran."""
         if overlap == "off":
-            return {"hidden_ms": 0.0, "hidden_fraction": None}
+            return {"hidden_ms": 0.0, "hidden_spread_ms": None, "hidden_fraction": None}
         if not self.twin_ms or not self.overlapped_ms:
-            return {"hidden_ms": None, "hidden_fraction": None}
+            return {"hidden_ms": None, "hidden_spread_ms": None, "hidden_fraction": None}
         hidden = median(self.twin_ms) - median(self.overlapped_ms)
-        coverable = median(self.coverable_ms)
-        return {"hidden_ms": hidden, "hidden_fraction": hidden / coverable if coverable > 0 else None}
+        spread = spread_of_medians(self.twin_ms, self.overlapped_ms)
+        fraction = hidden_fraction(hidden, spread, median_coverage(self.covered))
+        return {"hidden_ms": hidden, "hidden_spread_ms": spread, "hidden_fraction": fraction}
+
+
+def spread_of_medians(a_ms: Sequence[float], b_ms: Sequence[float]) -> float:
+    """Half the 95 % interval of median(a) - median(b), a and b resampled each by itself."""
+    draw = np.random.default_rng(0)
+    medians = [
+        np.median(np.asarray(ms)[draw.integers(0, len(ms), size=(_RESAMPLES, len(ms)))], axis=1) for ms in (a_ms, b_ms)
+    ]
+    low, high = np.percentile(medians[0] - medians[1], (2.5, 97.5))
+    return float(high - low) / 2

@@ -52,6 +52,7 @@ class _Open:
 
     name: str
     ranks: tuple[int, ...]
+    group: Any
     bytes_to_peers: int
     at_once: bool
     launched: TimingEvent
@@ -176,6 +177,7 @@ class Lanes:
         flight = _Open(
             name=name,
             ranks=ranks,
+            group=group,
             bytes_to_peers=_bytes_to_peers(source, input_splits, dist.get_rank(group), len(ranks)),
             at_once=self._scheduler.serialised,
             launched=event(),
@@ -225,6 +227,7 @@ def _exchange(flight: _Open) -> Exchange:
         wait_ms=flight.passed.elapsed_ms(flight.reached),
         beside=tuple((piece.name, piece.end.elapsed_ms(piece.start)) for piece in flight.beside),
         at_once=flight.at_once,
+        group=flight.group,
     )
 
 

@@ -54,7 +54,7 @@ class Run:
         self.step = TrainStep(
             config, place, self.model_config, self.ddps, self.optimizer, self.schedule, self.backward_scheduler
         )
-        self.stats = OverlapStats(config.carry_over)
+        self.stats = OverlapStats()
 
     @property
     def tokens_per_step(self) -> int:
@@ -83,7 +83,7 @@ def _train_steps(run: Run, batches: BatchIterator, start: int) -> None:
             result = run.step(batches, twin=is_twin(step, run.overlap.value, config.twin_every))
             tokens_per_s = run.tokens_per_step / result.step_ms * 1e3
             if step > start + _WARM_UP:
-                run.stats.add(result.step_ms, result.counters, twin=result.twin)
+                run.stats.add(result.step_ms, result.coverage)
             if metrics is not None:
                 metrics.write(step, result, tokens_per_s)
             progress.show(step, result, tokens_per_s)

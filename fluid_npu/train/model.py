@@ -6,7 +6,7 @@ experts. Without Transformer Engine the local layer specs are used; attention is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -71,6 +71,12 @@ def moe_layers(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
     return (module for module in model.modules() if isinstance(module, MoELayer))
+
+
+def shared_experts(chunks: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
+    """The shared experts of the MoE layers that have some."""
+    found = (getattr(layer, "shared_experts", None) for chunk in chunks for layer in moe_layers(chunk))
+    return [module for module in found if module is not None]
 
 
 def _layer_specs(config: TrainConfig, model_config: TransformerConfig, overlap: str) -> Iterator[Any]:

@@ -9,7 +9,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -24,13 +24,13 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from fluid_npu.mcore.lines.arguments import taken
+from fluid_npu.schedule.definitions import Coverage
+from fluid_npu.schedule.hidden import TwinClock
 from fluid_npu.train.config import TrainConfig
+from fluid_npu.train.model import shared_experts
 from fluid_npu.train.parallel import Place
 
-COUNTERS = (
-    *("a2a_ms", "a2a_count", "a2a_bytes", "exposed_ms", "dw_ms"),
-    *("moe_dispatch_backward_ms", "moe_combine_backward_ms"),
-)
+COUNTERS = ("a2a_ms", "a2a_count", "a2a_bytes", "exposed_ms", "dw_ms")
 
 
 class TrainingDiverged(RuntimeError):
@@ -48,6 +48,8 @@ class StepResult:
     twin: bool
     skipped: bool
     counters: dict[str, float]
+    coverage: Coverage | None = None
+    """Of a twin, mean over ranks."""
 
     @property
     def a2a_ms(self) -> float | None:
@@ -92,6 +94,8 @@ class TrainStep:
         self.backward_scheduler = backward_scheduler
         self.preset = config.model()
         self.overlapping = backward_scheduler is not None and backward_scheduler.overlap != "off"
+        schedulers = [backward_scheduler] if backward_scheduler is not None else []
+        self._clock = TwinClock(schedulers, place.device, shared_experts(self.chunks))
         self.forward_backward = get_forward_backward_func()
         model_config.finalize_model_grads_func = self._finalize
         model_config.grad_scale_func = optimizer.scale_loss
@@ -117,21 +121,26 @@ class TrainStep:
         self.place.device.synchronize()
         if not math.isfinite(loss):
             raise TrainingDiverged(f"the loss is {loss}; start again with a lower --lr (now {self.config.lr:g})")
+        step_ms = (time.perf_counter() - start) * 1e3
         return StepResult(
             loss=loss,
             grad_norm=None if grad_norm is None else float(grad_norm),
             lr=lr,
-            step_ms=(time.perf_counter() - start) * 1e3,
+            step_ms=step_ms,
             twin=twin,
             skipped=not updated,
             counters=counters,
+            coverage=self._coverage() if twin and self.backward_scheduler is not None else None,
         )
 
     def _serialised(self, twin: bool) -> contextlib.AbstractContextManager[Any]:
-        if twin and self.backward_scheduler is not None:
-            context: contextlib.AbstractContextManager[Any] = self.backward_scheduler.serialise()
-            return context
-        return contextlib.nullcontext()
+        return self._clock.twin() if twin and self.backward_scheduler is not None else contextlib.nullcontext()
+
+    def _coverage(self) -> Coverage:
+        """What of the twin's AllToAlls could be covered, mean over all ranks. Collective; not in the step's time."""
+        with self.place.phase("reading of the twin"):
+            values = self._mean_over_ranks(list(astuple(self._clock.coverage())))
+        return Coverage(**dict(zip((item.name for item in fields(Coverage)), values, strict=True)))
 
     def _forward_backward(self, batches: Iterator[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
         step_batches = [next(batches) for _ in range(self.config.micro_batches)]
@@ -161,14 +170,16 @@ class TrainStep:
         stats = self.backward_scheduler.get_stats() if self.backward_scheduler is not None else {}
         here = [float(torch.stack(losses).mean()), 1.0] if losses else [0.0, 0.0]
         counters = [float(stats.get(name, 0.0)) for name in COUNTERS]
+        with self.place.phase("loss reduction"):
+            values = self._mean_over_ranks([*here, *counters])
+        return values[0] / values[1], dict(zip(COUNTERS, values[2:], strict=True)) if stats else {}
+
+    def _mean_over_ranks(self, values: list[float]) -> list[float]:
         device = self.place.device.torch_device(self.place.local_rank)
         dtype = torch.float64 if self.place.device.name != "npu" else torch.float32
-        total = torch.tensor([*here, *counters], dtype=dtype, device=device)
-        with self.place.phase("loss reduction"):
-            dist.all_reduce(total)
-        values = total.tolist()
-        means = dict(zip(COUNTERS, (value / self.place.world for value in values[2:]), strict=True))
-        return values[0] / values[1], means if stats else {}
+        total = torch.tensor(values, dtype=dtype, device=device)
+        dist.all_reduce(total)
+        return [float(value) / self.place.world for value in total.tolist()]
 
 
 def masked_mean(loss_mask_BS: torch.Tensor, losses_BS: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

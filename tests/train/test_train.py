@@ -102,7 +102,7 @@ def test_planted_delay_is_hidden_by_overlap_and_twins_change_nothing(tmp_path: P
     plain, overlapped, carried = runs["off"], runs["dw"], runs["carried"]
     assert plain["summary"]["hidden_ms"] == 0 and plain["summary"]["hidden_fraction"] is None
     assert plain["summary"]["a2a_ms"] > 2 * 4 * 4.0  # layers, exchanges of each, delay
-    assert overlapped["summary"]["hidden_fraction"] is not None
+    assert overlapped["summary"]["hidden_spread_ms"] > 0  # a fraction only where the machine is quiet enough
     assert overlapped["losses"] == pytest.approx(plain["losses"], rel=1e-4)
     assert carried["losses"] == overlapped["losses"] and carried["weights"] == overlapped["weights"]
     rows = [json.loads(line) for line in (tmp_path / "dw" / "metrics.jsonl").read_text().splitlines()]

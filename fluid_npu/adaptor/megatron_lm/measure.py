@@ -10,7 +10,7 @@ from typing import Any
 
 from fluid_npu.adaptor.megatron_lm.report import write_report
 from fluid_npu.device import get_device
-from fluid_npu.schedule.hidden import OverlapStats, is_twin
+from fluid_npu.schedule.hidden import OverlapStats, TwinClock, is_twin
 from fluid_npu.schedule.scheduler import BackwardScheduler
 
 _WARM_UP = 2  # the first steps allocate buffers and plan
@@ -23,18 +23,17 @@ class Meter:
         self.schedulers = schedulers_of(model)
         self.steps = 0
         self.totals: dict[str, float] = {}
-        self.hidden = OverlapStats(any(scheduler.carry_over for scheduler in self.schedulers))
+        self.hidden = OverlapStats()
+        self._clock = TwinClock(self.schedulers, get_device().value, _shared_experts(model))
 
     @contextlib.contextmanager
     def step(self, every: int) -> Iterator[None]:
         """Runs the body as one step, every so many as the serialised twin (0: never)."""
         self.steps += 1
         twin = every > 0 and bool(self.schedulers) and is_twin(self.steps, self.schedulers[0].overlap, every)
-        with contextlib.ExitStack() as stack:
-            for scheduler in self.schedulers:
-                scheduler.reset_stats()
-                if twin:
-                    stack.enter_context(scheduler.serialise())
+        for scheduler in self.schedulers:
+            scheduler.reset_stats()
+        with self._clock.twin() if twin else contextlib.nullcontext():
             started = time.perf_counter()
             yield
         if every > 0:
@@ -45,7 +44,7 @@ class Meter:
         for name, value in counters.items():
             self.totals[name] = self.totals.get(name, 0.0) + value
         if every > 0 and self.steps > _WARM_UP:
-            self.hidden.add(elapsed, counters, twin=twin)
+            self.hidden.add(elapsed, self._clock.coverage() if twin else None)
 
 
 _meter: Meter | None = None
@@ -94,6 +93,12 @@ def schedulers_of(model: Sequence[Any]) -> list[BackwardScheduler]:
             if isinstance(scheduler, BackwardScheduler):
                 found[id(scheduler)] = scheduler
     return list(found.values())
+
+
+def _shared_experts(model: Sequence[Any]) -> list[Any]:
+    layers = (module for chunk in model for module in chunk.modules() if hasattr(module, "backward_scheduler"))
+    found = (getattr(layer, "shared_experts", None) for layer in layers)
+    return [module for module in found if module is not None]
 
 
 def summed(schedulers: Sequence[BackwardScheduler]) -> dict[str, float]:

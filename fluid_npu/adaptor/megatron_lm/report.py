@@ -56,7 +56,7 @@ def make_report(
         "choices": [{"what": what, "value": choice.value, "reason": choice.reason} for what, choice in announced()],
         "totals": dict(totals),
         "per_step": {name: value / steps for name, value in totals.items()} if steps else {},
-        "communication_ms_per_twin": _median(hidden.a2a_ms),
+        "communication_ms_per_twin": _median([twin.transfer_ms for twin in hidden.covered]),
         "step_ms": {"overlapped": _median(hidden.overlapped_ms), "twin": _median(hidden.twin_ms)},
         **hidden.report(overlap),
         "patches": patches,
