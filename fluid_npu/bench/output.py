@@ -156,14 +156,15 @@ def _train_step_line(row: Row) -> tuple[str, ...]:
     if row["ratio_stock_over_this"] is not None:
         low, high = row["ratio_stock_over_this_low"], row["ratio_stock_over_this_high"]
         ratio = f"{row['ratio_stock_over_this']:.3f} ({low:.3f} to {high:.3f})"
-    hidden = _number(row["hidden_ms"])
+    hidden = number(row["hidden_ms"])
     if row["hidden_spread_ms"] is not None:
         hidden += f" +-{row['hidden_spread_ms']:.2f}"
     figures = (row[name] for name in ("median_ms", "p10_ms", "p90_ms", "peak_memory_mb", "a2a_ms"))
-    return (row["case"], row["impl"], *map(_number, figures), hidden, _number(row["hidden_fraction"]), ratio)
+    return (row["case"], row["impl"], *map(number, figures), hidden, number(row["hidden_fraction"]), ratio)
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Two decimals, or a dash."""
     return "-" if value is None else f"{value:.2f}"
 
 

@@ -11,6 +11,7 @@ All run Megatron's schedule with gradients fused into fp32 main_grad. B micro-ba
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -55,7 +56,7 @@ class Variant:
         kind: which MoE layer.
         config: the run; its ``impl`` is replaced by the kind's.
         place: this rank.
-        optimizer: 'adam' or 'sgd' (plain, without momentum: weights can be compared).
+        optimizer: 'adam', 'sgd' (plain, without momentum: weights can be compared) or 'none'.
         weights: a model whose weights are copied; None keeps the initial ones.
     """
 
@@ -80,9 +81,11 @@ class Variant:
         self.scheduler = get_backward_scheduler(model) if kind.impl == "fluid" else None
         self.ddp = wrap_ddp(self.config, self._model_config, model)
         self.model = model
-        self.optimizer = get_megatron_optimizer(_optimizer_config(config, optimizer, dtype), [self.ddp])
         self._model_config.finalize_model_grads_func = finalize_model_grads
-        self._model_config.grad_scale_func = self.optimizer.scale_loss
+        self.optimizer: Any = None
+        if optimizer != "none":
+            self.optimizer = get_megatron_optimizer(_optimizer_config(config, optimizer, dtype), [self.ddp])
+            self._model_config.grad_scale_func = self.optimizer.scale_loss
         self._schedule = get_forward_backward_func()
 
     def step(self, batch: Batch) -> float:
@@ -94,7 +97,8 @@ class Variant:
     def forward_backward(self, batch: Batch) -> float:
         """Gradients of one micro-batch, reduced over ranks and left in main_grad; returns this rank's loss."""
         self.ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
         with self.mode():
             outputs = self._schedule(
                 forward_step_func=_forward,
@@ -110,6 +114,12 @@ class Variant:
     def update(self) -> None:
         """The optimizer's step."""
         self.optimizer.step()
+
+    def as_twin(self) -> Variant:
+        """The serialised twin on this variant's own model and gradients."""
+        twin = copy.copy(self)
+        twin.kind, twin.name = TWIN, TWIN.name
+        return twin
 
     def mode(self) -> contextlib.AbstractContextManager[Any]:
         """What a step of this variant runs inside."""
@@ -156,22 +166,25 @@ def build_variants(
 
 
 class MockData:
-    """Random tokens and layer inputs as a function of (seed, number, data-parallel rank)."""
+    """Random tokens and layer inputs as a function of (seed, number, data-parallel rank).
 
-    def __init__(self, config: TrainConfig, place: Place) -> None:
+    ``seq_length`` None is the preset's; ranks may differ in it.
+    """
+
+    def __init__(self, config: TrainConfig, place: Place, seq_length: int | None = None) -> None:
         self._preset, self._seed, self._place = config.model(), config.seed, place
         self._device = place.device.torch_device(place.local_rank)
         self._dtype = TORCH_DTYPES[config.dtype or "fp32"]
-        length = self._preset.seq_length
+        self._length = length = seq_length or self._preset.seq_length
         self._mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=self._device).triu_(1)
 
     def batch(self, number: int) -> Batch:
         """Micro-batch ``number`` of this rank, in the form of ``train.data``'s."""
         p = self._preset
         text = torch.randint(
-            p.vocab_size, (p.micro_batch_size, p.seq_length + 1), generator=self._generator(number)
+            p.vocab_size, (p.micro_batch_size, self._length + 1), generator=self._generator(number)
         ).to(self._device)
-        positions = torch.arange(p.seq_length, device=self._device).expand(p.micro_batch_size, -1)
+        positions = torch.arange(self._length, device=self._device).expand(p.micro_batch_size, -1)
         return {
             "tokens": text[:, :-1].contiguous(),
             "labels": text[:, 1:].contiguous(),
@@ -183,7 +196,7 @@ class MockData:
     def layer_input(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Input of an MoE layer and the gradient of its output, ``[S, B, H]`` each."""
         p, generator = self._preset, self._generator(number)
-        shape = (p.seq_length, p.micro_batch_size, p.hidden)
+        shape = (self._length, p.micro_batch_size, p.hidden)
         x, dy = (torch.randn(shape, generator=generator).to(self._device, self._dtype) for _ in range(2))
         return x, dy
 

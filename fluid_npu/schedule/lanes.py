@@ -39,6 +39,19 @@ class Span:
     end_ms: float
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cargo:
+    """What an exchange carries, enough to send as much again by itself."""
+
+    output_shape: torch.Size
+    source_shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    output_splits: Sequence[int] | None
+    input_splits: Sequence[int] | None
+    group: Any
+
+
 @dataclasses.dataclass
 class _Piece:
     name: str
@@ -54,6 +67,7 @@ class _Open:
     ranks: tuple[int, ...]
     group: Any
     bytes_to_peers: int
+    cargo: Cargo
     at_once: bool
     launched: TimingEvent
     reached: TimingEvent
@@ -73,6 +87,7 @@ class Lanes:
     def __init__(self, scheduler: BackwardScheduler, device: Device, modules: Sequence[torch.nn.Module] = ()) -> None:
         self._scheduler, self._device, self._modules = scheduler, device, modules
         self._flights: list[_Open] = []
+        self._steps: list[list[_Open]] = []
         self._filling = False
         self._undo: list[Callable[[], Any]] = []
         self._origin = device.event()
@@ -109,14 +124,24 @@ class Lanes:
             self._undo.pop()()
 
     def begin(self) -> None:
-        """Forgets what was seen and starts the clock of ``spans``."""
+        """A step begins: what comes belongs to it, and the clock of ``spans`` starts."""
         self._flights = []
+        self._steps.append(self._flights)
         self._origin = self._device.event()
         self._origin.record()
 
     def take(self) -> list[Exchange]:
         """The exchanges since ``begin`` in the order of their launches. Waits for the device."""
         return [_exchange(flight) for flight in self._flights]
+
+    def take_steps(self) -> list[list[Exchange]]:
+        """As ``take``, for every step since the last call; forgets all but the last."""
+        steps, self._steps = self._steps, [self._flights]
+        return [[_exchange(flight) for flight in flights] for flights in steps if flights]
+
+    def cargo(self) -> list[Cargo]:
+        """What the exchanges since ``begin`` carry."""
+        return [flight.cargo for flight in self._flights]
 
     def spans(self) -> list[Span]:
         """Both lanes since ``begin``."""
@@ -170,7 +195,8 @@ class Lanes:
         )
         self._undo += [handle.remove for handle in handles]
 
-    def _launch(self, source: torch.Tensor, input_splits: Sequence[int] | None, group: Any) -> _Open:
+    def _launch(self, cargo: Cargo) -> _Open:
+        group = cargo.group
         current, event = watch.current, self._device.event
         name = current.name if current is not None else "AllToAll"
         ranks = tuple(dist.get_process_group_ranks(group))
@@ -178,7 +204,8 @@ class Lanes:
             name=name,
             ranks=ranks,
             group=group,
-            bytes_to_peers=_bytes_to_peers(source, input_splits, dist.get_rank(group), len(ranks)),
+            bytes_to_peers=_bytes_to_peers(cargo, dist.get_rank(group), len(ranks)),
+            cargo=cargo,
             at_once=self._scheduler.serialised,
             launched=event(),
             reached=event(),
@@ -203,7 +230,16 @@ class _ClockedTransport:
         input_splits: Sequence[int] | None,
         group: Any,
     ) -> _ClockedWork:
-        flight = self._lanes._launch(source, input_splits, group)
+        cargo = Cargo(
+            output_shape=output.shape,
+            source_shape=source.shape,
+            dtype=source.dtype,
+            device=source.device,
+            output_splits=output_splits,
+            input_splits=input_splits,
+            group=group,
+        )
+        flight = self._lanes._launch(cargo)
         return _ClockedWork(self._inner.start(output, source, output_splits, input_splits, group), flight)
 
 
@@ -231,6 +267,7 @@ def _exchange(flight: _Open) -> Exchange:
     )
 
 
-def _bytes_to_peers(source: torch.Tensor, splits: Sequence[int] | None, index: int, world: int) -> int:
-    own = source.shape[0] // world if splits is None else splits[index]
-    return (source.shape[0] - own) * math.prod(source.shape[1:]) * source.element_size()
+def _bytes_to_peers(cargo: Cargo, index: int, world: int) -> int:
+    rows, splits = cargo.source_shape[0], cargo.input_splits
+    own = rows // world if splits is None else splits[index]
+    return (rows - own) * math.prod(cargo.source_shape[1:]) * cargo.dtype.itemsize

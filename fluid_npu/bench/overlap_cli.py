@@ -1,0 +1,57 @@
+"""Flags of ``fluid-npu bench overlap``. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from fluid_npu.bench.options import add_common_flags, add_file_flags, add_model_flags, add_rounds_flag, run_bench
+from fluid_npu.bench.workload_names import DESCRIPTIONS
+
+#: What the default model is cut to, so that a step is short; flags replace it.
+CUT = {"layers": 2, "micro_batch_size": 1}
+
+
+def add_overlap_parser(commands: Any) -> None:
+    """Register ``overlap``."""
+    words = ", ".join(f"{name} {text}" for name, text in DESCRIPTIONS.items())
+    parser = commands.add_parser(
+        "overlap",
+        help="each AllToAll of a step: transfer, peer wait, exposed, hidden",
+        description="Forward and backward of a small model whose routing follows a workload, plain, overlapped and as "
+        "the serialised twin, in interleaved rounds with clocks on every AllToAll. Says what pays and what to turn "
+        f"off here. Workloads: {words}.",
+    )
+    add_model_flags(parser, "mixtral-tiny")
+    parser.add_argument(
+        "--workloads", nargs="+", default=list(DESCRIPTIONS), choices=list(DESCRIPTIONS), metavar="W", help="all"
+    )
+    add_rounds_flag(parser, "12")
+    parser.add_argument(
+        "--carry-over", action="store_true", help="let dW of FC2 wait for the combine of the layer below"
+    )
+    parser.add_argument(
+        "--plant-delay-ms", type=float, default=0.0, metavar="D", help="delay every AllToAll of ours, on a CPU"
+    )
+    parser.add_argument("--link", metavar="RATE", help="put the ranks behind links of this rate, such as 1gbit (root)")
+    add_file_flags(parser, "overlap")
+    add_common_flags(parser)
+    parser.set_defaults(func=run_overlap)
+
+
+def run_overlap(args: argparse.Namespace) -> int:
+    """Runs ``bench overlap``."""
+    from fluid_npu.bench.overlap_text import overlap_text, overlap_verdict
+
+    cut = {name: value for name, value in CUT.items() if args.preset == "mixtral-tiny" or name == "layers"}
+    return run_bench(
+        args,
+        "overlap",
+        "fluid_npu.bench.overlap:measure",
+        {"workloads": list(dict.fromkeys(args.workloads)), "rounds": args.rounds or 12, "link": args.link},
+        lambda result: (overlap_text(result), overlap_verdict(result)),
+        preset=args.preset,
+        cut=cut,
+        carry_over=args.carry_over,
+        plant_delay_ms=args.plant_delay_ms,
+    )
