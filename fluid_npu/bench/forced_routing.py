@@ -42,7 +42,7 @@ class ForcedRouting:
     def force(self, model: torch.nn.Module) -> None:
         """From now on the model's routers follow this workload; a later call replaces an earlier one."""
         for number, layer in enumerate(moe_layers(model)):
-            layer.router.routing = self._routing(number)  # type: ignore[union-attr, assignment]
+            layer.router.routing = self._routing(number)  # type: ignore[union-attr]
 
     def _routing(self, layer: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
         def routing(logits: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:

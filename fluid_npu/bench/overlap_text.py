@@ -57,7 +57,8 @@ def overlap_verdict(result: Row) -> list[str]:
     judged = [row for row in result["steps"] if row["judged"]]
     pays = [row["workload"] for row in judged if row["advice"] == "dw"]
     if judged and not pays:
-        sentences.append("Nothing pays here: use --overlap off (train --overlap auto decides by itself).")
+        noisy = "" if len(judged) == len(result["steps"]) else " that could be judged"
+        sentences.append(f"Nothing{noisy} pays here: use --overlap off (train --overlap auto decides by itself).")
     elif pays:
         sentences.append(f"Overlap pays under {', '.join(pays)}: use --overlap dw.")
     return sentences + _uncovered(result)
