@@ -31,9 +31,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Deselects what this run or this machine is not for."""
     import torch
 
+    from fluid_npu.link import why_unavailable
+
     away = set() if "nightly" in config.option.markexpr else {"nightly"}
     if not torch.cuda.is_available():
         away.add("cuda")
+    if any(item.get_closest_marker("link") for item in items) and why_unavailable() is not None:
+        away.add("link")
     left_out = [item for item in items if any(item.get_closest_marker(name) for name in away)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)

@@ -1,0 +1,80 @@
+"""One rank of test_hiding.py: ``hiding_rank.py BYTES TRANSFER_MS RESULT.json``. Times are milliseconds.
+
+gloo's AllToAll posts its send before its receive. Where one rank arrives first its request to receive waits behind
+the other's data, and the two directions follow each other: twice bytes/rate. The matmuls therefore last three times
+as long, and the rate itself is measured with an exchange that posts the receive first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+ROUNDS = 3
+a, b = torch.randn(2, 384, 384)
+
+
+def matmuls(count: int) -> float:
+    """Milliseconds of this thread's processor time."""
+    start = time.thread_time()
+    for _ in range(count):
+        a @ b
+    return (time.thread_time() - start) * 1e3
+
+
+def enough(wanted_ms: float) -> int:
+    """How many last so long on this machine."""
+    matmuls(5)
+    return max(1, round(wanted_ms / (min(matmuls(5) for _ in range(5)) / 5)))
+
+
+def wall(function: Callable[[], object]) -> float:
+    dist.barrier()
+    start = time.perf_counter()
+    function()
+    return (time.perf_counter() - start) * 1e3
+
+
+def main(count: int, transfer_ms: float, result: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    peer = 1 - dist.get_rank()
+    source, output = torch.ones(2, count // 4), torch.zeros(2, count // 4)  # one row to each rank
+    start = lambda: dist.all_to_all_single(output, source, async_op=True)
+    found: dict[str, list[float]] = {
+        name: [] for name in ("exchange_ms", "alone_ms", "exposed_ms", "matmul_cpu_ms", "beside_cpu_ms")
+    }
+
+    def exchange() -> None:
+        receive = dist.irecv(output[peer], peer)
+        dist.send(source[peer], peer)
+        receive.wait()
+
+    n = enough(3 * transfer_ms)
+    for _ in range(ROUNDS):
+        found["exchange_ms"].append(wall(exchange))
+        found["alone_ms"].append(wall(lambda: start().wait()))
+        found["matmul_cpu_ms"].append(matmuls(n))
+        dist.barrier()
+        launch = time.perf_counter()
+        work = start()
+        launched = time.perf_counter()
+        found["beside_cpu_ms"].append(matmuls(n))
+        wait = time.perf_counter()
+        work.wait()
+        found["exposed_ms"].append((launched - launch + time.perf_counter() - wait) * 1e3)
+    assert torch.equal(output, source)
+    Path(result).write_text(json.dumps(found))
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3])
+    os._exit(0)  # gloo's threads must not delay the exit
