@@ -22,6 +22,7 @@ _COMMANDS = (
     ("fluid_npu.megatron_lm.cli", "add_megatron_lm_parser"),
     ("fluid_npu.cluster.cli", "add_cluster_parser"),
     ("fluid_npu.sim.cli", "add_sim_parser"),
+    ("fluid_npu.order.cli", "add_check_order_parser"),
 )
 
 
