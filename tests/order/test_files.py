@@ -20,7 +20,7 @@ def job(good: bool) -> Job:
         if good:
             rank.wait("made", on=SIDE)
         rank.op("use", "x[0:8]", "y", on=SIDE)
-        rank.land(rank.gloo_a2a("counts", "c", "d", sends=(0, 8), receives=(0, 8)), on="host")
+        rank.land(rank.gloo_a2a("counts", "c", "d", sends=(4, 4), receives=(4, 4)), on="host")
     return made
 
 
