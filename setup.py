@@ -14,6 +14,7 @@ setup(
     package_dir={"fluid_npu": "fluid_npu", "fluid_npu.patches": "patches"},
     package_data={
         "fluid_npu": ["py.typed", "cluster/megatron_flags.txt"],
+        "fluid_npu.report": ["page.html.j2"],
         "fluid_npu.sim": ["README.md", "schemas.json", "csrc/*/*.cpp", "csrc/*/*.h"],
         "fluid_npu.patches": ["*.toml", "*.md", "megatron_lm/*.patch"],
     },

@@ -23,6 +23,7 @@ _COMMANDS = (
     ("fluid_npu.cluster.cli", "add_cluster_parser"),
     ("fluid_npu.sim.cli", "add_sim_parser"),
     ("fluid_npu.order.cli", "add_check_order_parser"),
+    ("fluid_npu.report.cli", "add_report_parser"),
 )
 
 
