@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from fluid_npu.report import plots
 from fluid_npu.report.build import write_report
 from tests.support import results
 
@@ -17,7 +18,9 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     results.write_benches(folder / "in" / "benches")
     results.write_run(folder / "in" / "run")
     results.write_order(folder / "in" / "order")
-    written = write_report([folder / "in"], folder / "out")
+    with pytest.MonkeyPatch.context() as without:
+        without.setattr(plots, "can_draw", lambda: False)
+        written = write_report([folder / "in"], folder / "out")
     return {path.name.split("-", 1)[1]: json.loads(path.read_text()) for path in written.traces}
 
 
