@@ -26,7 +26,7 @@ def results(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     found = []
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(result, dict) and result.get("rows") and "median_ms" in result["rows"][0]:
+        if isinstance(result, dict) and result.get("bench", "train-step") == "train-step":
             found.append((path.name, result))
     return found
 

@@ -50,7 +50,7 @@ class Found:
     unread: list[Unread] = field(default_factory=list)
 
 
-class _Unreadable(Exception):
+class Unreadable(ValueError):
     """Why a file cannot be shown."""
 
 
@@ -103,7 +103,7 @@ def _take_run(found: Found, folder: Path, left: dict[str, Path], base: Path) -> 
         path = left.pop(SUMMARY)
         try:
             data["summary"] = _object(path)
-        except _Unreadable as error:
+        except Unreadable as error:
             found.unread.append(Unread(str(path), str(error)))
     for name in _RUN_FILES:
         if name in left:
@@ -131,25 +131,26 @@ def _take_order(found: Found, folder: Path, left: dict[str, Path], base: Path) -
 def _read_file(found: Found, path: Path, base: Path) -> None:
     try:
         if path.suffix == ".json":
-            source = Source(kind="bench", name=_name(path.with_suffix(""), base), path=path, data=_bench(path))
+            source = Source(kind="bench", name=_name(path.with_suffix(""), base), path=path, data=read_bench(path))
             found.sources.append(source)
         else:
-            raise _Unreadable("not a result: the report reads *.json of benches, runs and order records (*.jsonl)")
-    except _Unreadable as error:
+            raise Unreadable("not a result: the report reads *.json of benches, runs and order records (*.jsonl)")
+    except Unreadable as error:
         found.unread.append(Unread(str(path), str(error)))
 
 
-def _bench(path: Path) -> dict[str, Any]:
+def read_bench(path: Path) -> dict[str, Any]:
+    """A bench's result. Raises Unreadable."""
     result = _object(path)
     rows = result.get("rows")
     if "bench" not in result and isinstance(rows, list) and rows and "ratio_stock_over_this" in rows[0]:
         result["bench"] = "train-step"  # as it was written before the key existed
     if result.get("bench") not in KNOWN:
-        raise _Unreadable(f"not a result: its key 'bench' is {result.get('bench')!r}, known are {', '.join(KNOWN)}")
+        raise Unreadable(f"not a result: its key 'bench' is {result.get('bench')!r}, known are {', '.join(KNOWN)}")
     if result.get("schema", SCHEMA) > SCHEMA:
-        raise _Unreadable(f"schema {result['schema']} is newer than this fluid-npu ({SCHEMA}); update it")
+        raise Unreadable(f"schema {result['schema']} is newer than this fluid-npu ({SCHEMA}); update it")
     if not isinstance(rows, list) or not rows:
-        raise _Unreadable("a bench result without rows")
+        raise Unreadable("a bench result without rows")
     return result
 
 
@@ -157,11 +158,11 @@ def _object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise _Unreadable(f"cannot be read: {error.strerror}") from error
+        raise Unreadable(f"cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise _Unreadable(f"no JSON: {error}") from error
+        raise Unreadable(f"no JSON: {error}") from error
     if not isinstance(value, dict):
-        raise _Unreadable("not a result: the JSON is no object")
+        raise Unreadable("not a result: the JSON is no object")
     return value
 
 
