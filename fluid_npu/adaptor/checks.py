@@ -14,7 +14,7 @@ from typing import Any
 
 from fluid_npu.adaptor import providers
 from fluid_npu.adaptor.fingerprint import current_fingerprint, definition, signature_text, unwrapped
-from fluid_npu.adaptor.patch import Patch, PatchError
+from fluid_npu.adaptor.patch import ImportFailed, Patch, PatchError
 from fluid_npu.adaptor.target import MISSING, Slot, resolve
 from fluid_npu.adaptor.versions import fits, installed_version
 
@@ -23,10 +23,14 @@ POLICIES = ("strict", "warn")
 
 @dataclass
 class Findings:
-    """``errors`` stop an apply; ``changes`` of upstream source stop it under 'strict' and warn under 'warn'."""
+    """``errors`` stop an apply; ``changes`` of upstream source stop it under 'strict' and warn under 'warn'.
+
+    ``unchecked``: the rows among the errors about which nothing is known, because a module of theirs does not import.
+    """
 
     errors: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
+    unchecked: list[Patch] = field(default_factory=list)
 
 
 def check(rows: Sequence[Patch], applied: Sequence[Patch]) -> Findings:
@@ -34,7 +38,11 @@ def check(rows: Sequence[Patch], applied: Sequence[Patch]) -> Findings:
     found = Findings()
     earlier = list(applied)
     for patch in rows:
-        problem = _error(patch, earlier)
+        try:
+            problem = _error(patch, earlier)
+        except ImportFailed as error:
+            problem = _explained(patch, error)
+            found.unchecked.append(patch)
         if problem is not None:
             found.errors.append(problem)
         elif not any(other.target == patch.target for other in applied):
@@ -60,18 +68,17 @@ def versions_text(patch: Patch) -> str:
 
 
 def _error(patch: Patch, earlier: Sequence[Patch]) -> str | None:
-    """The first thing that makes the row impossible, or None."""
+    """The first thing that makes the row impossible, or None. Raises ImportFailed."""
     wrong_version = _version_error(patch)
     if wrong_version is not None:
         return wrong_version
     try:
         patch.load_replacement()
         slot = resolve(patch.target)
+    except ImportFailed:
+        raise
     except PatchError as error:
-        text = str(error)
-        return (
-            text if text.startswith(patch.name) else f"{patch.name}: {text} ({versions_text(patch)}). {_advice(patch)}"
-        )
+        return _explained(patch, error)
     conflict = conflict_of(patch, earlier)
     if conflict is not None:
         return conflict
@@ -87,6 +94,14 @@ def _error(patch: Patch, earlier: Sequence[Patch]) -> str | None:
             f"{_advice(patch)}"
         )
     return None
+
+
+def _explained(patch: Patch, error: PatchError) -> str:
+    text = str(error)
+    if text.startswith(patch.name):
+        return text
+    fix = "Repair what the import names" if isinstance(error, ImportFailed) else _advice(patch)
+    return f"{patch.name}: {text} ({versions_text(patch)}). {fix}"
 
 
 def _advice(patch: Patch) -> str:

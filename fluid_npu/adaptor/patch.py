@@ -20,6 +20,10 @@ class PatchError(RuntimeError):
     """A patch cannot be resolved, applied or rolled back; the message names target, owner and fix."""
 
 
+class ImportFailed(PatchError):
+    """A module that a row needs is there and its import raised: nothing can be said about the row."""
+
+
 class PatchWarning(UserWarning):
     """What ``fingerprints="warn"`` lets pass."""
 
@@ -65,9 +69,15 @@ class Patch:
         return f"patch of {self.target} (feature {self.feature!r}, {self.manifest})"
 
     def load_replacement(self) -> Any:
-        """The object that ``replacement`` names. Raises PatchError when it is not there."""
+        """The object that ``replacement`` names. Raises PatchError when it is not there, or its module fails."""
         module_name, _, attribute = self.replacement.partition(":")
         try:
-            return getattr(import_module(module_name), attribute)
-        except (ImportError, AttributeError) as error:
+            module = import_module(module_name)
+        except ModuleNotFoundError as error:
             raise PatchError(f"{self.name}: replacement {self.replacement!r} cannot be loaded: {error}") from error
+        except Exception as error:
+            what = f"replacement {self.replacement!r} cannot be loaded: {type(error).__name__}: {error}"
+            raise ImportFailed(f"{self.name}: {what}") from error
+        if not hasattr(module, attribute):
+            raise PatchError(f"{self.name}: replacement {self.replacement!r} cannot be loaded: no such attribute")
+        return getattr(module, attribute)

@@ -20,7 +20,8 @@ class PatchStatus:
     """One row of the installed versions.
 
     ``hits`` is None where the patch is not applied or cannot be counted (see ``hits.py``). ``problem`` is None where
-    it is in force, or could be applied. ``unreachable`` names what still holds the original.
+    it is in force, or could be applied. ``unreachable`` names what still holds the original. ``checked`` is False
+    where a module of the row does not import, so that nothing but that is known.
     """
 
     patch: Patch
@@ -28,6 +29,7 @@ class PatchStatus:
     hits: int | None
     problem: str | None
     unreachable: tuple[str, ...] = ()
+    checked: bool = True
 
 
 def statuses(registry: Registry, rows: Sequence[Patch]) -> list[PatchStatus]:
@@ -94,7 +96,8 @@ def _overrides(entry: Applied) -> tuple[str, ...]:
 def _of_row(row: Patch, registry: Registry) -> PatchStatus:
     found = check([row], registry.applied)
     problems = found.errors + found.changes
-    return PatchStatus(patch=row, applied=False, hits=None, problem=problems[0] if problems else None)
+    problem, checked = problems[0] if problems else None, row not in found.unchecked
+    return PatchStatus(patch=row, applied=False, hits=None, problem=problem, checked=checked)
 
 
 def report_text(states: Sequence[PatchStatus]) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from fluid_npu.adaptor.patch import PatchError
+from fluid_npu.adaptor.patch import ImportFailed, PatchError
 
 
 class _Missing:
@@ -56,7 +56,7 @@ def resolve(target: str) -> Slot:
     """The slot that ``target`` names.
 
     ``a.b.C.method`` imports the longest importable module and walks the rest. Raises PatchError naming the
-    part that does not exist.
+    part that does not exist, ImportFailed when the import of a module that exists raises.
     """
     parts = target.split(".")
     for cut in range(len(parts) - 1, 0, -1):
@@ -66,10 +66,16 @@ def resolve(target: str) -> Slot:
         except ModuleNotFoundError as error:
             if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
                 continue
-            raise PatchError(f"{target}: importing {module_name} failed: {error}") from error
+            raise _import_failed(target, module_name, error) from error
+        except Exception as error:
+            raise _import_failed(target, module_name, error) from error
         for part in parts[cut:-1]:
             if not hasattr(holder, part):
                 raise PatchError(f"{target}: {module_name} has no {part!r}; was it renamed or removed upstream?")
             holder = getattr(holder, part)
         return Slot(holder, parts[-1])
     raise PatchError(f"{target}: no module of that name can be imported; is the package installed?")
+
+
+def _import_failed(target: str, module: str, error: Exception) -> ImportFailed:
+    return ImportFailed(f"{target}: importing {module} failed: {type(error).__name__}: {error}")

@@ -62,30 +62,18 @@ def substitute_facts() -> dict[str, Any]:
 
 
 def patch_facts() -> dict[str, Any]:
-    """Every row for the installed versions, checked without applying; ``failed``: features that cannot be checked."""
+    """Every row for the installed versions, checked without applying; ``failed``: features that cannot be checked.
+
+    The latter have a target in a module that does not import: Megatron-LM's loop from 0.18 on before Python 3.12.
+    """
     from fluid_npu import adaptor
 
-    try:
-        return {"rows": [_row(state) for state in adaptor.status()], "failed": {}}
-    except Exception as error:
-        # A feature whose target does not import (Megatron-LM's loop from 0.18 on before Python 3.12) hides no other.
-        rows, failed = _feature_by_feature(adaptor)
-        if not rows:
-            raise error
-        return {"rows": rows, "failed": failed}
-
-
-def _feature_by_feature(adaptor: Any) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    rows: list[dict[str, Any]] = []
+    states = adaptor.status()
     failed: dict[str, str] = {}
-    for feature in adaptor.FEATURES:
-        try:
-            rows += [_row(state) for state in adaptor.status([feature])]
-        except adaptor.PatchError:
-            continue  # not for this line
-        except Exception as error:
-            failed[feature] = f"{type(error).__name__}: {error}"
-    return rows, failed
+    for state in states:
+        if not state.checked:
+            failed.setdefault(state.patch.feature, state.problem or "")
+    return {"rows": [_row(state) for state in states if state.patch.feature not in failed], "failed": failed}
 
 
 def _row(state: Any) -> dict[str, Any]:

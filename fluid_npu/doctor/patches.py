@@ -16,7 +16,7 @@ def patch_items(reply: Reply) -> list[Item]:
         fix = "repair what the message names first"
         return [Item(name="patches", level="wrong", text=f"not checked: {reply.problem}", fix=fix)]
     rows: Sequence[Mapping[str, Any]] = reply.facts["rows"]
-    if not rows:
+    if not rows and not reply.facts["failed"]:
         return [Item(name="patches", level="warn", text="no row for the installed versions", fix="fluid-npu doctor")]
     return [*_by_feature(rows), *_problems(rows), *_unreachable(rows), *_failed(reply.facts["failed"])]
 

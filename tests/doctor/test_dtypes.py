@@ -69,11 +69,11 @@ def test_bf16_is_what_stock_required_and_never_what_it_refused() -> None:
 
 def test_ours_runs_what_the_operators_take_and_refuses_the_rest_by_name() -> None:
     for device in DEVICES:
-        assert {ours_would("0.16.1", dtype, device).value for dtype in DTYPES} == {"runs"}
+        word = "simulated" if device == "npu" else "runs"
+        assert {ours_would("0.16.1", dtype, device).value for dtype in DTYPES} == {word}
         refused = ours_would("0.16.1", "fp8", device)
         assert refused.value == "refuses" and refused.reason.startswith("fp8 is not in the operator table")
     assert ours_would("0.14.0", "bf16", "cpu", supported=["0.12", "0.16"]).value == "unsupported"
-    assert not ours_would("0.16.1", "bf16", "npu").ran, "nothing of ours has run on an NPU"
     assert "training" in ours_would("0.16.1", "bf16", "cuda").ran
     assert "operators alone" in ours_would("0.18.2", "bf16", "cuda").ran, "only 0.16 has trained on a GPU"
     assert "0.16" in supported_lines()
@@ -115,6 +115,19 @@ def test_the_matrix_is_complete_and_marks_the_installed_line() -> None:
     text = dtypes_text(rows)
     assert text.count("tried here, cpu: ok") == 3 and "0.16*     fp32" in text
     assert max(map(len, text.splitlines())) <= 150 and "core_v0.16.1:225" in text
+
+
+def test_no_word_claims_that_ours_has_run_on_an_npu() -> None:
+    rows = matrix(supported_lines(), "0.16", TRIED)
+    cells = [row["ours"]["npu"] for row in rows if row["megatron"] in supported_lines()]
+    assert len(cells) == 12 and {cell["value"] for cell in cells} == {"simulated"}
+    assert all(cell["ran"].startswith("simulated NPU under the real torch_npu") for cell in cells)
+    assert "never" in VALUES["simulated"] and dtypes_json(rows)["values"] == VALUES
+    text = dtypes_text(rows)
+    assert "simulated       grouped experts run on the simulated NPU; on hardware they never have" in text
+    assert "fluid_npu on npu: simulated." in text and "fluid_npu on npu: runs" not in text
+    line = launch_line("0.16.1", "bf16", "npu")
+    assert "fluid_npu runs it, which only the simulated NPU has shown (npu_grouped_matmul takes it" in line
 
 
 def test_a_grouped_matmul_that_fails_here_fails_the_command() -> None:

@@ -86,24 +86,9 @@ def test_a_feature_that_cannot_be_checked_hides_no_other() -> None:
     )
 
 
-def test_patches_are_asked_feature_by_feature_when_one_does_not_import(monkeypatch: pytest.MonkeyPatch) -> None:
-    from types import SimpleNamespace
-
-    from fluid_npu import adaptor
-    from fluid_npu.doctor.child import patch_facts
-
-    def status(features: list[str] | None = None) -> list[Any]:
-        if features is None or features == ["megatron_lm"]:
-            raise ImportError("override")
-        if features != ["cpu"]:
-            raise adaptor.PatchError("not for this line")
-        patch = SimpleNamespace(target="a.b", feature="cpu", manifest="m.toml")
-        return [SimpleNamespace(patch=patch, applied=False, problem=None, unreachable=())]
-
-    monkeypatch.setattr(adaptor, "status", status)
-    facts = patch_facts()
-    assert [found["feature"] for found in facts["rows"]] == ["cpu"]
-    assert facts["failed"] == {"megatron_lm": "ImportError: override"}
+def test_features_that_cannot_be_checked_are_named_where_there_is_no_other() -> None:
+    (item,) = patches(megatron_lm="ImportError: cannot import name 'override'")
+    assert item.level == "warn" and item.name == "megatron_lm"
 
 
 def test_patches_that_cannot_be_checked_are_wrong() -> None:

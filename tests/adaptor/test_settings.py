@@ -1,0 +1,67 @@
+"""The keyword arguments of ``adapt``: in force while the features are, and the ones before come back at rollback."""
+
+from __future__ import annotations
+
+import pytest
+
+from fluid_npu.adaptor import PatchError, Settings, adapt
+from fluid_npu.adaptor.settings import current
+
+
+def test_settings_are_in_force_while_adapted_and_the_ones_before_come_back() -> None:
+    assert current() == Settings()
+    outer = adapt(["moe"], overlap="full", carry_over=True)
+    assert current() == Settings(overlap="full", carry_over=True)
+    with adapt(["token_dispatcher"], overlap="off"):
+        assert current() == Settings(overlap="off", carry_over=True), "what is not named stays as it is"
+    assert current() == Settings(overlap="full", carry_over=True)
+    outer.rollback()
+    assert current() == Settings()
+    outer.rollback()
+    assert current() == Settings(), "a second rollback takes nothing away"
+
+
+def test_a_call_that_switches_nothing_on_still_has_its_settings() -> None:
+    with adapt(["moe"]):
+        again = adapt(["moe"], overlap="off")
+        assert again.features == [] and current().overlap == "off"
+        again.rollback()
+        assert current() == Settings()
+
+
+def test_settings_come_back_after_an_error_and_whatever_the_order_of_rollbacks() -> None:
+    with pytest.raises(ZeroDivisionError), adapt(["moe"], overlap="auto"):
+        raise ZeroDivisionError
+    assert current() == Settings()
+    with adapt(["moe"]):
+        first, second = adapt([], overlap="off"), adapt([], overlap="full")
+        first.rollback()
+        assert current().overlap == "full", "the later call is still on"
+        second.rollback()
+        assert current() == Settings()
+
+
+def test_a_refused_call_and_a_refused_rollback_change_no_setting() -> None:
+    with pytest.raises(PatchError, match="unknown; allowed"):
+        adapt(["no_such_feature"], overlap="off")
+    with pytest.raises(PatchError, match=r"adapt\(carry_over='yes'\): allowed are True and False"):
+        adapt(["moe"], carry_over="yes")
+    assert current() == Settings()
+    first = adapt(["moe"], overlap="off")
+    second = adapt(["token_dispatcher"], overlap="full")
+    with pytest.raises(PatchError, match="roll back token_dispatcher first"):
+        first.rollback()
+    assert current().overlap == "full"
+    second.rollback()
+    first.rollback()
+    assert current() == Settings()
+
+
+def test_the_specs_made_meanwhile_are_bound_by_the_settings_in_force() -> None:
+    from fluid_npu.adaptor.moe import binder
+
+    with adapt(["moe"], overlap="off"):
+        bound = binder()
+        assert binder() is bound, "one for all specs made under them"
+        with adapt([], overlap="dw"):
+            assert binder() is not bound
