@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +10,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from fluid_npu.adaptor.providers.detect import detect_apex
 from fluid_npu.device import Choice
 from fluid_npu.train.config import ConfigError, TrainConfig, dense_stages
 from fluid_npu.train.model import TORCH_DTYPES
@@ -119,25 +118,26 @@ def _parameters(part: Any) -> Iterator[torch.Tensor]:
 
 
 def adam_in_use() -> Choice[str]:
-    """Which Adam Megatron took: 'te', 'apex' or 'torch', and why."""
+    """Which Adam Megatron took, and why: 'te', 'apex', 'torch', or the package that put its own in their place.
+
+    MindSpeed plants an empty ``apex`` with an optimizer of its own as ``apex.optimizers.FusedAdam``.
+    """
     from megatron.core import optimizer as megatron_optimizer
 
-    module = getattr(megatron_optimizer, "Adam", torch.optim.AdamW).__module__
-    if module.startswith("transformer_engine"):
+    adam = getattr(megatron_optimizer, "Adam", torch.optim.AdamW)
+    package = adam.__module__.split(".")[0]
+    if package == "transformer_engine":
         return Choice("te", "Transformer Engine is installed")
-    if module.startswith("apex"):
+    if package == "apex":
         return Choice("apex", "NVIDIA Apex is installed, Transformer Engine is not")
-    return Choice("torch", f"Transformer Engine is not usable, and {_apex_state()}")
+    if package != "torch":
+        return Choice(package, f"Megatron took {adam.__module__}.{adam.__qualname__} for apex.optimizers.FusedAdam")
+    return Choice("torch", f"Transformer Engine is not usable, and {_APEX[detect_apex().state]}")
 
 
-def _apex_state() -> str:
-    """Why Apex is not used. PyPI's 'apex' is another project (a Pyramid toolkit) of the same name."""
-    if importlib.util.find_spec("apex") is None:
-        return "NVIDIA Apex is not installed"
-    try:
-        apex: Any = importlib.import_module("apex")
-        if hasattr(apex, "amp") or importlib.util.find_spec("apex.optimizers") is not None:
-            return "NVIDIA Apex is installed but its FusedAdam cannot be imported"
-    except Exception as error:
-        return f"a package 'apex' is installed but cannot be imported ({type(error).__name__})"
-    return "the installed 'apex' is PyPI's unrelated package, not NVIDIA's"
+_APEX = {
+    "absent": "NVIDIA Apex is not installed",
+    "impostor": "the installed 'apex' is PyPI's unrelated package, not NVIDIA's",
+    "dummy": "'apex' is MindSpeed's dummy module, planted after Megatron's optimizer was imported",
+    "apex": "NVIDIA Apex is installed but its FusedAdam cannot be imported",
+}

@@ -127,6 +127,26 @@ def test_distributed_checkpoints_of_stock_and_ours_exchange(version: str, result
         assert rank["exchange"] == {"stock to dw": [], "dw to stock": []}
 
 
+@pytest.mark.parametrize("version", LINES)
+def test_three_doors_one_model(version: str, results: Any) -> None:
+    """Layer Spec, ``adapt`` and ``import fluid_npu.megatron_adaptor`` at a launch: the same specs, modules and bits."""
+    for rank in results(version):
+        outcome = rank["doors"]
+        doors, specs = outcome["results"], outcome["specs"]
+        first = doors["spec"]
+        assert outcome["restored"], "after adapt Megatron's function gives stock's spec again"
+        assert ("grouped_mlp" in outcome["features"]) == (version in ("0.12.1", "0.16.1"))
+        assert any(name.endswith("FluidMoELayer") for name in first["modules"].values())
+        assert "FluidMoELayer" in specs["spec"] and "FluidMoELayer" not in outcome["stock"]
+        assert torch.isfinite(first["losses"]).all() and first["losses"].unique().numel() == 2
+        for door in ("adapt", "launch"):
+            other = doors[door]
+            assert specs[door] == specs["spec"], door
+            assert other["modules"] == first["modules"] and other["shapes"] == first["shapes"]
+            assert torch.equal(other["losses"], first["losses"])
+            assert all(torch.equal(other["grads"][name], grad) for name, grad in first["grads"].items())
+
+
 def abs_difference(a: float, b: float) -> float:
     """|a - b|."""
     return abs(a - b)

@@ -56,6 +56,7 @@ def everything(checkpoint: str, folder: str) -> dict[str, Any]:
 
     from fluid_npu.mcore.lines.moe_layer import MEGATRON_DISPATCHERS
     from tests.support.dispatchers import errors_by_kind, in_stock_layer
+    from tests.support.doors import all_doors
     from tests.support.gpt import Run, train
     from tests.support.moe import Case, relative
 
@@ -74,6 +75,9 @@ def everything(checkpoint: str, folder: str) -> dict[str, Any]:
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2, expert_tensor_parallel_size=1, **EP2)
     # alltoall_seq refuses experts that are not split as the dense layers are.
     found["dispatchers_tp2"] = errors_by_kind([kind for kind in kinds if kind != "alltoall_seq"], 2)
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(**EP2)
+    found["doors"] = all_doors(folder)  # last: the launch stays in force
     return found
 
 

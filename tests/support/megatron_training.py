@@ -53,14 +53,16 @@ ARGS = None
 
 def initialize_megatron{initialize_megatron}:
     global ARGS
-    assert torch.cuda.is_available(), "stock refuses"
+    assert {PARSES_FIRST} or torch.cuda.is_available(), "stock refuses"
     ARGS = parsed_args if parsed_args is not None else parse_args(extra_args_provider, ignore_unknown_args)
     validate_args(ARGS, args_defaults)
+    assert torch.cuda.is_available(), "stock refuses"
 
 
 def _warmup_jit_function():
     raise AssertionError("compiles on CUDA")
 """
+_FIRST = "(extra_args_provider=None, args_defaults={}, ignore_unknown_args=False, parsed_args=None)"
 _TRAINING = """
 import torch
 from megatron.training.initialize import initialize_megatron
@@ -90,7 +92,9 @@ def get_args():
 def install(folder: Path, line: str = "0.16") -> None:
     """Writes the stand-in below ``folder`` and puts that on the path of this process."""
     rows = read_manifest(f"megatron_lm-{line}").rows
-    signatures = {row.target.rpartition(".")[2]: row.fingerprint.partition(":")[2] for row in rows}
+    parses_first = not any(row.target.endswith(".initialize_megatron") for row in rows)  # from 0.18 on
+    signatures = {"PARSES_FIRST": str(parses_first), "initialize_megatron": _FIRST}
+    signatures |= {row.target.rpartition(".")[2]: row.fingerprint.partition(":")[2] for row in rows}
     package = folder / "megatron" / "training"
     kernels = folder / "megatron" / "legacy" / "fused_kernels"
     for place in (package, kernels):
@@ -101,6 +105,7 @@ def install(folder: Path, line: str = "0.16") -> None:
         for function, signature in signatures.items():
             text = text.replace("{" + function + "}", signature)
         (package / f"{name}.py").write_text(text)
-    for name in ("utils", "checkpointing"):
+    for name in ("utils/__init__", "utils/common_utils", "checkpointing"):
+        (package / f"{name}.py").parent.mkdir(exist_ok=True)
         (package / f"{name}.py").write_text("import torch\n")
     sys.path.insert(0, str(folder))

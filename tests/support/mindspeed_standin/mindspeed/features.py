@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import torch
 from mindspeed.patch_utils import MindSpeedPatchesManager
 
 MOE = "megatron.core.transformer.moe"
@@ -63,6 +64,7 @@ def register_pre_patches() -> None:
     register("importlib.metadata.version", version_wrapper)
     register("transformer_engine.pytorch.Linear", object, create_dummy=True)
     register("apex.optimizers.FusedAdam", FusedAdam, create_dummy=True)
+    register("apex.optimizers.FusedSGD", torch.optim.SGD, create_dummy=True)
 
 
 def register_patches(args: Namespace) -> None:
