@@ -58,6 +58,9 @@ def names_of(values: Iterable[Any]) -> dict[int, list[Name]]:
     found: dict[int, list[Name]] = {identity: [] for identity in wanted}
     if wanted:
         for module, namespace in _namespaces():
+            # Most modules have none of them, which C code says faster than a loop over all their names.
+            if wanted.isdisjoint(map(id, list(namespace.values()))):
+                continue
             for name, value in list(namespace.items()):
                 if id(value) in wanted and not _defines(module, name, value):
                     found[id(value)].append(Name(module, name, namespace))

@@ -20,7 +20,7 @@ from tests.support.snapshot import State, differences, entries
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PLACES = ("megatron", "torch.cuda", "torch.compiler", "torch._tensor")
-EXAMPLES = 30
+EXAMPLES = 15
 NIGHTLY_EXAMPLES = 1000
 
 
