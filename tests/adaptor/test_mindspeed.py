@@ -254,6 +254,17 @@ def test_fingerprints_are_of_megatrons_source_below_mindspeed(case: Case) -> Non
     assert [fingerprint_of(imported, form) for form in ("source", "signature")] == before
 
 
+def test_source_fingerprints_look_through_mindspeed_where_megatron_binds_a_name_by_choice(case: Case) -> None:
+    """LNImpl is one of two classes; which one, only the object says, and MindSpeed's lies over it."""
+    target = "megatron.core.models.gpt.gpt_layer_specs.LNImpl"
+    before = fingerprint_of(target)
+    assert before == fingerprint_of("megatron.core.transformer.torch_norm.WrappedTorchNorm")
+    case.manager.register_patch(target, Case)
+    case.manager.apply_patches()
+    assert at(target) is Case
+    assert fingerprint_of(target) == before
+
+
 def test_a_single_patch_applied_past_the_manager_goes_below_ours(case: Case) -> None:
     patch_class = import_module("mindspeed.patch_utils").Patch if case.manager else None
     adaptation = adapt(FEATURES)

@@ -61,10 +61,9 @@ def train_stock(dtype: torch.dtype) -> None:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.module import Float16Module
 
-    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    stock_extras.seed(1)
     half = dtype == torch.float16
     config = stock_config(dtype)
     spec = get_gpt_layer_local_spec(num_experts=4, moe_grouped_gemm=False, normalization="RMSNorm")

@@ -1,4 +1,4 @@
-"""Which Adam runs is said as it is: torch's, Apex's, Transformer Engine's, or the one that MindSpeed put in their place."""
+"""Which Adam runs is said as it is: torch's, Apex's, Transformer Engine's, or one that MindSpeed put in place."""
 
 from __future__ import annotations
 

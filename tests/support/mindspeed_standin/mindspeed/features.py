@@ -8,6 +8,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+
 from mindspeed.patch_utils import MindSpeedPatchesManager
 
 MOE = "megatron.core.transformer.moe"
