@@ -5,12 +5,14 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from fluid_npu.adaptor import select
 from fluid_npu.adaptor.patch import Patch
 from fluid_npu.adaptor.registry import Registry
+from fluid_npu.adaptor.versions import installed_version
 from tests.support import stock_extras
 
 SEQ, BATCH, VOCAB = 8, 2, 32
@@ -23,7 +25,10 @@ def without_each(parts: dict[str, str]) -> dict[str, str]:
     ``train_once``. No error is ''. For ranks of an expert-parallel group of two.
     """
     rows = select(["cpu", "no_te"])
-    outcome = {"": "".join(_try(rows, part) for part in sorted({*parts.values(), "load_in_parallel"}))}
+    whole = {*parts.values(), "load_in_parallel"}
+    if str(installed_version("megatron-core")).startswith("0.12.") and not hasattr(np, "product"):
+        whole.remove("load_in_parallel")  # 0.12 calls numpy.product there, which numpy 2 does not have
+    outcome = {"": "".join(_try(rows, part) for part in sorted(whole))}
     for target, part in parts.items():
         outcome[target] = _try([row for row in rows if row.target != target], part)
     return outcome

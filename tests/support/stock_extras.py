@@ -42,11 +42,13 @@ def _moe_losses() -> Any:
 
 
 def seed(value: int) -> None:
-    """Megatron's random states anew; 0.12 always starts them anew."""
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    """Megatron's random states with a new tracker; 0.12 has no argument for that and keeps the first."""
+    from megatron.core.tensor_parallel import random
 
-    anew = "force_reset_rng" in inspect.signature(model_parallel_cuda_manual_seed).parameters
-    model_parallel_cuda_manual_seed(value, **({"force_reset_rng": True} if anew else {}))
+    options: dict[str, Any] = {"force_reset_rng": True}
+    if "force_reset_rng" not in inspect.signature(random.model_parallel_cuda_manual_seed).parameters:
+        random._CUDA_RNG_STATE_TRACKER_INITIALIZED, options = False, {}
+    random.model_parallel_cuda_manual_seed(value, **options)
 
 
 def compiles_nothing() -> None:
@@ -131,23 +133,6 @@ def saving_leaves_no_process() -> None:
     model_in_checkpoint()
     left = [helper.name for helper in multiprocessing.active_children()]
     assert not left, f"processes left behind: {left}"
-
-
-def saving_forks_no_process() -> None:
-    """Nor does it hand the writing to another process and wait for it."""
-    started: list[str] = []
-    start = multiprocessing.process.BaseProcess.start
-
-    def counted(process: Any) -> None:
-        started.append(f"{process.name}: {getattr(process, '_target', None)}")
-        start(process)
-
-    multiprocessing.process.BaseProcess.start = counted  # type: ignore[method-assign]
-    try:
-        model_in_checkpoint()
-    finally:
-        multiprocessing.process.BaseProcess.start = start  # type: ignore[method-assign]
-    assert not started, f"forked: {started}"
 
 
 def load_in_parallel() -> None:
