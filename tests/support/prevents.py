@@ -82,7 +82,7 @@ def wrong(outcome: dict[str, str]) -> list[str]:
 
 
 def main(result: str) -> None:
-    """Runs the parts of Megatron's rows on two ranks and writes what they found; torch's rows serve all lines at once."""
+    """Runs the parts of Megatron's rows on two ranks and writes what they found; torch's rows serve all lines."""
     from tests.support.ranks import run_ranks
     from tests.support.stock import without_each
 
