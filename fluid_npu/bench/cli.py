@@ -14,6 +14,7 @@ from fluid_npu.bench.options import (
     run_task,
 )
 from fluid_npu.bench.overlap_cli import add_overlap_parser
+from fluid_npu.bench.sweeps_cli import add_ffn_sweep_parser, add_parallel_sweep_parser
 from fluid_npu.train import exit_codes
 
 _STEP_CASES = ("h64", "h256")
@@ -45,6 +46,8 @@ def add_bench_parser(subparsers: Any) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="benches", metavar="BENCH", required=True)
     _add_train_step_parser(commands)
     add_overlap_parser(commands)
+    add_ffn_sweep_parser(commands)
+    add_parallel_sweep_parser(commands)
     return parser
 
 
