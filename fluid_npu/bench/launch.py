@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fluid_npu.bench.job import Job
+from fluid_npu.link import LinkError, make_network, parse_link
+from fluid_npu.link.network import Network
 from fluid_npu.train import exit_codes
 from fluid_npu.train.launch import GRACE_S, Ranks, host_store, rank_environment, run_code, signal_name
 
@@ -50,19 +52,24 @@ def _run_as_rank(job: Job) -> tuple[int, dict[str, Any] | None]:
 
 
 def _run_processes(job: Job, arguments: list[str]) -> int:
-    config, ranks = job.config, Ranks()
-    listener = socket.create_server(("127.0.0.1", 0))
+    """On the loopback, or behind the slow links that ``options['link']`` asks for."""
+    link = job.options.get("link")
     try:
-        for rank in range(config.nproc):
-            ranks.processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "fluid_npu.bench.worker", *arguments],
-                    env={**_QUIET, **rank_environment(config, rank, listener.getsockname()[1])},
-                    stdin=subprocess.DEVNULL,
-                    stdout=sys.stderr,
-                )
-            )
-        store = host_store(listener)
+        with make_network(job.config.nproc, parse_link(link) if link else None) as network:
+            return _run_in(network, job, arguments)
+    except (LinkError, ValueError) as error:
+        print(f"{job.command}: {error}", file=sys.stderr, flush=True)
+        return exit_codes.USAGE
+
+
+def _run_in(network: Network, job: Job, arguments: list[str]) -> int:
+    ranks = Ranks()
+    listener = network.listen()
+    try:
+        for rank in range(job.config.nproc):
+            start = partial(_start, job, arguments, rank, listener.getsockname()[1], network.environment())
+            ranks.processes.append(network.in_rank(rank, start))
+        store = network.in_hub(lambda: host_store(listener))
         code = _watch(job, ranks)
         del store
         return code
@@ -71,6 +78,17 @@ def _run_processes(job: Job, arguments: list[str]) -> int:
         return exit_codes.INTERRUPTED
     finally:
         ranks.stop()
+
+
+def _start(
+    job: Job, arguments: list[str], rank: int, port: int, environment: dict[str, str]
+) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "fluid_npu.bench.worker", *arguments],
+        env={**_QUIET, **rank_environment(job.config, rank, port), **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr,
+    )
 
 
 def _watch(job: Job, ranks: Ranks) -> int:

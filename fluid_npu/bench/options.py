@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fluid_npu.bench.job import Job
+from fluid_npu.link import LinkError, parse_link, why_unavailable
 from fluid_npu.train import exit_codes
 from fluid_npu.train.config import DTYPES, ConfigError, TrainConfig, validate
 from fluid_npu.train.presets import CUT_FIELDS, PRESETS, PresetError, flag_of
@@ -70,16 +71,33 @@ def run_task(
     rounds = getattr(args, "rounds", None)
     if rounds is not None and rounds < 2:
         return fail(name, f"--rounds {rounds}: at least 2 are needed for an interval; use --rounds 20"), None
-    if options.get("link"):
-        return fail(name, f"--link {options['link']}: slow links are not built yet; leave it out"), None
     try:
+        if options.get("link"):
+            values = {**values, **_behind_link(args, options["link"], values)}
         config = make_config(args, **values)
-    except (ConfigError, PresetError) as error:
+    except (ConfigError, PresetError, LinkError) as error:
         return fail(name, str(error)), None
     from fluid_npu.bench.launch import run_job
 
     options = {**options, "command": " ".join(["fluid-npu", *sys.argv[1:]]), "plant_error": args.plant_error}
     return run_job(Job(task=task, config=config, options=options, command=name))
+
+
+def _behind_link(args: argparse.Namespace, text: str, values: dict[str, Any]) -> dict[str, Any]:
+    """What a slow link changes of the configuration. Raises LinkError."""
+    try:
+        link = parse_link(text)
+    except ValueError as error:
+        raise LinkError(str(error)) from error
+    if "RANK" in os.environ:
+        raise LinkError(f"--link {text}: torchrun's ranks are on its own network; run the command by itself")
+    if args.device not in ("auto", "cpu"):
+        raise LinkError(f"--link {text}: joins ranks of a CPU; use --device cpu")
+    reason = why_unavailable()
+    if reason is not None:
+        raise LinkError(f"--link {text}: {reason}")
+    args.device = "cpu"
+    return {"plant_delay_ms": values.get("plant_delay_ms", 0.0) + link.delay_ms}
 
 
 def run_bench(

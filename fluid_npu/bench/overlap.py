@@ -1,6 +1,6 @@
 """``fluid-npu bench overlap`` on its ranks: forward and backward of a small model under each routing workload.
 
-Ours plain, overlapped, and as the serialised twin run in interleaved rounds; the last two share one model, and clocks
+Gradients end in main_grad and are not reduced, since that is no AllToAll. Ours plain, overlapped, and as the serialised twin run in interleaved rounds; the last two share one model, and clocks
 (``schedule.lanes``) are on every AllToAll of both in every round, so that the figures of one AllToAll and the time of
 the step come from the same steps. The words are those of ``schedule.definitions``.
 """
@@ -77,7 +77,9 @@ class Bench:
         preset = config.model()
         tokens = preset.seq_length * preset.micro_batch_size
         self.sizes = Sizes(ranks=config.ep, experts=preset.experts, topk=preset.topk, tokens=tokens)
-        stock, self.plain, self.overlapped = build_variants((STOCK, PLAIN, OVERLAPPED), config, place, optimizer="none")
+        stock, self.plain, self.overlapped = build_variants(
+            (STOCK, PLAIN, OVERLAPPED), config, place, optimizer="none", reduce=False
+        )
         self.twin = self.overlapped.as_twin()
         self.layers = sum(1 for _ in moe_layers(self.plain.model))
         if error:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 
 from fluid_npu.bench.machine import describe_machine, describe_versions
+from fluid_npu.link import parse_link
 from fluid_npu.train.config import TrainConfig
 from fluid_npu.train.parallel import Place
 
 SCHEMA = 1
-#: Set in the ranks that a slow link joins: its rate, and how it is made.
-LINK_RATE, LINK_TEXT = "FLUID_NPU_LINK_RATE", "FLUID_NPU_LINK_DESCRIPTION"
 
 
 def envelope(
@@ -26,7 +24,7 @@ def envelope(
     **more: Any,
 ) -> dict[str, Any]:
     """The result of a bench on this rank; ``machine`` was described at its start."""
-    rate = os.environ.get(LINK_RATE)
+    link = options.get("link")
     return {
         "bench": bench,
         "schema": SCHEMA,
@@ -35,7 +33,7 @@ def envelope(
         "machine": {**machine, "load_average_end": describe_machine(place)["load_average"]},
         "versions": describe_versions(),
         "dtype": config.dtype or "fp32",
-        "link": {"rate": rate, "description": os.environ.get(LINK_TEXT, "")} if rate else None,
+        "link": {"rate": link, "description": parse_link(link).describe()} if link else None,
         "planted_delay_ms": config.plant_delay_ms,
         **more,
         "rows": list(rows),

@@ -58,6 +58,7 @@ class Variant:
         place: this rank.
         optimizer: 'adam', 'sgd' (plain, without momentum: weights can be compared) or 'none'.
         weights: a model whose weights are copied; None keeps the initial ones.
+        reduce: whether a step ends with the reduction of gradients over ranks.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Variant:
         *,
         optimizer: str = "adam",
         weights: torch.nn.Module | None = None,
+        reduce: bool = True,
     ) -> None:
         delay = config.plant_delay_ms if kind.impl == "fluid" else 0.0
         self.kind, self.name, self.place = kind, kind.name, place
@@ -81,7 +83,7 @@ class Variant:
         self.scheduler = get_backward_scheduler(model) if kind.impl == "fluid" else None
         self.ddp = wrap_ddp(self.config, self._model_config, model)
         self.model = model
-        self._model_config.finalize_model_grads_func = finalize_model_grads
+        self._model_config.finalize_model_grads_func = finalize_model_grads if reduce else None
         self.optimizer: Any = None
         if optimizer != "none":
             self.optimizer = get_megatron_optimizer(_optimizer_config(config, optimizer, dtype), [self.ddp])
@@ -95,7 +97,7 @@ class Variant:
         return loss
 
     def forward_backward(self, batch: Batch) -> float:
-        """Gradients of one micro-batch, reduced over ranks and left in main_grad; returns this rank's loss."""
+        """Gradients of one micro-batch left in main_grad, reduced over ranks if so asked; returns this rank's loss."""
         self.ddp.zero_grad_buffer()
         if self.optimizer is not None:
             self.optimizer.zero_grad()
@@ -155,13 +157,13 @@ class LayerAlone:
 
 
 def build_variants(
-    kinds: Sequence[Kind], config: TrainConfig, place: Place, *, optimizer: str = "adam"
+    kinds: Sequence[Kind], config: TrainConfig, place: Place, *, optimizer: str = "adam", reduce: bool = True
 ) -> list[Variant]:
     """One variant per kind, all with the weights of the first."""
     variants: list[Variant] = []
     for kind in kinds:
         weights = variants[0].model if variants else None
-        variants.append(Variant(kind, config, place, optimizer=optimizer, weights=weights))
+        variants.append(Variant(kind, config, place, optimizer=optimizer, weights=weights, reduce=reduce))
     return variants
 
 

@@ -135,7 +135,8 @@ def test_gradients_that_are_not_finite_are_refused_by_name(run_ranks: Callable[.
         (("parity", "--ep", "3"), "--ep 3"),
         (("bench", "train-step", "--rounds", "1"), "--rounds 1"),
         (("bench", "train-step", "--cases", "h1"), "h1"),
-        (("bench", "overlap", "--link", "1gbit"), "not built yet"),
+        (("bench", "overlap", "--link", "fast"), "--link fast: not a rate"),
+        (("bench", "overlap", "--link", "1gbit", "--device", "cuda"), "use --device cpu"),
     ],
 )
 def test_wrong_usage_is_refused_before_any_process_starts(words: tuple[str, ...], message: str) -> None:
