@@ -32,17 +32,38 @@ def peak_memory_mb(device: Device, call: Callable[[], Any]) -> float:
     return device.peak_memory_mb() - before / _MIB
 
 
+def held_mb(device: Device, call: Callable[[], Any]) -> float:
+    """MiB that are alive because of what the call returned, while that lives; without what lived before."""
+    if device.name == "cpu":
+        return min(sum(_allocations(call, keep=True)) for _ in range(_CALLS)) / _MIB
+    device.synchronize()
+    module = getattr(torch, device.name)
+    before = module.memory_allocated()
+    kept = call()
+    device.synchronize()
+    held = module.memory_allocated() - before
+    del kept
+    return float(held) / _MIB
+
+
 def peak_of(changes: Iterable[int]) -> int:
     """The highest running sum of signed byte counts, at least 0."""
     return max(accumulate(changes, initial=0))
 
 
-def _allocations(call: Callable[[], Any]) -> list[int]:
-    """Signed bytes of each allocation and release of the CPU allocator, in order of time."""
+def _allocations(call: Callable[[], Any], *, keep: bool = False) -> list[int]:
+    """Signed bytes of each allocation and release of the CPU allocator, in order of time.
+
+    With ``keep`` what the call returns is released only afterwards.
+    """
     from torch.profiler import ProfilerActivity, profile
 
+    kept = None
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
-        call()
+        result = call()
+        kept = result if keep else None
+        del result
+    del kept
     events = [event for event in recording.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return [event.nbytes() for event in events]

@@ -1,8 +1,9 @@
 """``fluid-npu bench overlap`` on its ranks: forward and backward of a small model under each routing workload.
 
-Gradients end in main_grad and are not reduced, since that is no AllToAll. Ours plain, overlapped, and as the serialised twin run in interleaved rounds; the last two share one model, and clocks
-(``schedule.lanes``) are on every AllToAll of both in every round, so that the figures of one AllToAll and the time of
-the step come from the same steps. The words are those of ``schedule.definitions``.
+Gradients end in main_grad and are not reduced, since that is no AllToAll. Ours plain, overlapped, and as the
+serialised twin run in interleaved rounds; the last two share one model, and clocks (``schedule.lanes``) are on every
+AllToAll of both in every round, so that the figures of one AllToAll and the time of the step come from the same
+steps. The words are those of ``schedule.definitions``.
 """
 
 from __future__ import annotations

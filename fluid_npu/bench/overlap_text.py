@@ -39,8 +39,9 @@ def overlap_text(result: Row) -> str:
     cut = "".join(f" --{name.replace('_', '-')} {value}" for name, value in result["cut"].items())
     rounds = sorted({row["rounds"] for row in result["steps"]})
     parts.append(
-        f"{result['preset']}{cut}, {result['dtype']}; forward and backward into main_grad, not reduced; rounds: {', '.join(map(str, rounds))}, "
-        "interleaved; times of a step: slowest rank, of an AllToAll: mean over ranks; medians"
+        f"{result['preset']}{cut}, {result['dtype']}; forward and backward into main_grad, not reduced; rounds: "
+        f"{', '.join(map(str, rounds))}, interleaved; times of a step: slowest rank, of an AllToAll: mean over ranks; "
+        "medians"
     )
     if result["link"]:
         parts.append(f"link: {result['link']['rate']}, {result['link']['description']}")

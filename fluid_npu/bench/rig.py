@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -59,6 +59,7 @@ class Variant:
         optimizer: 'adam', 'sgd' (plain, without momentum: weights can be compared) or 'none'.
         weights: a model whose weights are copied; None keeps the initial ones.
         reduce: whether a step ends with the reduction of gradients over ranks.
+        build: makes the model.
     """
 
     def __init__(
@@ -70,13 +71,14 @@ class Variant:
         optimizer: str = "adam",
         weights: torch.nn.Module | None = None,
         reduce: bool = True,
+        build: Callable[[TrainConfig, Any, str], torch.nn.Module] = build_model,
     ) -> None:
         delay = config.plant_delay_ms if kind.impl == "fluid" else 0.0
         self.kind, self.name, self.place = kind, kind.name, place
         self.config = replace(config, impl=kind.impl, plant_delay_ms=delay)
         dtype = config.dtype or "fp32"
         self._model_config = build_model_config(self.config, dtype)
-        model = build_model(self.config, self._model_config, kind.overlap)
+        model = build(self.config, self._model_config, kind.overlap)
         model.to(place.device.torch_device(place.local_rank))
         if weights is not None:
             copy_weights(weights, model)

@@ -85,8 +85,9 @@ def test_a_planted_delay_shows_as_exposed_or_as_hidden(run_ranks: Callable[..., 
     assert covered["beside_ms"] == pytest.approx(2 * DW_MS, rel=0.1)
     assert covered["coverable_ms"] == pytest.approx(DELAY_MS, rel=0.1)
     step = found["step"]
-    assert step["hidden_ms"] == pytest.approx(DELAY_MS, rel=0.1)
-    assert step["agrees"] and step["hidden_fraction"] == pytest.approx(1.0, rel=0.15)
+    # Of the whole step, with all else that the machine does meanwhile: within 10 % or the printed spread.
+    assert abs(step["hidden_ms"] - DELAY_MS) <= max(0.1 * DELAY_MS, step["hidden_spread_ms"])
+    assert step["agrees"]
 
 
 def test_a_late_peer_is_no_transfer(run_ranks: Callable[..., list[Any]]) -> None:

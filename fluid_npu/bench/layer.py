@@ -1,0 +1,284 @@
+"""``fluid-npu bench layer`` on its ranks: one transformer or MoE layer by every implementation, checked, then timed.
+
+Forward, and forward with backward into fp32 main_grad, under one routing workload; each also with its AllToAlls
+replaced by a local slice (the floor), in the same interleaved rounds. A is an implementation, and a column of the times
+is (implementation, pass, floor or not).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from fluid_npu.bench.agreement import TOLERANCE, Disagreement, Worst, over_ranks, worst_error
+from fluid_npu.bench.forced_routing import ForcedRouting
+from fluid_npu.bench.layer_baseline import Baseline
+from fluid_npu.bench.layer_impls import KINDS, LayerVariant, unavailable
+from fluid_npu.bench.layer_parts import PARTS, Timeline, busy_parts, watched
+from fluid_npu.bench.machine import describe_machine
+from fluid_npu.bench.memory import held_mb, peak_memory_mb
+from fluid_npu.bench.result import envelope
+from fluid_npu.bench.rig import STOCK, MockData
+from fluid_npu.bench.rounds import run_rounds
+from fluid_npu.bench.stats import Times, paired_ratio, percentiles, quiet_halves
+from fluid_npu.bench.workloads import Sizes, tokens_of
+from fluid_npu.device.choice import Choice
+from fluid_npu.train.config import TrainConfig
+from fluid_npu.train.parallel import Place
+
+_WARM_UP, _PARTED = 2, 5
+_PASSES = ("forward", "forward+backward")
+
+
+def measure(config: TrainConfig, options: dict[str, Any], place: Place) -> dict[str, Any]:
+    """The result on this rank. ``options``: impls, part, workload, rounds, command, plant_error."""
+    machine = describe_machine(place)
+    # Resolved, so that what depends on the device decides by what is there.
+    bench = Bench(replace(config, device=place.device.name), options, place)
+    rows = bench.rows(options["rounds"])
+    facts = {"preset": config.model().name, "cut": dict(config.cut)}
+    result = envelope("layer", config, options, place, machine, rows, **facts)
+    left_out = {name: reason for name, reason in bench.left_out.items()}
+    more = {"part": options["part"], "workload": options["workload"], "left_out": left_out}
+    return {**result, **more, "agreement": bench.agreement}
+
+
+class Impl:
+    """One implementation: runs the layer, and knows its parts."""
+
+    def __init__(self, name: str, variant: LayerVariant, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.name, self.variant, self.forward = name, variant, forward
+        self.scale = 1.0  # of its output's gradient; other than 1 only for a planted error
+        self.timeline: Timeline | None = None
+
+    def backward(self, y: torch.Tensor, dy: torch.Tensor) -> None:
+        y.backward(dy * self.scale if self.scale != 1.0 else dy)
+
+
+class Bench:
+    """All implementations on the same weights, checked against stock SequentialMLP."""
+
+    def __init__(self, config: TrainConfig, options: dict[str, Any], place: Place) -> None:
+        self.config, self.place, self.whole = config, place, options["part"] == "transformer"
+        self.left_out: dict[str, str] = {}
+        preset = config.model()
+        tokens = preset.seq_length * preset.micro_batch_size
+        sizes = Sizes(ranks=config.ep, experts=preset.experts, topk=preset.topk, tokens=tokens)
+        rank, device = place.rank % config.ep, place.device.torch_device(place.local_rank)
+        self.forced = ForcedRouting(options["workload"], sizes, rank, config.seed, 1, device)
+        length = tokens_of(options["workload"], rank, sizes) // preset.micro_batch_size
+        data = MockData(config, place, length)
+        self.inputs = [data.layer_input(number) for number in range(4)]
+        self.mask = data.batch(0)["attention_mask"]
+        self.length = length
+        stock = self._impl(STOCK, None)
+        self.impls = [*self._baseline(stock, options), *self._megatron(stock, options)]
+        if options.get("plant_error"):
+            self.impls[-1].scale = 1.0 + options["plant_error"]
+        self.agreement = self._check(stock)
+
+    # ---- building
+
+    def _megatron(self, stock: Impl, options: dict[str, Any]) -> Iterator[Impl]:
+        for name, kind in KINDS.items():
+            if name not in options["impls"]:
+                continue
+            reason = unavailable(kind, self.config)
+            if reason is not None:
+                self._leave_out(kind.name, reason)
+            else:
+                yield stock if kind is STOCK else self._impl(kind, stock.variant.weights())
+
+    def _baseline(self, stock: Impl, options: dict[str, Any]) -> Iterator[Impl]:
+        preset = self.config.model()
+        if "baseline" not in options["impls"]:
+            return
+        if self.whole and preset.mla is not None:
+            self._leave_out("baseline", "it has no multi-latent attention; --part moe has no attention")
+            return
+        timeline = Timeline(self.place.device)
+        layer = stock.variant.layer
+        baseline = Baseline(
+            layer,
+            layer.config,
+            whole=self.whole,
+            rope=self._rope(stock.variant),
+            routing=lambda: self.forced.maps[self.forced.step % self.forced.period][0],
+            timer=timeline.part,
+        )
+        impl = Impl("baseline", stock.variant, baseline)
+        impl.timeline = timeline
+        yield impl
+
+    def _impl(self, kind: Any, weights: dict[str, torch.Tensor] | None) -> Impl:
+        config = replace(self.config, impl=kind.impl)
+        variant = LayerVariant(kind, config, self.place, weights)
+        self.forced.force(variant.model)
+        return Impl(kind.name, variant, self._forward(variant))
+
+    def _forward(self, variant: LayerVariant) -> Callable[[torch.Tensor], torch.Tensor]:
+        if not self.whole:
+            return lambda x: variant.layer.mlp(x)[0]
+        rope = self._rope(variant)
+        return lambda x: variant.layer(hidden_states=x, attention_mask=self.mask, rotary_pos_emb=rope)[0]
+
+    def _rope(self, variant: LayerVariant) -> torch.Tensor | None:
+        embedding = getattr(variant.model, "rotary_pos_emb", None)
+        if not self.whole or embedding is None or self.config.model().mla is not None:
+            return None
+        angles: torch.Tensor = embedding(self.length)
+        return angles
+
+    def _leave_out(self, name: str, reason: str) -> None:
+        self.left_out[name] = reason
+        if self.place.first:
+            Choice("left out", reason).announce(name)
+
+    # ---- checking
+
+    def _check(self, stock: Impl) -> dict[str, Any]:
+        """Output, input gradient and every weight gradient of each against stock. Raises Disagreement."""
+        tolerance = TOLERANCE[self.config.dtype or "fp32"]
+        reference, found = self._results(stock), {}
+        for impl in self.impls:
+            if impl is stock:
+                continue
+            worst: Worst = over_ranks(worst_error(self._results(impl), reference))
+            found[impl.name] = {"error": worst.error, "where": worst.where}
+            if worst.error > tolerance:
+                raise Disagreement(
+                    f"{impl.name} differs from {stock.name}: relative error {worst.error:.2e} in {worst.where}, "
+                    f"allowed {tolerance:.0e}; a wrong result is not timed"
+                )
+        return found
+
+    def _results(self, impl: Impl) -> dict[str, torch.Tensor]:
+        impl.variant.ddp.zero_grad_buffer()
+        x, dy = self.inputs[0]
+        x = x.detach().requires_grad_()
+        y = impl.forward(x)
+        impl.backward(y, dy)
+        assert x.grad is not None
+        gradients = {name: g.clone() for name, g in impl.variant.gradients().items() if ".layers." in name}
+        return {"output": y.detach(), "input gradient": x.grad, **gradients}
+
+    # ---- timing
+
+    def rows(self, rounds: int) -> list[dict[str, Any]]:
+        """One row for each implementation and pass."""
+        columns = [(impl, name, floor) for impl in self.impls for name in _PASSES for floor in (False, True)]
+        memory = {(impl.name, name): self._memory(impl, name) for impl in self.impls for name in _PASSES}
+        times = run_rounds([self._step(*column) for column in columns], rounds, _WARM_UP, self.place)
+        if self.place.first:
+            print("parts", file=sys.stderr, flush=True)
+        rows = []
+        for number, (impl, name, floor) in enumerate(columns):
+            if not floor:
+                first = next(i for i, column in enumerate(columns) if column[1:] == (name, False))
+                row = self._row(impl, name, times, number, first)
+                rows.append({**row, **memory[impl.name, name], **self._parts(impl, name, row)})
+        return rows
+
+    def _step(self, impl: Impl, name: str, floor: bool) -> Callable[[int], Any]:
+        def step(number: int) -> torch.Tensor:
+            self.forced.step = number
+            x, dy = self.inputs[number % len(self.inputs)]
+            x = x.detach().requires_grad_()
+            with local_slices() if floor else mock.patch.object(dist, "all_to_all_single", dist.all_to_all_single):
+                y = impl.forward(x)
+                if name == "forward+backward":
+                    impl.backward(y, dy)
+            return y
+
+        return step
+
+    def _row(self, impl: Impl, name: str, times: Times, column: int, first: int) -> dict[str, Any]:
+        own, floor = times[:, column], times[:, column + 1]
+        ratio = paired_ratio(times[:, first], own)
+        return {
+            "impl": impl.name,
+            "pass": name,
+            **percentiles(own),
+            **{f"floor{'' if key == 'median_ms' else '_' + key[:3]}_ms": ms for key, ms in percentiles(floor).items()},
+            "ratio_baseline_over_this": ratio.value,
+            "ratio_baseline_over_this_low": ratio.low,
+            "ratio_baseline_over_this_high": ratio.high,
+            "rounds": len(times),
+            "judged": quiet_halves(own) and quiet_halves(floor),
+        }
+
+    def _memory(self, impl: Impl, name: str) -> dict[str, float]:
+        step = self._step(impl, name, False)
+        step(0)
+        held = held_mb(self.place.device, lambda: self._step(impl, "forward", False)(0))
+        peak = peak_memory_mb(self.place.device, lambda: step(0))
+        most = torch.tensor([held, peak], device=self.place.device.torch_device(self.place.local_rank))
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return {"activation_memory_mb": float(most[0]), "peak_memory_mb": float(most[1])}
+
+    def _parts(self, impl: Impl, name: str, row: dict[str, Any]) -> dict[str, Any]:
+        """Median over some steps of each part, on the rank whose steps take longest. Collective."""
+        found, busy = self._timed_parts(impl, name)
+        parts = {part: median(one.get(part, 0.0) for one in found) for part in PARTS if part != "idle"}
+        every: list[Any] = [None] * self.place.world
+        dist.all_gather_object(every, (sum(parts.values()), parts, busy))
+        _, parts, busy = max(every, key=lambda one: one[0])
+        idle = None
+        if busy is not None:
+            parts = {part: busy.get(part, 0.0) for part in parts}
+            idle = max(0.0, row["median_ms"] - sum(parts.values()))
+        total = sum(parts.values()) + (idle or 0.0)
+        near = abs(total - row["median_ms"]) <= 0.05 * row["median_ms"]
+        agree = near or row["p10_ms"] <= total <= row["p90_ms"]
+        return {"parts": {**parts, "idle": idle}, "parts_ms": total, "parts_agree": agree}
+
+    def _timed_parts(self, impl: Impl, name: str) -> tuple[list[dict[str, float]], dict[str, float] | None]:
+        timeline = impl.timeline or Timeline(self.place.device)
+        step = self._step(impl, name, False)
+        found = []
+        with nothing() if impl.timeline else watched(timeline, impl.variant.layer, impl.variant):
+            for number in range(_PARTED):
+                dist.barrier()
+                timeline.begin()
+                step(number)
+                found.append(timeline.end())
+            dist.barrier()
+            return found, busy_parts(self.place.device, timeline, lambda: step(0))
+
+
+@contextmanager
+def nothing() -> Iterator[None]:
+    """No watching: the implementation marks its parts itself."""
+    yield
+
+
+class _Done:
+    """The handle of an exchange that has ended."""
+
+    def wait(self) -> None:
+        """Returns at once."""
+
+
+@contextmanager
+def local_slices() -> Iterator[None]:
+    """Every AllToAll of rows becomes a copy of this rank's own rows, as many as fit; counts are still exchanged."""
+    exchange = dist.all_to_all_single
+
+    def slice_of(output: torch.Tensor, source: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not source.is_floating_point():
+            return exchange(output, source, *args, **kwargs)
+        rows = min(output.shape[0], source.shape[0])
+        output[:rows].copy_(source[:rows])
+        output[rows:].zero_()
+        return _Done() if kwargs.get("async_op") else None
+
+    with mock.patch.object(dist, "all_to_all_single", slice_of):
+        yield

@@ -1,0 +1,185 @@
+"""The Megatron layers that ``bench layer`` compares: stock experts of three kinds, ours plain, ours overlapped.
+
+All are one transformer layer of the local spec, so that only the MoE part differs; weights are the first one's. The
+kinds that may be missing here say why (``unavailable``). L local experts, H hidden, F ffn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import re
+from collections.abc import Callable
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluid_npu.bench.rig import OVERLAPPED, PLAIN, STOCK, Kind, Variant
+from fluid_npu.bench.sweeps import fuse_weight_gradients
+from fluid_npu.mcore.convert import gradients_by_name, unwrap, weights_by_name
+from fluid_npu.mcore.lines.groups import expert_rank
+from fluid_npu.train.config import TrainConfig
+from fluid_npu.train.model import build_model, moe_layers
+from fluid_npu.train.parallel import Place
+
+LEGACY = Kind(name="stock GroupedMLP", impl="stock")
+TE = Kind(name="stock TEGroupedMLP", impl="stock")
+KINDS = {
+    "stock-sequential": STOCK,
+    "stock-grouped": LEGACY,
+    "stock-te": TE,
+    "ours-plain": PLAIN,
+    "ours-overlapped": OVERLAPPED,
+}
+_TE_EXPERT = re.compile(r"^(.*experts)\.(linear_fc[12])\.weight(\d+)$")
+
+
+def unavailable(kind: Kind, config: TrainConfig) -> str | None:
+    """Why a kind cannot run here, or None."""
+    if kind is TE:
+        if importlib.util.find_spec("transformer_engine") is None:
+            return "transformer_engine is not installed"
+        return None if config.device != "cpu" else "Transformer Engine runs on CUDA alone"
+    if kind is LEGACY:
+        experts = importlib.import_module("megatron.core.transformer.moe.experts")
+        if not hasattr(experts, "GroupedMLP"):
+            return "this megatron-core has no GroupedMLP (0.16 was the last)"
+        return None if config.dtype == "bf16" else "GroupedMLP takes bf16 alone; use --dtype bf16"
+    return None
+
+
+class LayerVariant(Variant):
+    """A variant whose model has one layer; gradients and weights by stock names, TE's experts too."""
+
+    def __init__(self, kind: Kind, config: TrainConfig, place: Place, weights: dict[str, Tensor] | None) -> None:
+        with _grouped_gemm() if kind is LEGACY else _nothing():
+            super().__init__(kind, config, place, optimizer="none", reduce=False, build=_builder(kind))
+        if kind.impl == "fluid":
+            fuse_weight_gradients(self)
+        self.layer: Any = unwrap(self.model).decoder.layers[0]  # type: ignore[union-attr, index]
+        if weights is not None:
+            _load(weights, self.weights())
+
+    def gradients(self) -> dict[str, Tensor]:
+        return _stock_names(self.model, gradients_by_name(self.model))
+
+    def weights(self) -> dict[str, Tensor]:
+        return _stock_names(self.model, weights_by_name(self.model))
+
+
+def _builder(kind: Kind) -> Callable[[TrainConfig, Any, str], torch.nn.Module]:
+    return {"stock GroupedMLP": _with_legacy_experts, "stock TEGroupedMLP": _with_te_experts}.get(
+        kind.name, build_model
+    )
+
+
+def _with_legacy_experts(config: TrainConfig, model_config: Any, overlap: str) -> torch.nn.Module:
+    from megatron.core.transformer.moe.experts import GroupedMLP
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    experts = ModuleSpec(module=GroupedMLP)
+    return _gpt(config, dataclasses.replace(model_config, moe_grouped_gemm=True), experts)
+
+
+def _with_te_experts(config: TrainConfig, model_config: Any, overlap: str) -> torch.nn.Module:
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+
+    preset = config.model()
+    moe = get_moe_module_spec(use_te=True, num_experts=preset.experts, moe_grouped_gemm=True)
+    changes = {"moe_grouped_gemm": True, "moe_permute_fusion": True, "gradient_accumulation_fusion": True}
+    return _gpt(config, dataclasses.replace(model_config, **changes), moe.submodules.experts)
+
+
+def _gpt(config: TrainConfig, model_config: Any, experts: Any) -> torch.nn.Module:
+    """The stock model with these experts in its layers."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    preset = config.model()
+    block = get_gpt_decoder_block_spec(
+        model_config, use_transformer_engine=False, normalization=model_config.normalization
+    )
+    for layer in block.layer_specs:
+        layer.submodules.mlp.submodules.experts = experts
+    return GPTModel(
+        model_config,
+        block,
+        vocab_size=preset.vocab_size,
+        max_sequence_length=preset.seq_length,
+        position_embedding_type="rope",
+        rotary_base=int(preset.rope_theta),
+        rotary_percent=preset.rotary_percent,
+    )
+
+
+def _stock_names(model: torch.nn.Module, entries: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Renames TE's ``experts.linear_fc1.weight2`` to ``experts.<global number>.linear_fc1.weight``."""
+    experts = next(iter(moe_layers(model))).experts
+    found = {}
+    for name, value in entries.items():
+        match = _TE_EXPERT.match(name)
+        if match is not None:
+            number = expert_rank(experts) * experts.num_local_experts + int(match.group(3))  # type: ignore[union-attr, operator]
+            name = f"{match.group(1)}.{number}.{match.group(2)}.weight"
+        found[name] = value
+    return found
+
+
+def _load(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+    if source.keys() != target.keys():
+        raise ValueError(f"bench layer: names of weights differ: {sorted(source.keys() ^ target.keys())[:6]}")
+    with torch.no_grad():
+        for name, value in target.items():
+            value.copy_(source[name])
+
+
+@contextmanager
+def _nothing() -> Any:
+    yield
+
+
+@contextmanager
+def _grouped_gemm() -> Any:
+    """The package grouped_gemm for Megatron's GroupedMLP, or the same call made of torch's own matmuls."""
+    from megatron.core.transformer.moe import grouped_gemm_util
+
+    if grouped_gemm_util.grouped_gemm is None:
+        grouped_gemm_util.grouped_gemm = SimpleNamespace(ops=SimpleNamespace(gmm=_gmm))
+        grouped_gemm_util.ops = grouped_gemm_util.grouped_gemm.ops
+    yield
+
+
+class _GroupedMatmul(torch.autograd.Function):
+    """[R, K] by [L, K, N], one kernel a direction where torch has a grouped matmul."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, sizes: list[int]) -> Tensor:
+        ctx.save_for_backward(a, b)
+        ctx.sizes = sizes
+        return _kernels(a).grouped_mm(a, b, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        a, b = ctx.saved_tensors
+        grad = grad.contiguous()
+        return (
+            _kernels(a).grouped_mm(grad, b, ctx.sizes, trans_w=True),
+            _kernels(a).grouped_dw(a, grad, ctx.sizes),
+            None,
+        )
+
+
+def _kernels(tensor: Tensor) -> Any:
+    from fluid_npu.device import kernels_of
+
+    return kernels_of(tensor)
+
+
+def _gmm(a: Tensor, b: Tensor, batch_sizes: Tensor, trans_b: bool = False) -> Tensor:
+    """grouped_gemm's call."""
+    product: Tensor = _GroupedMatmul.apply(a, b.transpose(1, 2) if trans_b else b, batch_sizes.tolist())
+    return product
