@@ -1,20 +1,19 @@
 """``fluid-npu bench layer`` on its ranks: one transformer or MoE layer by every implementation, checked, then timed.
 
 Forward, and forward with backward into fp32 main_grad, under one routing workload; each also with its AllToAlls
-replaced by a local slice (the floor), in the same interleaved rounds. A is an implementation, and a column of the times
-is (implementation, pass, floor or not).
+replaced by a local slice (the floor), and with marks for its parts, in the same interleaved rounds.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -34,7 +33,7 @@ from fluid_npu.device.choice import Choice
 from fluid_npu.train.config import TrainConfig
 from fluid_npu.train.parallel import Place
 
-_WARM_UP, _PARTED = 2, 5
+_WARM_UP = 2
 _PASSES = ("forward", "forward+backward")
 
 
@@ -174,17 +173,18 @@ class Bench:
 
     def rows(self, rounds: int) -> list[dict[str, Any]]:
         """One row for each implementation and pass."""
-        columns = [(impl, name, floor) for impl in self.impls for name in _PASSES for floor in (False, True)]
-        memory = {(impl.name, name): self._memory(impl, name) for impl in self.impls for name in _PASSES}
-        times = run_rounds([self._step(*column) for column in columns], rounds, _WARM_UP, self.place)
-        if self.place.first:
-            print("parts", file=sys.stderr, flush=True)
+        cells = [(impl, name) for impl in self.impls for name in _PASSES]
+        memory = [self._memory(*cell) for cell in cells]
+        parted = [Parted(self.place, impl, self._step(impl, name, False)) for impl, name in cells]
+        steps = []
+        for (impl, name), parts in zip(cells, parted, strict=True):
+            steps += [self._step(impl, name, False), self._step(impl, name, True), parts.step]
+        times = run_rounds(steps, rounds, _WARM_UP, self.place)
         rows = []
-        for number, (impl, name, floor) in enumerate(columns):
-            if not floor:
-                first = next(i for i, column in enumerate(columns) if column[1:] == (name, False))
-                row = self._row(impl, name, times, number, first)
-                rows.append({**row, **memory[impl.name, name], **self._parts(impl, name, row)})
+        for number, (impl, name) in enumerate(cells):
+            first = next(i for i, cell in enumerate(cells) if cell[1] == name)
+            row = self._row(impl, name, times, 3 * number, 3 * first)
+            rows.append({**row, **memory[number], **parted[number].figures(row, rounds)})
         return rows
 
     def _step(self, impl: Impl, name: str, floor: bool) -> Callable[[int], Any]:
@@ -211,6 +211,7 @@ class Bench:
             "ratio_baseline_over_this": ratio.value,
             "ratio_baseline_over_this_low": ratio.low,
             "ratio_baseline_over_this_high": ratio.high,
+            "parted_ms": float(np.median(times[:, column + 2])),
             "rounds": len(times),
             "judged": quiet_halves(own) and quiet_halves(floor),
         }
@@ -224,34 +225,44 @@ class Bench:
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return {"activation_memory_mb": float(most[0]), "peak_memory_mb": float(most[1])}
 
-    def _parts(self, impl: Impl, name: str, row: dict[str, Any]) -> dict[str, Any]:
-        """Median over some steps of each part, on the rank whose steps take longest. Collective."""
-        found, busy = self._timed_parts(impl, name)
-        parts = {part: median(one.get(part, 0.0) for one in found) for part in PARTS if part != "idle"}
+
+class Parted:
+    """Steps of one implementation and pass with marks at the borders of its parts, one in each round."""
+
+    def __init__(self, place: Place, impl: Impl, step: Callable[[int], Any]) -> None:
+        self.place, self.impl, self._step = place, impl, step
+        self.timeline = impl.timeline or Timeline(place.device)
+        self.found: list[dict[str, float]] = []
+
+    def step(self, number: int) -> None:
+        """One step; its parts are kept."""
+        with self._watched():
+            self.timeline.begin()
+            self._step(number)
+            self.found.append(self.timeline.end())
+
+    def _watched(self) -> Any:
+        variant = self.impl.variant
+        return nothing() if self.impl.timeline else watched(self.timeline, variant.layer, variant)
+
+    def figures(self, row: dict[str, Any], rounds: int) -> dict[str, Any]:
+        """Parts of the slowest rank of each round: mean shares of the median step. Collective."""
+        with self._watched():
+            busy = busy_parts(self.place.device, self.timeline, lambda: self._step(0))
         every: list[Any] = [None] * self.place.world
-        dist.all_gather_object(every, (sum(parts.values()), parts, busy))
-        _, parts, busy = max(every, key=lambda one: one[0])
-        idle = None
+        dist.all_gather_object(every, self.found[-rounds:])
+        slowest = [max(ranks, key=lambda parts: sum(parts.values())) for ranks in zip(*every, strict=True)]
+        total = median(sum(parts.values()) for parts in slowest)
+        shares = {p: fmean(one.get(p, 0.0) / sum(one.values()) for one in slowest) for p in PARTS if p != "idle"}
+        parts: dict[str, float | None] = {part: share * total for part, share in shares.items()}
+        parts["idle"] = None
         if busy is not None:
-            parts = {part: busy.get(part, 0.0) for part in parts}
-            idle = max(0.0, row["median_ms"] - sum(parts.values()))
-        total = sum(parts.values()) + (idle or 0.0)
+            parts = {part: busy.get(part, 0.0) for part in shares}
+            parts["idle"] = max(0.0, total - sum(busy.values()))
+            total = sum(ms or 0.0 for ms in parts.values())
         near = abs(total - row["median_ms"]) <= 0.05 * row["median_ms"]
         agree = near or row["p10_ms"] <= total <= row["p90_ms"]
-        return {"parts": {**parts, "idle": idle}, "parts_ms": total, "parts_agree": agree}
-
-    def _timed_parts(self, impl: Impl, name: str) -> tuple[list[dict[str, float]], dict[str, float] | None]:
-        timeline = impl.timeline or Timeline(self.place.device)
-        step = self._step(impl, name, False)
-        found = []
-        with nothing() if impl.timeline else watched(timeline, impl.variant.layer, impl.variant):
-            for number in range(_PARTED):
-                dist.barrier()
-                timeline.begin()
-                step(number)
-                found.append(timeline.end())
-            dist.barrier()
-            return found, busy_parts(self.place.device, timeline, lambda: step(0))
+        return {"parts": parts, "parts_ms": total, "parts_agree": agree}
 
 
 @contextmanager

@@ -168,7 +168,12 @@ def _watch_accumulation(timeline: Timeline, parameter: torch.nn.Parameter) -> li
         node.register_prehook(lambda *_: before.append(timeline.switch("grad_accumulation"))),
         node.register_hook(lambda *_: timeline.switch(before.pop()) and None),
     )
-    return [lambda: node and None, *(handle.remove for handle in handles)]  # the node lives as long as its hooks
+
+    def undo(_node: Any = node) -> None:  # holds the node, which lives only as long as someone does
+        for handle in handles:
+            handle.remove()
+
+    return [undo]
 
 
 def _watch_tasks(timeline: Timeline, scheduler: Any) -> Callable[[], Any]:

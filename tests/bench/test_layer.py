@@ -1,0 +1,142 @@
+"""``bench layer``: all implementations agree, parts and floor show planted milliseconds, a broken one is refused."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fluid_npu.bench.layer_cli import IMPLS
+from fluid_npu.bench.layer_parts import union
+from fluid_npu.bench.layer_text import layer_text, layer_verdict
+from fluid_npu.train.config import TrainConfig, validate
+
+CUT = {"layers": 1, "first_dense_layers": 0, "vocab_size": 128, "seq_length": 16, "micro_batch_size": 2}
+SMALL = {**CUT, "hidden": 32, "ffn": 24, "moe_ffn": 24, "heads": 4, "experts": 8, "topk": 2}
+NAP_MS = 60.0
+_PLACE: list[Any] = []  # of this process; joined once
+
+
+def config(preset: str, dtype: str = "fp32", **cut: int) -> TrainConfig:
+    values = {"preset": preset, "cut": {**SMALL, **cut}, "device": "cpu", "dtype": dtype, "overlap": "dw"}
+    return validate(TrainConfig(**values))
+
+
+def bench(one: TrainConfig, part: str, workload: str = "W2", plant: float = 0.0) -> Any:
+    from fluid_npu.bench.layer import Bench
+    from fluid_npu.train.parallel import join
+    from tests.support.training import store
+
+    if not _PLACE:
+        _PLACE.append(join(one, store()))
+    return Bench(one, {"impls": IMPLS, "part": part, "workload": workload, "plant_error": plant}, _PLACE[0])
+
+
+def agreements() -> dict[str, Any]:
+    """What the check found, for layers that differ in norms, biases, groups, shared experts and data type."""
+    found = {}
+    for name, one, part in (
+        ("grouped queries", config("mixtral-tiny", kv_heads=2), "transformer"),
+        ("norms of queries and keys", config("olmoe-1b-7b", kv_heads=4), "transformer"),
+        ("biases, partial rotary", config("glm-4.5-air", kv_heads=2, head_dim=8, shared_expert_ffn=24), "transformer"),
+        ("shared experts", config("deepseek-v2-lite", kv_heads=4, shared_expert_ffn=24), "moe"),
+        ("latent attention", config("deepseek-v2-lite", kv_heads=4, shared_expert_ffn=24), "transformer"),
+        ("bf16", config("mixtral-tiny", dtype="bf16", kv_heads=2), "moe"),
+    ):
+        made = bench(one, part)
+        found[name] = {"agreement": made.agreement, "left_out": made.left_out, "ran": [i.name for i in made.impls]}
+    return found
+
+
+def test_all_implementations_compute_the_same_layer(run_ranks: Callable[..., list[Any]]) -> None:
+    found = run_ranks(2, agreements)[0]
+    for name, one in found.items():
+        ran = {"baseline", "stock SequentialMLP", "ours plain", "ours overlapped"} - set(one["left_out"])
+        assert ran <= set(one["ran"]), name
+        assert set(one["agreement"]) == set(one["ran"]) - {"stock SequentialMLP"}
+        assert all(entry["error"] <= 1e-5 for entry in one["agreement"].values()) or name == "bf16", (name, one)
+    assert "stock GroupedMLP" in found["bf16"]["ran"]
+    assert "bf16" in found["grouped queries"]["left_out"]["stock GroupedMLP"]
+    assert list(found["latent attention"]["left_out"])[0] == "baseline"
+
+
+def planted() -> dict[str, Any]:
+    """Rows of a layer whose experts nap in forward and whose AllToAlls of rows nap in the launch."""
+    import torch.distributed as dist
+
+    made = bench(config("mixtral-tiny", kv_heads=2), "moe", "W0")
+    for experts in {id(impl.variant): impl.variant.layer.mlp.experts for impl in made.impls}.values():
+        forward = experts.forward
+        experts.forward = lambda *a, forward=forward, **k: (time.sleep(NAP_MS / 1e3), forward(*a, **k))[1]
+    exchange = dist.all_to_all_single
+
+    def slow(output: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
+        if source.is_floating_point():
+            time.sleep(NAP_MS / 1e3)
+        return exchange(output, source, *args, **kwargs)
+
+    dist.all_to_all_single = slow
+    made.impls = [impl for impl in made.impls if impl.name in ("stock SequentialMLP", "ours overlapped")]
+    rows = made.rows(2)
+    return {"rows": rows, "agreement": made.agreement, "left_out": made.left_out}
+
+
+def test_parts_and_floor_show_where_the_time_is(run_ranks: Callable[..., list[Any]]) -> None:
+    result = run_ranks(2, planted)[0]
+    rows = {(row["impl"], row["pass"]): row for row in result["rows"]}
+    # Stock sends tokens and probabilities by themselves, there and back; ours sends them together.
+    naps = {"stock SequentialMLP": (3, 6), "ours overlapped": (2, 4)}
+    for impl, exchanges in naps.items():
+        for name, count in zip(("forward", "forward+backward"), exchanges, strict=True):
+            row = rows[impl, name]
+            assert row["parts"]["a2a"] >= count * NAP_MS, (impl, name)
+            assert row["parts"]["experts"] >= NAP_MS
+            assert row["floor_ms"] <= row["median_ms"] - 0.9 * count * NAP_MS
+            assert sum(ms for ms in row["parts"].values() if ms is not None) == pytest.approx(row["parts_ms"])
+            # Against the very steps that were parted; other steps of a busy machine differ by more than 5 %.
+            assert row["parts_ms"] == pytest.approx(row["parted_ms"], rel=0.05)
+            assert 0 < row["activation_memory_mb"] <= row["peak_memory_mb"]
+    text = layer_text({**result, **_ENVELOPE})
+    assert "ours overlapped" in text and "of layer" in text and "left out: stock TEGroupedMLP" in text
+
+
+_ENVELOPE = {
+    **{"part": "moe", "preset": "mixtral-tiny", "cut": {}, "dtype": "fp32", "workload": "W0", "versions": {"x": "1"}},
+    "machine": {
+        **{"description": "a machine", "nproc": 2, "threads_per_rank": 1, "backend": "gloo", "load_average": 1.0},
+        **{"cores": 2, "settings": {}},
+    },
+}
+
+
+def refused() -> str:
+    from fluid_npu.bench.agreement import Disagreement
+
+    with pytest.raises(Disagreement) as raised:
+        bench(replace(config("mixtral-tiny", kv_heads=2)), "moe", plant=1e-3)
+    return str(raised.value)
+
+
+def test_a_broken_implementation_is_not_timed(run_ranks: Callable[..., list[Any]]) -> None:
+    message = run_ranks(2, refused)[0]
+    assert "ours overlapped differs from stock SequentialMLP" in message and "not timed" in message
+
+
+def test_the_verdict_leaves_out_noise_and_parts_that_do_not_add_up() -> None:
+    base = {"pass": "forward", "floor_ms": 5.0, "parts_agree": True, "parts_ms": 9.0}
+    rows = [
+        {**base, "impl": "a", "median_ms": 1.0, "judged": False},
+        {**base, "impl": "b", "median_ms": 8.0, "judged": True},
+        {**base, "impl": "c", "median_ms": 9.0, "judged": True, "parts_agree": False},
+    ]
+    text = " ".join(layer_verdict({"rows": rows}))
+    assert "too noisy to judge: a" in text and "fastest of those judged is b" in text and "save 3.00 ms" in text
+    assert "c: the parts sum to 9.00 ms" in text
+
+
+def test_the_union_of_kernels_counts_no_moment_twice() -> None:
+    assert union([(5, 9), (0, 4), (2, 6), (20, 21)]) == 10.0
+    assert union([]) == 0.0
