@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-DELAY_MS, DW_MS = 150.0, 100.0  # the second for each of FC1 and FC2: together longer than the delay
+DELAY_MS, DW_MS = 300.0, 200.0  # the second for each of FC1 and FC2: together longer than the delay
+ATTEMPTS = 6
 
 
 def step_times() -> dict[str, Any]:
@@ -45,12 +46,27 @@ def step_times() -> dict[str, Any]:
         return (time.perf_counter() - start) * 1e3, scheduler.get_stats()
 
     step(True)
-    steps = {twin: [step(twin) for _ in range(3)] for twin in (True, False)}
+    for _ in range(ATTEMPTS):
+        steps = {twin: [step(twin) for _ in range(3)] for twin in (True, False)}
+        spread = max(max(t for t, _ in kind) - min(t for t, _ in kind) for kind in steps.values())
+        if _everywhere(spread <= DELAY_MS / 20):  # else other work on this machine took the time: measure again
+            break
     return {
+        "spread": spread,
         "hidden": median(t for t, _ in steps[True]) - median(t for t, _ in steps[False]),
         "twin": steps[True][-1][1],
         "overlapped": steps[False][-1][1],
     }
+
+
+def _everywhere(quiet: bool) -> bool:
+    """Whether all ranks say so, so that all measure again or none."""
+    import torch
+    import torch.distributed as dist
+
+    answer = torch.tensor(int(quiet))
+    dist.all_reduce(answer, op=dist.ReduceOp.MIN)
+    return bool(answer)
 
 
 def test_the_dispatch_backward_hides_behind_planted_dw(run_ranks: Callable[..., list[Any]]) -> None:
