@@ -52,7 +52,8 @@ def copied_on_another_stream(wait: bool) -> bool:
 
 def test_a_missing_wait_is_seen_and_a_wait_repairs_it():
     assert copied_on_another_stream(wait=True)
-    assert not copied_on_another_stream(wait=False)
+    # On a busy machine the side stream may come late and see the value: one of many attempts does not.
+    assert not all(copied_on_another_stream(wait=False) for _ in range(20))
 
 
 def test_events_measure_time_and_wait_for_the_last_record():
