@@ -32,12 +32,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     import torch
 
     from fluid_npu.link import why_unavailable
+    from tests.support.browser import find_browser
 
     away = set() if "nightly" in config.option.markexpr else {"nightly"}
     if not torch.cuda.is_available():
         away.add("cuda")
     if any(item.get_closest_marker("link") for item in items) and why_unavailable() is not None:
         away.add("link")
+    if find_browser() is None:
+        away.add("browser")
     left_out = [item for item in items if any(item.get_closest_marker(name) for name in away)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)

@@ -124,8 +124,8 @@ def _page(
 def _trace_files(folder: Path, number: int, section: Section) -> list[Path]:
     written = []
     for name, trace in section.traces.items():
-        path = folder / "traces" / f"{number}-{_slug(section.name)}-{_slug(name)}"
-        path.parent.mkdir(exist_ok=True)
+        path = folder / "traces" / f"{number}-{_slug(section.name)}-{'/'.join(map(_slug, name.split('/')))}"
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(trace), encoding="utf-8")
         written.append(path)
     return written

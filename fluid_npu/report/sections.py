@@ -13,7 +13,7 @@ from fluid_npu.report.sources import Source
 from fluid_npu.report.spans import Span, spans_of
 from fluid_npu.report.summary_text import format_summary
 from fluid_npu.report.table import Table, figure
-from fluid_npu.report.trace import chrome_trace
+from fluid_npu.report.trace import chrome_trace, rank_traces
 
 _SHOWN_STEPS = 12
 
@@ -47,6 +47,8 @@ def section_of(source: Source, *, draw: bool) -> Section:
     for title, spans in spans_of(source).items():
         if spans:
             section.traces[f"{title}.trace.json"] = chrome_trace(spans, f"{source.name} {title}")
+            for name, trace in rank_traces(spans, f"{source.name} {title}").items() if source.kind != "run" else ():
+                section.traces[f"{title}/{name}"] = trace
     return section
 
 

@@ -1,12 +1,14 @@
 """Chrome trace JSON: what chrome://tracing, Perfetto and the analysers of PyTorch's traces read.
 
 Complete events ("X") with ``ts`` and ``dur`` in microseconds, ``pid`` = rank, ``tid`` = lane, and metadata events that
-name both. ``cat`` and ``args.stream`` are as PyTorch's profiler writes them for kernels.
+name both. Besides the file with all ranks, for people, there is one for each rank in the form of PyTorch's profiler,
+for HolisticTraceAnalysis and its like: they take one file a rank and know communication by the name of NCCL's kernels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fluid_npu.report.spans import COMMUNICATION, COMPUTE, Span
@@ -23,6 +25,22 @@ def chrome_trace(spans: Sequence[Span], title: str) -> dict[str, Any]:
         events.append(_metadata(rank, tid, "thread_sort_index", tid))
     events += [_complete(span, lanes[span.rank, span.lane]) for span in spans]
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"title": title, "writer": "fluid-npu report"}}
+
+
+def rank_traces(spans: Sequence[Span], title: str) -> dict[str, dict[str, Any]]:
+    """File name to object, one for each rank; communication is called as an NCCL kernel, whatever moved the bytes."""
+    ranks = sorted({span.rank for span in spans})
+    return {f"rank{rank}.json": _rank_trace(spans, rank, len(ranks), title) for rank in ranks}
+
+
+def _rank_trace(spans: Sequence[Span], rank: int, world: int, title: str) -> dict[str, Any]:
+    named = [
+        replace(span, name=f"ncclKernel_AllToAll ({span.name})") if span.lane == COMMUNICATION else span
+        for span in spans
+        if span.rank == rank
+    ]
+    place = {"schemaVersion": 1, "distributedInfo": {"rank": rank, "world_size": world}}
+    return {**place, **chrome_trace(named, title)}
 
 
 def _lanes(spans: Iterable[Span]) -> dict[tuple[int, str], int]:

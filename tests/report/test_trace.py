@@ -21,11 +21,14 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     with pytest.MonkeyPatch.context() as without:
         without.setattr(plots, "can_draw", lambda: False)
         written = write_report([folder / "in"], folder / "out")
-    return {path.name.split("-", 1)[1]: json.loads(path.read_text()) for path in written.traces}
+    names = [path.relative_to(folder / "out" / "traces").as_posix() for path in written.traces]
+    return {
+        name.split("-", 1)[1]: json.loads(path.read_text()) for name, path in zip(names, written.traces, strict=True)
+    }
 
 
 def test_every_record_with_times_gives_a_trace(traces: dict[str, Any]) -> None:
-    assert sorted(traces) == [
+    assert sorted(name for name in traces if "/" not in name) == [
         "benches-overlap-W0-overlapped.trace.json",
         "benches-overlap-W0-twin.trace.json",
         "order-order.trace.json",
@@ -52,6 +55,18 @@ def test_every_event_has_what_analysers_ask_for(traces: dict[str, Any]) -> None:
             assert event["ts"] >= 0
             if event["ph"] == "X":
                 assert event["dur"] >= 0 and event["cat"] and event["args"]["stream"] == event["tid"]
+
+
+def test_each_rank_has_a_file_in_the_form_of_pytorchs_profiler(traces: dict[str, Any]) -> None:
+    assert sorted(name for name in traces if name.startswith("order-order/")) == [
+        "order-order/rank0.json",
+        "order-order/rank1.json",
+    ]
+    trace = traces["benches-overlap-W0-overlapped/rank1.json"]
+    assert trace["distributedInfo"] == {"rank": 1, "world_size": 2}
+    names = {event["name"]: event for event in trace["traceEvents"] if event["ph"] == "X"}
+    assert set(names) == {"compute piece", "ncclKernel_AllToAll (communication piece)"}
+    assert {event["pid"] for event in trace["traceEvents"]} == {1}
 
 
 def test_a_collective_of_an_order_record_lasts_until_its_wait(traces: dict[str, Any]) -> None:
