@@ -6,6 +6,7 @@ replaced by a local slice (the floor), and with marks for its parts, in the same
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from fluid_npu.bench.agreement import TOLERANCE, Disagreement, Worst, over_ranks, worst_error
 from fluid_npu.bench.forced_routing import ForcedRouting
 from fluid_npu.bench.layer_baseline import Baseline
-from fluid_npu.bench.layer_impls import KINDS, LayerVariant, unavailable
+from fluid_npu.bench.layer_impls import EXTRAS, KINDS, LayerVariant, unavailable
 from fluid_npu.bench.layer_parts import PARTS, Timeline, busy_parts, watched
 from fluid_npu.bench.machine import describe_machine
 from fluid_npu.bench.memory import held_mb, peak_memory_mb
@@ -93,6 +94,11 @@ class Bench:
             reason = unavailable(kind, self.config)
             if reason is not None:
                 self._leave_out(kind.name, reason)
+            elif kind in EXTRAS:
+                try:
+                    yield self._impl(kind, stock.variant.weights())
+                except Exception as error:  # other people's packages; the bench goes on without them and says so
+                    self._leave_out(kind.name, f"cannot be built: {type(error).__name__}: {error}")
             else:
                 yield stock if kind is STOCK else self._impl(kind, stock.variant.weights())
 
@@ -147,16 +153,20 @@ class Bench:
         """Output, input gradient and every weight gradient of each against stock. Raises Disagreement."""
         tolerance = TOLERANCE[self.config.dtype or "fp32"]
         reference, found = self._results(stock), {}
-        for impl in self.impls:
+        for impl in list(self.impls):
             if impl is stock:
                 continue
             worst: Worst = over_ranks(worst_error(self._results(impl), reference))
             found[impl.name] = {"error": worst.error, "where": worst.where}
             if worst.error > tolerance:
-                raise Disagreement(
+                reason = (
                     f"{impl.name} differs from {stock.name}: relative error {worst.error:.2e} in {worst.where}, "
                     f"allowed {tolerance:.0e}; a wrong result is not timed"
                 )
+                if impl.variant.kind not in EXTRAS:
+                    raise Disagreement(reason)
+                self._leave_out(impl.name, reason)
+                self.impls.remove(impl)
         return found
 
     def _results(self, impl: Impl) -> dict[str, torch.Tensor]:
@@ -245,10 +255,17 @@ class Parted:
         variant = self.impl.variant
         return nothing() if self.impl.timeline else watched(self.timeline, variant.layer, variant)
 
+    def _busy(self) -> dict[str, float] | None:
+        try:
+            return busy_parts(self.place.device, self.timeline, lambda: self._step(0))
+        except RuntimeError as error:  # of the profiler
+            print(f"{self.impl.name}: idle time is not told apart: {error}", file=sys.stderr, flush=True)
+            return None
+
     def figures(self, row: dict[str, Any], rounds: int) -> dict[str, Any]:
         """Parts of the slowest rank of each round: mean shares of the median step. Collective."""
         with self._watched():
-            busy = busy_parts(self.place.device, self.timeline, lambda: self._step(0))
+            busy = self._busy()
         every: list[Any] = [None] * self.place.world
         dist.all_gather_object(every, self.found[-rounds:])
         slowest = [max(ranks, key=lambda parts: sum(parts.values())) for ranks in zip(*every, strict=True)]

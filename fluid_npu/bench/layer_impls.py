@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluid_npu.bench.rig import OVERLAPPED, PLAIN, STOCK, Kind, Variant
-from fluid_npu.bench.sweeps import fuse_weight_gradients
+from fluid_npu.bench.rig import OVERLAPPED, PLAIN, STOCK, Kind, Variant, fuse_weight_gradients
 from fluid_npu.mcore.convert import gradients_by_name, unwrap, weights_by_name
 from fluid_npu.mcore.lines.groups import expert_rank
 from fluid_npu.train.config import TrainConfig
@@ -28,6 +27,8 @@ from fluid_npu.train.parallel import Place
 
 LEGACY = Kind(name="stock GroupedMLP", impl="stock")
 TE = Kind(name="stock TEGroupedMLP", impl="stock")
+#: Stock forms that need other packages; where they fail they are left out with the reason.
+EXTRAS = (LEGACY, TE)
 KINDS = {
     "stock-sequential": STOCK,
     "stock-grouped": LEGACY,
@@ -87,11 +88,20 @@ def _with_legacy_experts(config: TrainConfig, model_config: Any, overlap: str) -
 
 def _with_te_experts(config: TrainConfig, model_config: Any, overlap: str) -> torch.nn.Module:
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    from megatron.core.transformer.moe.experts import TEGroupedMLP
+    from megatron.core.transformer.spec_utils import ModuleSpec
 
-    preset = config.model()
-    moe = get_moe_module_spec(use_te=True, num_experts=preset.experts, moe_grouped_gemm=True)
-    changes = {"moe_grouped_gemm": True, "moe_permute_fusion": True, "gradient_accumulation_fusion": True}
-    return _gpt(config, dataclasses.replace(model_config, **changes), moe.submodules.experts)
+    class FusedExperts(TEGroupedMLP):
+        """Adds weight gradients to main_grad within TE's matmuls; Megatron's local linears need Apex for that."""
+
+        def __init__(self, count: int, model_config: Any, *args: Any, **kwargs: Any) -> None:
+            fused = dataclasses.replace(model_config, gradient_accumulation_fusion=True)
+            super().__init__(count, fused, *args, **kwargs)
+
+    moe = get_moe_module_spec(use_te=True, num_experts=config.model().experts, moe_grouped_gemm=True)
+    experts = ModuleSpec(module=FusedExperts, submodules=moe.submodules.experts.submodules)
+    changes = {"moe_grouped_gemm": True, "moe_permute_fusion": True}
+    return _gpt(config, dataclasses.replace(model_config, **changes), experts)
 
 
 def _gpt(config: TrainConfig, model_config: Any, experts: Any) -> torch.nn.Module:

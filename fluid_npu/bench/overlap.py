@@ -23,7 +23,7 @@ from fluid_npu.bench.memory import peak_memory_mb
 from fluid_npu.bench.overlap_figures import alone_ms, rows_of_exchanges, step_row
 from fluid_npu.bench.plant import plant_error
 from fluid_npu.bench.result import envelope
-from fluid_npu.bench.rig import OVERLAPPED, PLAIN, STOCK, MockData, Variant, build_variants
+from fluid_npu.bench.rig import OVERLAPPED, PLAIN, STOCK, MockData, Variant, build_variants, fuse_weight_gradients
 from fluid_npu.bench.rounds import run_rounds
 from fluid_npu.bench.stats import Times
 from fluid_npu.bench.workload_names import DESCRIPTIONS
@@ -81,6 +81,8 @@ class Bench:
         stock, self.plain, self.overlapped = build_variants(
             (STOCK, PLAIN, OVERLAPPED), config, place, optimizer="none", reduce=False
         )
+        for variant in (self.plain, self.overlapped):
+            fuse_weight_gradients(variant)
         self.twin = self.overlapped.as_twin()
         self.layers = sum(1 for _ in moe_layers(self.plain.model))
         if error:

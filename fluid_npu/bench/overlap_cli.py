@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fluid_npu.bench.options import add_common_flags, add_file_flags, add_model_flags, add_rounds_flag, run_bench
+from fluid_npu.bench.options import add_common_flags, add_file_flags, add_model_flags, add_rounds_flag, fail, run_bench
 from fluid_npu.bench.workload_names import DESCRIPTIONS
+from fluid_npu.train.presets import PresetError, get_preset
 
-#: What the default model is cut to, so that a step is short; flags replace it.
-CUT = {"layers": 2, "micro_batch_size": 1}
+#: What a model is cut to, so that a step is short; flags replace it.
+CUT = {"layers": 2, "first_dense_layers": 0, "micro_batch_size": 1}
+_LONGEST = 4096
 
 
 def add_overlap_parser(commands: Any) -> None:
@@ -20,7 +22,7 @@ def add_overlap_parser(commands: Any) -> None:
         help="each AllToAll of a step: transfer, peer wait, exposed, hidden",
         description="Forward and backward of a small model whose routing follows a workload, plain, overlapped and as "
         "the serialised twin, in interleaved rounds with clocks on every AllToAll. Says what pays and what to turn "
-        f"off here. Workloads: {words}.",
+        f"off here. Workloads: {words}. Sequences of more than {_LONGEST} tokens are cut to that.",
     )
     add_model_flags(parser, "mixtral-tiny")
     parser.add_argument(
@@ -43,7 +45,10 @@ def run_overlap(args: argparse.Namespace) -> int:
     """Runs ``bench overlap``."""
     from fluid_npu.bench.overlap_text import overlap_text, overlap_verdict
 
-    cut = {name: value for name, value in CUT.items() if args.preset == "mixtral-tiny" or name == "layers"}
+    try:
+        length = min(get_preset(args.preset).seq_length, _LONGEST)
+    except PresetError as error:
+        return fail("fluid-npu bench overlap", str(error))
     return run_bench(
         args,
         "overlap",
@@ -51,7 +56,7 @@ def run_overlap(args: argparse.Namespace) -> int:
         {"workloads": list(dict.fromkeys(args.workloads)), "rounds": args.rounds or 12, "link": args.link},
         lambda result: (overlap_text(result), overlap_verdict(result)),
         preset=args.preset,
-        cut=cut,
+        cut={**CUT, "seq_length": length},
         carry_over=args.carry_over,
         plant_delay_ms=args.plant_delay_ms,
     )

@@ -141,6 +141,12 @@ class Variant:
         return weights_by_name(self.model)
 
 
+def fuse_weight_gradients(variant: Variant) -> None:
+    """Our experts' weight gradients go straight into main_grad, as --gemm-gradient-accumulation-fusion asks."""
+    for layer in moe_layers(variant.model):
+        layer.experts.fuse_dw = True  # type: ignore[union-attr]
+
+
 class LayerAlone:
     """Forward and backward of a variant's first MoE layer; weight gradients are added to its main_grad."""
 

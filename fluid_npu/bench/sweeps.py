@@ -7,6 +7,7 @@ left out. All ranks compute the same sizes; the slowest counts. R rows, H hidden
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from fluid_npu.bench.agreement import TOLERANCE, Disagreement, Worst, over_ranks
 from fluid_npu.bench.machine import describe_machine
 from fluid_npu.bench.published import FFN, PARALLEL, Published
 from fluid_npu.bench.result import envelope
-from fluid_npu.bench.rig import PLAIN, STOCK, Variant, build_variants
+from fluid_npu.bench.rig import PLAIN, STOCK, Variant, build_variants, fuse_weight_gradients
 from fluid_npu.bench.rounds import run_rounds
 from fluid_npu.bench.stats import paired_ratio, percentiles, quiet_halves
 from fluid_npu.bench.sweep_shapes import Shape, ffn_shape, parallel_shape
@@ -60,6 +61,7 @@ def _measure(
         known = None if published is None else published.as_dict()
         rows.append({key: value, "shape": shape.as_dict(), **pair.figures(options["rounds"]), "published": known})
         del pair
+        _release(place)
     result = envelope(bench, config, options, place, machine, rows)
     loses = next((row[points[0][0]] for row in rows if row["judged"] and row["gain_high"] < 0), None)
     agreement = {"grouped": {"error": worst.error, "where": worst.where}}
@@ -104,10 +106,11 @@ class Pair:
         return {**row, **gain, "rounds": rounds, "judged": all(quiet_halves(times[:, column]) for column in range(2))}
 
 
-def fuse_weight_gradients(variant: Variant) -> None:
-    """Expert weight gradients go straight into main_grad, as --gemm-gradient-accumulation-fusion asks."""
-    for layer in moe_layers(variant.model):
-        layer.experts.fuse_dw = True  # type: ignore[union-attr]
+def _release(place: Place) -> None:
+    """Gives the memory of one point back before the next is built."""
+    gc.collect()
+    if place.device.name != "cpu":
+        getattr(torch, place.device.name).empty_cache()
 
 
 def _model(shape: Shape, config: TrainConfig) -> TrainConfig:
