@@ -57,7 +57,7 @@ def hidden_bars(rows: Sequence[Row]) -> bytes:
         place.set(title=name, xlabel="ms")
     for place in axes.flat[len(workloads) :]:
         place.set_axis_off()
-    axes.flat[0].legend(fontsize=8)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
     return _png(figure)
 
 
@@ -109,7 +109,7 @@ def layer_parts(rows: Sequence[Row]) -> bytes:
         if row["floor_ms"] is not None:
             place.plot([row["floor_ms"]] * 2, [number - 0.45, number + 0.45], color="black", linewidth=2)
     place.set(xlabel="ms; black line: without the AllToAlls' transfer (floor)")
-    place.legend(fontsize=8, ncols=2)
+    figure.legend(loc="outside upper center", ncols=len(names), fontsize=8)
     return _png(figure)
 
 

@@ -133,6 +133,8 @@ def _read_file(found: Found, path: Path, base: Path) -> None:
         if path.suffix == ".json":
             source = Source(kind="bench", name=_name(path.with_suffix(""), base), path=path, data=read_bench(path))
             found.sources.append(source)
+        elif path.suffix == ".txt" and path.with_suffix(".json").exists():
+            raise Unreadable(f"the text of {path.with_suffix('.json').name}")
         else:
             raise Unreadable("not a result: the report reads *.json of benches, runs and order records (*.jsonl)")
     except Unreadable as error:

@@ -27,6 +27,7 @@ def test_benches_runs_and_order_records_are_found(tmp_path: Path) -> None:
 def test_every_file_is_shown_or_named(tmp_path: Path) -> None:
     results.write_run(tmp_path / "run")
     (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "half.txt").write_text("hello")
     (tmp_path / "half.json").write_text('{"bench": "overlap", "rows": [')
     (tmp_path / "list.json").write_text("[1, 2]")
     (tmp_path / "other.json").write_text('{"a": 1}')
@@ -36,6 +37,7 @@ def test_every_file_is_shown_or_named(tmp_path: Path) -> None:
     named = {Path(one.path).relative_to(tmp_path).as_posix(): one.reason for one in collect([tmp_path]).unread}
     assert set(named) == {
         "notes.txt",
+        "half.txt",
         "half.json",
         "list.json",
         "other.json",
@@ -45,6 +47,7 @@ def test_every_file_is_shown_or_named(tmp_path: Path) -> None:
         "run/config.json",
         "run/checkpoints/step_000030",
     }
+    assert named["half.txt"] == "the text of half.json"
     assert "no JSON" in named["half.json"]
     assert "'bench' is None, known are train-step, overlap" in named["other.json"]
     assert "schema 2 is newer" in named["future.json"]
