@@ -10,11 +10,11 @@ from fluid_npu.adaptor.settings import current
 
 def test_settings_are_in_force_while_adapted_and_the_ones_before_come_back() -> None:
     assert current() == Settings()
-    outer = adapt(["moe"], overlap="full", carry_over=True)
-    assert current() == Settings(overlap="full", carry_over=True)
+    outer = adapt(["moe"], gemm_fusion=True, carry_over=True)
+    assert current() == Settings(gemm_fusion=True, carry_over=True)
     with adapt(["token_dispatcher"], overlap="off"):
-        assert current() == Settings(overlap="off", carry_over=True), "what is not named stays as it is"
-    assert current() == Settings(overlap="full", carry_over=True)
+        assert current() == Settings(overlap="off", gemm_fusion=True, carry_over=True), "what is not named stays"
+    assert current() == Settings(gemm_fusion=True, carry_over=True)
     outer.rollback()
     assert current() == Settings()
     outer.rollback()
@@ -30,13 +30,13 @@ def test_a_call_that_switches_nothing_on_still_has_its_settings() -> None:
 
 
 def test_settings_come_back_after_an_error_and_whatever_the_order_of_rollbacks() -> None:
-    with pytest.raises(ZeroDivisionError), adapt(["moe"], overlap="auto"):
+    with pytest.raises(ZeroDivisionError), adapt(["moe"], overlap="off"):
         raise ZeroDivisionError
     assert current() == Settings()
     with adapt(["moe"]):
-        first, second = adapt([], overlap="off"), adapt([], overlap="full")
+        first, second = adapt([], overlap="dw"), adapt([], overlap="off")
         first.rollback()
-        assert current().overlap == "full", "the later call is still on"
+        assert current().overlap == "off", "the later call is still on"
         second.rollback()
         assert current() == Settings()
 
@@ -46,12 +46,15 @@ def test_a_refused_call_and_a_refused_rollback_change_no_setting() -> None:
         adapt(["no_such_feature"], overlap="off")
     with pytest.raises(PatchError, match=r"adapt\(carry_over='yes'\): allowed are True and False"):
         adapt(["moe"], carry_over="yes")
+    for overlap in ("full", "auto"):  # refused here, and not when the first model is built
+        with pytest.raises(PatchError, match=rf"adapt\(overlap='{overlap}'\): allowed are off, dw"):
+            adapt(["moe"], overlap=overlap)
     assert current() == Settings()
-    first = adapt(["moe"], overlap="off")
-    second = adapt(["token_dispatcher"], overlap="full")
+    first = adapt(["moe"], overlap="dw")
+    second = adapt(["token_dispatcher"], overlap="off")
     with pytest.raises(PatchError, match="roll back token_dispatcher first"):
         first.rollback()
-    assert current().overlap == "full"
+    assert current().overlap == "off"
     second.rollback()
     first.rollback()
     assert current() == Settings()
@@ -65,3 +68,10 @@ def test_the_specs_made_meanwhile_are_bound_by_the_settings_in_force() -> None:
         assert binder() is bound, "one for all specs made under them"
         with adapt([], overlap="dw"):
             assert binder() is not bound
+
+
+def test_allowed_is_what_a_scheduler_takes() -> None:
+    from fluid_npu.adaptor.settings import OVERLAPS
+    from fluid_npu.schedule.scheduler import OVERLAP_MODES
+
+    assert OVERLAPS == OVERLAP_MODES
