@@ -1,30 +1,43 @@
 #!/usr/bin/env bash
 # Long checks, with a dated record under benchmarks/nightly-YYYY-MM-DD.txt. Run scripts/test.sh first.
 #
-#   bash scripts/nightly.sh [--torch 2.7.1] [--steps 300]
+#   bash scripts/nightly.sh [--torch 2.7.1] [--steps 300] [--only NAME ...]
 #
-#   1. other Pythons (3.10, 3.12, where installed): every file compiles, modules without torch import
-#   2. the parity grid: tests marked nightly
-#   3. memory: a training run of --steps steps must stay flat
-#   4. with --torch VERSION: the tests in a second environment (.venv-torch-VERSION) with that torch
-# Every part runs even when one before it failed; the exit code is 1 when any failed. What did not run is recorded so.
+#   python-3.10, python-3.12   other Pythons, where installed: every file compiles, modules without torch import
+#   adaptor, lines, mcore ...  tests marked nightly, one part for each folder of tests/ that has some
+#   memory                     a training run of --steps steps must stay flat
+#   torch                      with --torch VERSION: the tests in a second environment (.venv-torch-VERSION) with that torch,
+#                              without tests/sim, whose simulator is built for torch 2.13
+# --only runs the named parts alone; a second run of a day is added to the record. Every part runs even when one before it
+# failed; the exit code is 1 when any failed. What did not run is recorded so.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 # shellcheck source=scripts/environment.sh
 source scripts/environment.sh
 
+mapfile -t folders < <(grep -rl --include='test_*.py' 'mark\.nightly' tests | cut -d/ -f2 | sort -u)
+parts=(python-3.10 python-3.12 "${folders[@]}" memory torch)
 other_torch=""
 steps=300
+only=()
 while (($#)); do
     case "$1" in
-        --torch | --steps)
+        --torch | --steps | --only)
             [[ $# -ge 2 ]] || fail "$1 needs a value"
-            if [[ "$1" == --torch ]]; then other_torch="$2"; else steps="$2"; fi
+            case "$1" in
+                --torch) other_torch="$2" ;;
+                --steps) steps="$2" ;;
+                --only)
+                    [[ " ${parts[*]} " == *" $2 "* ]] || fail "--only $2: no such part; there are ${parts[*]}"
+                    only+=("$2")
+                    ;;
+            esac
             shift 2
             ;;
-        *) fail "unknown argument $1; allowed: --torch VERSION, --steps N" ;;
+        *) fail "unknown argument $1; allowed: --torch VERSION, --steps N, --only NAME" ;;
     esac
 done
+if [[ " ${only[*]} " == *" torch "* && -z "$other_torch" ]]; then fail "--only torch needs --torch VERSION"; fi
 
 if [[ -n "${VIRTUAL_ENV:-}" ]]; then
     python="$VIRTUAL_ENV/bin/python"
@@ -44,10 +57,13 @@ mkdir -p benchmarks
 
 note() { printf '%s\n' "$@" | tee -a "$record"; }
 
-# Runs a part, records its verdict and the last lines of its output: part NAME COMMAND...
+asked() { [[ ${#only[@]} -eq 0 || " ${only[*]} " == *" $1 "* ]]; }
+
+# Runs a part, records its verdict and the last lines of its output: part NAME TITLE COMMAND...
 part() {
-    local name="$1" start=$SECONDS verdict=passed
-    shift
+    local name="$2" start=$SECONDS verdict=passed
+    asked "$1" || return 0
+    shift 2
     say "$name"
     if ! "$@" >"$work/output" 2>&1; then
         verdict=FAILED
@@ -94,7 +110,7 @@ with_torch() {
             make_venv "$folder" "$(command -v "$interpreter")"
             (FLUID_TORCH="torch==$version" install_into "$folder/bin/python" dev) || return 1
             "$folder/bin/python" -c 'import torch; print("torch", torch.__version__)'
-            "$folder/bin/python" -m pytest -q
+            "$folder/bin/python" -m pytest -q --ignore tests/sim
             return
         fi
     done
@@ -102,6 +118,7 @@ with_torch() {
     return 1
 }
 
+if [[ -f "$record" ]]; then note ""; fi
 {
     printf 'scripts/nightly.sh, %s UTC, commit %s\n' "$(date -u '+%Y-%m-%d %H:%M')" "$(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
     printf 'machine: %s, %s cores\n' "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo 2>/dev/null | head -n 1)" "$(getconf _NPROCESSORS_ONLN)"
@@ -109,22 +126,24 @@ with_torch() {
 import platform
 from importlib.metadata import version as v
 print("versions: python", platform.python_version(), *(f"{name} {v(name)}" for name in ("torch", "megatron-core", "numpy")))'
-} >"$record"
-cat "$record"
+} >>"$record"
 
 for version in 3.10 3.12; do
     if command -v "python$version" >/dev/null && python_fits "python$version"; then
-        TAIL=1 part "python $version" other_python "python$version"
-    else
+        TAIL=1 part "python-$version" "python $version" other_python "python$version"
+    elif asked "python-$version"; then
         note "" "python $version: not run, not installed"
     fi
 done
-TAIL=3 part "nightly tests (pytest -m nightly)" "$python" -m pytest -q -m nightly
-TAIL=1 part "memory over $steps steps" memory_run
+for folder in "${folders[@]}"; do
+    TAIL=3 part "$folder" "nightly tests of tests/$folder" "$python" -m pytest -q -W ignore -m nightly "tests/$folder"
+done
+TAIL=1 part memory "memory over $steps steps" memory_run
 if [[ -n "$other_torch" ]]; then
-    TAIL=4 part "tests with torch $other_torch" with_torch "$other_torch"
-else
+    TAIL=4 part torch "tests with torch $other_torch" with_torch "$other_torch"
+elif asked torch; then
     note "" "another torch: not run, --torch was not given"
 fi
+if ((${#only[@]})); then note "" "parts of this run: ${only[*]}"; fi
 note "" "result: $( ((failed)) && echo FAILED || echo passed)"
 exit "$failed"
