@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +18,7 @@ from fluid_npu.bench.overlap_text import overlap_text, overlap_verdict
 from fluid_npu.train.config import TrainConfig, validate
 
 DELAY_MS, DW_MS, LATE_MS = 150.0, 100.0, 250.0  # dW: of FC1 and of FC2 each, together longer than the delay
-ROUNDS = 3
+ROUNDS, ATTEMPTS = 3, 4
 
 
 def planted(late: bool) -> dict[str, Any]:
@@ -42,30 +47,34 @@ def planted(late: bool) -> dict[str, Any]:
     DeferredWeights._land = lambda *args: (time.sleep(DW_MS / 1e3), land(*args))[1]
     x, _ = inputs(case, dist.get_rank(), 0)
     device = get_device("cpu").value
-    clocks = {"twin": Lanes(scheduler, device), "overlapped": Lanes(scheduler, device)}
-    ms = np.zeros((ROUNDS, 3))
-    for number in range(-1, ROUNDS):
-        for column, (kind, lanes) in enumerate(clocks.items(), start=1):
-            dist.barrier()
-            start = time.perf_counter()
-            with lanes:
-                if kind == "twin":
-                    with scheduler.serialise():
-                        layer(x.requires_grad_())[0].sum().backward()
-                else:
-                    layer(x.requires_grad_())[0].sum().backward()
-            if number >= 0:
-                ms[number, column] = (time.perf_counter() - start) * 1e3
-    ms[:, 0] = ms[:, 1]
 
-    def every_rank(lanes: Lanes) -> list[Any]:
-        every: list[Any] = [None, None]
-        dist.all_gather_object(every, lanes.take_steps()[-ROUNDS:])
-        return [list(step) for step in zip(*every, strict=True)]
+    def step(serialised: bool) -> float:
+        dist.barrier()
+        start = time.perf_counter()
+        with scheduler.serialise() if serialised else nullcontext():
+            layer(x.requires_grad_())[0].sum().backward()
+        return (time.perf_counter() - start) * 1e3
 
-    twin, overlapped = every_rank(clocks["twin"]), every_rank(clocks["overlapped"])
-    rows = rows_of_exchanges("W0", twin, overlapped, [0.0] * 4)
-    return {"rows": rows, "step": step_row("W0", ms, twin, rows)}
+    def measured() -> dict[str, Any]:
+        ms, found = np.zeros((ROUNDS, 3)), []
+        for column, serialised in ((1, True), (2, False)):
+            with Lanes(scheduler, device) as lanes:
+                for number in range(ROUNDS):
+                    lanes.begin()
+                    ms[number, column] = step(serialised)
+                every: list[Any] = [None, None]
+                dist.all_gather_object(every, lanes.take_steps())
+            found.append([list(one) for one in zip(*every, strict=True)])
+        rows = rows_of_exchanges("W0", *found, [0.0] * 4)
+        return {"rows": rows, "step": step_row("W0", ms, found[0], rows)}
+
+    step(True)
+    for _ in range(ATTEMPTS):
+        result = measured()
+        # The rows are equal on all ranks. Else other work on this machine took the time: measure again.
+        if max(row["hidden_spread_ms"] for row in result["rows"]) <= DELAY_MS / 20:
+            break
+    return result
 
 
 def test_a_planted_delay_shows_as_exposed_or_as_hidden(run_ranks: Callable[..., list[Any]]) -> None:
@@ -87,6 +96,7 @@ def test_a_planted_delay_shows_as_exposed_or_as_hidden(run_ranks: Callable[..., 
     step = found["step"]
     # Of the whole step, with all else that the machine does meanwhile: within 10 % or the printed spread.
     assert abs(step["hidden_ms"] - DELAY_MS) <= max(0.1 * DELAY_MS, step["hidden_spread_ms"])
+    assert step["twin_ms"] > step["overlapped_ms"]
     assert step["agrees"]
 
 
@@ -97,6 +107,23 @@ def test_a_late_peer_is_no_transfer(run_ranks: Callable[..., list[Any]]) -> None
     for row in (dispatch, combine):
         assert row["transfer_ms"] == pytest.approx(DELAY_MS, rel=0.1)
         assert row["exposed_ms"] == pytest.approx(DELAY_MS, rel=0.1)
+
+
+@pytest.mark.link
+def test_a_slow_link_shows_in_every_all_to_all(tmp_path: Path) -> None:
+    # Enough bytes that the first ones, which the limit lets pass at once, do not count.
+    model = ("--preset", "h64", "--layers", "1", "--seq-length", "256", "--micro-batch-size", "4")
+    words = ("--workloads", "W0", "--rounds", "2", "--link", "100mbit", "--json", "--out", str(tmp_path))
+    command = [sys.executable, "-m", "fluid_npu", "bench", "overlap", *model, *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["link"]["rate"] == "100mbit" and "veth" in result["link"]["description"]
+    for row in result["rows"]:
+        needed_ms = row["bytes"] * 8 / 100e6 * 1e3  # 22 ms
+        assert row["alone_ms"] >= 0.85 * needed_ms and row["transfer_ms"] >= 0.85 * needed_ms, row
+    assert json.loads((tmp_path / "overlap.json").read_text())["rows"] == result["rows"]
+    assert "link: 100mbit" in (tmp_path / "overlap.txt").read_text()
 
 
 CUT = {"layers": 1, "seq_length": 32}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fluid_npu.bench.stats import difference_of_medians, paired_ratio, percentiles
+from fluid_npu.bench.stats import difference_of_medians, paired_ratio, percentiles, quiet_halves
 
 
 def test_a_ratio_is_paired_by_round() -> None:
@@ -47,3 +47,9 @@ def test_rounds_that_are_not_paired_are_refused() -> None:
 
 def test_percentiles_are_named() -> None:
     assert percentiles(np.arange(101.0)) == {"median_ms": 50.0, "p10_ms": 10.0, "p90_ms": 90.0}
+
+
+def test_halves_that_differ_by_ten_percent_are_not_quiet() -> None:
+    assert quiet_halves(np.array([100.0, 100.0, 109.0, 109.0]))
+    assert not quiet_halves(np.array([100.0, 100.0, 111.0, 111.0]))
+    assert not quiet_halves(np.array([100.0]))  # one round says nothing about another
