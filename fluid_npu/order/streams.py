@@ -76,7 +76,10 @@ class StreamHooks:
 
 
 def note_host_reads(patches: Patches, log: Log, memory: Memory) -> None:
-    """``tolist`` and ``numpy`` read a tensor of the host without passing the dispatcher."""
+    """``tolist`` and ``numpy`` read a tensor of the host without passing the dispatcher.
+
+    ``cpu()`` of a tensor that is there already reads nothing, but the same line on an accelerator does: it counts.
+    """
 
     def reading(old: Any, name: str) -> Any:
         def read(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -86,5 +89,5 @@ def note_host_reads(patches: Patches, log: Log, memory: Memory) -> None:
 
         return read
 
-    for name in ("tolist", "numpy"):
+    for name in ("tolist", "numpy", "cpu"):
         patches.wrap(torch.Tensor, name, lambda old, name=name: reading(old, name))

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from fluid_npu.order.collectives import POINT_TO_POINT
 from fluid_npu.order.graph import Graph, Span
 from fluid_npu.order.records import HOST, Entry
 
@@ -137,7 +138,7 @@ class _Walk:
         span = Span(start=start, end=end)
         self.timeline.spans[self.rank, entry.number] = span
         self._ends[entry.number] = end
-        kind = "p2p" if entry.name in ("send", "recv") else ""
+        kind = "p2p" if entry.name in POINT_TO_POINT else ""
         count = self._counts[str(entry.group), kind]
         self._counts[str(entry.group), kind] += 1
         if not kind:
