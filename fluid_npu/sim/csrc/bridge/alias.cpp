@@ -73,6 +73,26 @@ void* current_stream(c10::Device device) { return guard()->getStreamNativeHandle
 
 void drain(c10::Device device) { fluidsim_drain(current_stream(device)); }
 
+Spans spans_of(
+    const c10::FunctionSchema& schema, const std::vector<c10::IValue>& arguments, const std::vector<c10::IValue>& results) {
+    Spans spans;
+    if (!fluidsim_order_on()) return spans;
+    auto add = [&](const c10::IValue& value, bool write) {
+        map_tensors(value, [&](const at::Tensor& x) {
+            if (is_npu(x)) add_span(spans, x, write);
+            return x;
+        });
+    };
+    for (size_t i = 0; i < arguments.size(); ++i) {
+        const auto* alias = schema.arguments()[i].alias_info();
+        bool written = alias && alias->isWrite();
+        if (!written || !schema.arguments()[i].is_out()) add(arguments[i], false);
+        if (written) add(arguments[i], true);
+    }
+    for (const auto& result : results) add(result, true);
+    return spans;
+}
+
 at::Tensor empty_like_on(const at::Tensor& x, c10::Device device) {
     return at::empty_strided(x.sizes(), x.strides(), x.options().device(device));
 }

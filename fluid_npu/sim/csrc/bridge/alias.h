@@ -3,10 +3,13 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/ivalue.h>
+#include <ATen/core/function_schema.h>
 #include <c10/core/Device.h>
 
 #include <optional>
 #include <unordered_map>
+
+#include "order.h"
 
 namespace fluidsim {
 
@@ -56,6 +59,9 @@ c10::Device npu_of(const std::vector<c10::IValue>& arguments);
 // The stream on which the program under test issues work for that NPU, and a wait until it is idle.
 void* current_stream(c10::Device device);
 void drain(c10::Device device);
+
+// The NPU tensors of a call as spans of the order record: written are those that the schema says, and the results.
+Spans spans_of(const c10::FunctionSchema& schema, const std::vector<c10::IValue>& arguments, const std::vector<c10::IValue>& results);
 
 at::Tensor empty_like_on(const at::Tensor& x, c10::Device device);
 

@@ -64,6 +64,16 @@ IValue to_the_npu(
     return map_tensors(computed, [&](const at::Tensor& x) { return aliases.npu(x, device); });
 }
 
+// On the hardware this is a kernel on the stream too; the host waits only for a size or a value that follows from values.
+void note_at_once(
+    const c10::OperatorHandle& op, const std::vector<IValue>& arguments, const std::vector<IValue>& results, void* stream) {
+    if (!fluidsim_order_on()) return;
+    auto spans = spans_of(op.schema(), arguments, results);
+    fluidsim_order_op(name_of(op).c_str(), stream, spans.data(), spans.size());
+    if (op.hasTag(at::Tag::data_dependent_output) || op.hasTag(at::Tag::dynamic_output_shape))
+        fluidsim_order_sync(stream_field("stream", stream).c_str());
+}
+
 void run_at_once(const c10::OperatorHandle& op, torch::jit::Stack* stack, const std::vector<IValue>& arguments) {
     auto device = npu_of(arguments);
     drain(device);
@@ -75,8 +85,11 @@ void run_at_once(const c10::OperatorHandle& op, torch::jit::Stack* stack, const 
         op.callBoxed(&computed);
     }
     stack->resize(stack->size() - arguments.size());
+    std::vector<IValue> results;
     for (size_t i = 0; i < computed.size(); ++i)
-        stack->push_back(to_the_npu(op.schema(), i, computed[i], arguments, aliases, outputs, device));
+        results.push_back(to_the_npu(op.schema(), i, computed[i], arguments, aliases, outputs, device));
+    note_at_once(op, arguments, results, current_stream(device));
+    for (auto& result : results) stack->push_back(std::move(result));
 }
 
 }  // namespace

@@ -28,6 +28,17 @@ const std::set<std::string> kept = {
 
 std::optional<c10::SafeKernelFunction> original_copy;
 
+// A copy with a conversion: on the hardware a kernel on the stream, for which the host waits when the copy blocks.
+void note_copy(const at::Tensor& self, const at::Tensor& source, bool waits) {
+    if (!fluidsim_order_on()) return;
+    void* stream = current_stream(is_npu(self) ? self.device() : source.device());
+    Spans spans;
+    if (is_npu(source)) add_span(spans, source, false);
+    if (is_npu(self)) add_span(spans, self, true);
+    fluidsim_order_op("aten::copy_", stream, spans.data(), spans.size());
+    if (waits) fluidsim_order_sync(stream_field("stream", stream).c_str());
+}
+
 // Between host and device in one dtype and layout: torch_npu's own asynchronous copy. Else a conversion on aliases.
 at::Tensor& copy(c10::DispatchKeySet keys, at::Tensor& self, const at::Tensor& source, bool non_blocking) {
     static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("aten::copy_", "");
@@ -46,6 +57,7 @@ at::Tensor& copy(c10::DispatchKeySet keys, at::Tensor& self, const at::Tensor& s
     fluidsim_log("aten-sync", "aten::copy_");
     if (is_npu(self)) drain(self.device());
     if (is_npu(source)) drain(source.device());
+    note_copy(self, source, crosses && !non_blocking);
     Aliases aliases;
     at::AutoDispatchBelowADInplaceOrView no_autograd;
     aliases.cpu(self).copy_(aliases.cpu(source));

@@ -133,7 +133,10 @@ bool run_queued(const c10::OperatorHandle& op, torch::jit::Stack* stack, const s
     auto targets = results->targets;
     for (auto& group : targets)
         for (auto& target : group) target = aliases.cpu(target);
-    submit(current_stream(device), "aten", [op, inputs, targets]() mutable {
+    void* stream = current_stream(device);
+    auto spans = spans_of(schema, arguments, results->values);
+    fluidsim_order_op(name_of(op).c_str(), stream, spans.data(), spans.size());
+    submit(stream, "aten", [op, inputs, targets]() mutable {
         at::AutoDispatchBelowADInplaceOrView no_autograd;
         try {
             op.callBoxed(&inputs);

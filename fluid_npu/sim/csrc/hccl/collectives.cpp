@@ -5,6 +5,7 @@
 #include "comm.h"
 #include "reduce.h"
 
+using fluidsim::Buffers;
 using fluidsim::bytes_of;
 using fluidsim::collective;
 using fluidsim::communicator;
@@ -28,6 +29,63 @@ struct Inbox {
     std::vector<Segment> segments;
 };
 
+// What the order record says of collectives in which ranks differ.
+
+bool is_root(HcclComm comm, uint32_t root) { return communicator(comm).mesh.rank == static_cast<int>(root); }
+
+Buffers reduced(const void* send, void* receive, size_t bytes, uint32_t root, HcclComm comm) {
+    Buffers buffers = Buffers().read(send, bytes);
+    return is_root(comm, root) ? buffers.write(receive, bytes) : buffers;
+}
+
+Buffers broadcast(void* buffer, size_t bytes, uint32_t root, HcclComm comm) {
+    size_t ranks = communicator(comm).mesh.size;
+    bool own = is_root(comm, root);
+    Buffers buffers = own ? Buffers().read(buffer, bytes) : Buffers().write(buffer, bytes);
+    buffers.sends.assign(ranks, own ? bytes : 0);
+    buffers.receives.assign(ranks, 0);
+    buffers.sends[root] = 0;
+    if (!own) buffers.receives[root] = bytes;
+    return buffers;
+}
+
+Buffers scattered(const void* send, void* receive, size_t bytes, uint32_t root, HcclComm comm) {
+    Buffers buffers = Buffers().write(receive, bytes);
+    return is_root(comm, root) ? buffers.read(send, bytes * communicator(comm).mesh.size) : buffers;
+}
+
+Buffers all_to_all(const void* send, const void* receive, size_t sent, size_t received, HcclComm comm) {
+    size_t ranks = communicator(comm).mesh.size;
+    Buffers buffers = Buffers().read(send, sent * ranks).write(receive, received * ranks);
+    buffers.sends.assign(ranks, sent);
+    buffers.receives.assign(ranks, received);
+    return buffers;
+}
+
+using Numbers = std::vector<uint64_t>;
+
+Buffers all_to_all_v(
+    const void* send, const Numbers& sent, const Numbers& sent_from, size_t out_bytes, const void* receive,
+    const Numbers& received, const Numbers& received_to, size_t in_bytes) {
+    Buffers buffers;
+    for (size_t peer = 0; peer < sent.size(); ++peer) {
+        buffers.read(at(send, sent_from[peer] * out_bytes), sent[peer] * out_bytes);
+        buffers.write(at(receive, received_to[peer] * in_bytes), received[peer] * in_bytes);
+        buffers.sends.push_back(sent[peer] * out_bytes);
+        buffers.receives.push_back(received[peer] * in_bytes);
+    }
+    return buffers;
+}
+
+Buffers batch(const std::vector<HcclSendRecvItem>& items) {
+    Buffers buffers;
+    for (const auto& item : items) {
+        size_t bytes = item.count * bytes_of(item.dataType);
+        item.sendRecvType == HCCL_SEND ? buffers.read(item.buf, bytes) : buffers.write(item.buf, bytes);
+    }
+    return buffers;
+}
+
 // Counts and offsets live in the caller's memory only during the call.
 std::vector<uint64_t> copied(const void* numbers, int count) {
     auto first = static_cast<const uint64_t*>(numbers);
@@ -40,7 +98,8 @@ extern "C" {
 
 HcclResult HcclAllReduce(
     void* send, void* receive, uint64_t count, HcclDataType type, HcclReduceOp op, HcclComm comm, aclrtStream stream) {
-    return collective("HcclAllReduce", comm, stream, [=](Mesh& mesh) {
+    Buffers buffers = Buffers().read(send, count * bytes_of(type)).write(receive, count * bytes_of(type));
+    return collective("HcclAllReduce", comm, stream, buffers, [=](Mesh& mesh) {
         size_t bytes = count * bytes_of(type);
         Inbox inbox(mesh.size, bytes);
         std::vector<Segment> out;
@@ -53,7 +112,8 @@ HcclResult HcclAllReduce(
 HcclResult HcclReduce(
     void* send, void* receive, uint64_t count, HcclDataType type, HcclReduceOp op, uint32_t root, HcclComm comm,
     aclrtStream stream) {
-    return collective("HcclReduce", comm, stream, [=](Mesh& mesh) {
+    Buffers buffers = reduced(send, receive, count * bytes_of(type), root, comm);
+    return collective("HcclReduce", comm, stream, buffers, [=](Mesh& mesh) {
         size_t bytes = count * bytes_of(type);
         bool is_root = mesh.rank == static_cast<int>(root);
         Inbox inbox(is_root ? mesh.size : 0, bytes);
@@ -64,7 +124,8 @@ HcclResult HcclReduce(
 
 HcclResult HcclReduceScatter(
     void* send, void* receive, uint64_t count, HcclDataType type, HcclReduceOp op, HcclComm comm, aclrtStream stream) {
-    return collective("HcclReduceScatter", comm, stream, [=](Mesh& mesh) {
+    Buffers buffers = Buffers().read(send, communicator(comm).mesh.size * count * bytes_of(type)).write(receive, count * bytes_of(type));
+    return collective("HcclReduceScatter", comm, stream, buffers, [=](Mesh& mesh) {
         size_t bytes = count * bytes_of(type);
         Inbox inbox(mesh.size, bytes);
         std::vector<Segment> out;
@@ -76,7 +137,8 @@ HcclResult HcclReduceScatter(
 
 HcclResult HcclBroadcast(
     void* buffer, uint64_t count, HcclDataType type, uint32_t root, HcclComm comm, aclrtStream stream) {
-    return collective("HcclBroadcast", comm, stream, [=](Mesh& mesh) {
+    Buffers buffers = broadcast(buffer, count * bytes_of(type), root, comm);
+    return collective("HcclBroadcast", comm, stream, buffers, [=](Mesh& mesh) {
         size_t bytes = count * bytes_of(type);
         std::vector<Segment> out, in;
         if (mesh.rank != static_cast<int>(root)) in.push_back({static_cast<int>(root), at(buffer, 0), bytes});
@@ -89,7 +151,8 @@ HcclResult HcclBroadcast(
 
 HcclResult HcclScatter(
     void* send, void* receive, uint64_t count, HcclDataType type, uint32_t root, HcclComm comm, aclrtStream stream) {
-    return collective("HcclScatter", comm, stream, [=](Mesh& mesh) {
+    Buffers buffers = scattered(send, receive, count * bytes_of(type), root, comm);
+    return collective("HcclScatter", comm, stream, buffers, [=](Mesh& mesh) {
         size_t bytes = count * bytes_of(type);
         std::vector<Segment> out;
         if (mesh.rank == static_cast<int>(root))
@@ -100,7 +163,8 @@ HcclResult HcclScatter(
 
 HcclResult HcclAllGather(
     void* send, void* receive, uint64_t count, HcclDataType type, HcclComm comm, aclrtStream stream) {
-    return collective("HcclAllGather", comm, stream, [=](Mesh& mesh) {
+    Buffers buffers = Buffers().read(send, count * bytes_of(type)).write(receive, communicator(comm).mesh.size * count * bytes_of(type));
+    return collective("HcclAllGather", comm, stream, buffers, [=](Mesh& mesh) {
         size_t bytes = count * bytes_of(type);
         std::vector<Segment> out, in;
         for (int peer = 0; peer < mesh.size; ++peer) {
@@ -114,7 +178,8 @@ HcclResult HcclAllGather(
 HcclResult HcclAlltoAll(
     const void* send, uint64_t send_count, HcclDataType send_type, const void* receive, uint64_t receive_count,
     HcclDataType receive_type, HcclComm comm, aclrtStream stream) {
-    return collective("HcclAlltoAll", comm, stream, [=](Mesh& mesh) {
+    Buffers buffers = all_to_all(send, receive, send_count * bytes_of(send_type), receive_count * bytes_of(receive_type), comm);
+    return collective("HcclAlltoAll", comm, stream, buffers, [=](Mesh& mesh) {
         size_t sent = send_count * bytes_of(send_type), received = receive_count * bytes_of(receive_type);
         std::vector<Segment> out, in;
         for (int peer = 0; peer < mesh.size; ++peer) {
@@ -132,7 +197,9 @@ HcclResult HcclAlltoAllV(
     int ranks = communicator(comm).mesh.size;
     auto sent = copied(send_counts, ranks), sent_from = copied(send_starts, ranks);
     auto received = copied(receive_counts, ranks), received_to = copied(receive_starts, ranks);
-    return collective("HcclAlltoAllV", comm, stream, [=](Mesh& mesh) {
+    auto buffers = all_to_all_v(
+        send, sent, sent_from, bytes_of(send_type), receive, received, received_to, bytes_of(receive_type));
+    return collective("HcclAlltoAllV", comm, stream, buffers, [=](Mesh& mesh) {
         size_t out_bytes = bytes_of(send_type), in_bytes = bytes_of(receive_type);
         std::vector<Segment> out, in;
         for (int peer = 0; peer < mesh.size; ++peer) {
@@ -145,21 +212,21 @@ HcclResult HcclAlltoAllV(
 
 HcclResult HcclSend(
     void* buffer, uint64_t count, HcclDataType type, uint32_t peer, HcclComm comm, aclrtStream stream) {
-    return collective("HcclSend", comm, stream, [=](Mesh& mesh) {
+    return collective("HcclSend", comm, stream, Buffers().read(buffer, count * bytes_of(type)), [=](Mesh& mesh) {
         mesh.exchange({{static_cast<int>(peer), at(buffer, 0), count * bytes_of(type)}}, {});
     });
 }
 
 HcclResult HcclRecv(
     void* buffer, uint64_t count, HcclDataType type, uint32_t peer, HcclComm comm, aclrtStream stream) {
-    return collective("HcclRecv", comm, stream, [=](Mesh& mesh) {
+    return collective("HcclRecv", comm, stream, Buffers().write(buffer, count * bytes_of(type)), [=](Mesh& mesh) {
         mesh.exchange({}, {{static_cast<int>(peer), at(buffer, 0), count * bytes_of(type)}});
     });
 }
 
 HcclResult HcclBatchSendRecv(HcclSendRecvItem* items, uint32_t count, HcclComm comm, aclrtStream stream) {
     std::vector<HcclSendRecvItem> kept(items, items + count);
-    return collective("HcclBatchSendRecv", comm, stream, [kept](Mesh& mesh) {
+    return collective("HcclBatchSendRecv", comm, stream, batch(kept), [kept](Mesh& mesh) {
         std::vector<Segment> out, in;
         for (const auto& item : kept) {
             auto& side = item.sendRecvType == HCCL_SEND ? out : in;

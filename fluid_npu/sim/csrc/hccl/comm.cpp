@@ -16,6 +16,21 @@ namespace {
 
 constexpr char kPrefix[] = "fluid-sim-hccl";
 
+template <class Number>
+std::string list(const std::vector<Number>& numbers) {
+    std::string text;
+    for (Number number : numbers) text += (text.empty() ? "" : ", ") + std::to_string(number);
+    return "[" + text + "]";
+}
+
+void note(const Communicator& at, const char* name, aclrtStream stream, const Buffers& buffers) {
+    if (!fluidsim_order_on()) return;
+    std::string fields = "\"group\": \"" + at.name + "\", ";
+    if (!buffers.sends.empty())
+        fields += "\"sends\": " + list(buffers.sends) + ", \"receives\": " + list(buffers.receives) + ", ";
+    fluidsim_order_collective(name, stream, fields.c_str(), buffers.spans.data(), buffers.spans.size());
+}
+
 HcclResult make(uint32_t size, const HcclRootInfo* root, uint32_t rank, HcclComm* comm) {
     try {
         *comm = new Communicator(root->internal, static_cast<int>(size), static_cast<int>(rank));
@@ -29,10 +44,22 @@ HcclResult make(uint32_t size, const HcclRootInfo* root, uint32_t rank, HcclComm
 }  // namespace
 
 Communicator::Communicator(const std::string& folder, int size, int rank)
-    : mesh(folder, size, rank), name(folder.substr(folder.rfind('/') + 1)) {}
+    : mesh(folder, size, rank), name(folder.substr(folder.rfind('/') + 1)), ranks(size) {
+    if (!fluidsim_order_on()) return;
+    std::vector<Segment> out, in;
+    int own = settings().rank;
+    for (int peer = 0; peer < size; ++peer) {
+        out.push_back({peer, reinterpret_cast<char*>(&own), sizeof own});
+        in.push_back({peer, reinterpret_cast<char*>(&ranks[peer]), sizeof own});
+    }
+    mesh.exchange(out, in);
+    fluidsim_order_note("group", ("\"group\": \"" + name + "\", \"ranks\": " + list(ranks)).c_str());
+}
 
-HcclResult collective(const char* name, HcclComm comm, aclrtStream stream, std::function<void(Mesh&)> work) {
+HcclResult collective(
+    const char* name, HcclComm comm, aclrtStream stream, const Buffers& buffers, std::function<void(Mesh&)> work) {
     Communicator* at = &communicator(comm);
+    note(*at, name, stream, buffers);
     fluidsim_log("hccl", name);
     submit(stream, name, [=] {
         suffer_fault();

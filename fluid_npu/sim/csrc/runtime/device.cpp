@@ -8,6 +8,7 @@
 #include "acl/acl.h"
 #include "engine.h"
 #include "errors.h"
+#include "order.h"
 #include "settings.h"
 #include "stream.h"
 
@@ -77,7 +78,9 @@ aclError aclrtGetPrimaryCtxState(int32_t, uint32_t* flags, int32_t* active) {
 }
 
 aclError aclrtSynchronizeDevice() {
-    fluidsim::drain_device(fluidsim::current_device());
+    int device = fluidsim::current_device();
+    fluidsim::drain_device(device);
+    if (fluidsim_order_on()) fluidsim_order_sync(("\"device\": \"npu:" + std::to_string(device) + "\"").c_str());
     return fluidsim::take_device_error();
 }
 

@@ -1,4 +1,5 @@
 // aclrt*Event*: an event counts its records; a wait is for the last record that was submitted before it.
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <memory>
@@ -6,13 +7,20 @@
 
 #include "acl/acl.h"
 #include "errors.h"
+#include "order.h"
 #include "stream.h"
 
 namespace {
 
 using Clock = std::chrono::steady_clock;
 
+uint64_t next_id() {
+    static std::atomic<uint64_t> count{0};
+    return ++count;
+}
+
 struct Event {
+    const uint64_t id = next_id();
     std::mutex mutex;
     std::condition_variable changed;
     uint64_t recorded = 0;  // submitted to a stream
@@ -51,6 +59,18 @@ struct Event {
 using Handle = std::shared_ptr<Event>;
 Handle& event_of(aclrtEvent event) { return *static_cast<Handle*>(event); }
 
+std::string name_of(const Handle& event) { return "\"event\": \"event " + std::to_string(event->id) + "\""; }
+
+void note(const char* kind, const Handle& event, aclrtStream stream) {
+    if (fluidsim_order_on()) fluidsim_order_note(kind, (name_of(event) + ", " + fluidsim::stream_field("stream", stream)).c_str());
+}
+
+// The host has seen that the last record was reached.
+aclError seen(const Handle& event, aclError result) {
+    if (fluidsim_order_on()) fluidsim_order_sync(name_of(event).c_str());
+    return result;
+}
+
 }  // namespace
 
 extern "C" {
@@ -71,6 +91,7 @@ aclError aclrtDestroyEvent(aclrtEvent event) {
 aclError aclrtRecordEvent(aclrtEvent event, aclrtStream stream) {
     Handle shared = event_of(event);
     uint64_t record = shared->submit();
+    note("record", shared, stream);
     fluidsim::stream_of(stream)->push([shared, record] { shared->reach(record); });
     return ACL_SUCCESS;
 }
@@ -81,6 +102,7 @@ aclError aclrtResetEvent(aclrtEvent, aclrtStream) { return ACL_SUCCESS; }
 aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent event) {
     Handle shared = event_of(event);
     uint64_t record = shared->last();
+    note("wait", shared, stream);
     fluidsim::stream_of(stream)->push([shared, record] { shared->wait(record); });
     return ACL_SUCCESS;
 }
@@ -88,12 +110,13 @@ aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent event) {
 aclError aclrtSynchronizeEvent(aclrtEvent event) {
     Handle shared = event_of(event);
     shared->wait(shared->last());
-    return fluidsim::take_device_error();
+    return seen(shared, fluidsim::take_device_error());
 }
 
 aclError aclrtQueryEventStatus(aclrtEvent event, aclrtEventRecordedStatus* status) {
-    *status = event_of(event)->complete() ? ACL_EVENT_RECORDED_STATUS_COMPLETE : ACL_EVENT_RECORDED_STATUS_NOT_READY;
-    return ACL_SUCCESS;
+    bool complete = event_of(event)->complete();
+    *status = complete ? ACL_EVENT_RECORDED_STATUS_COMPLETE : ACL_EVENT_RECORDED_STATUS_NOT_READY;
+    return complete ? seen(event_of(event), ACL_SUCCESS) : ACL_SUCCESS;
 }
 
 aclError aclrtQueryEventWaitStatus(aclrtEvent event, aclrtEventWaitStatus* status) {

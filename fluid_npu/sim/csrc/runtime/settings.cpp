@@ -21,6 +21,7 @@ Settings read() {
         .soc = word("FLUID_SIM_SOC", "Ascend910B3"),
         .hbm_bytes = static_cast<size_t>(number("FLUID_SIM_HBM_MB", 65536)) << 20,
         .log = word("FLUID_SIM_LOG", ""),
+        .order = word("FLUID_SIM_ORDER", ""),
         .delays = std::getenv("FLUID_SIM_DELAY_SEED") != nullptr,
         .delay_seed = static_cast<uint64_t>(number("FLUID_SIM_DELAY_SEED", 0)),
         .delay_us = static_cast<int>(number("FLUID_SIM_DELAY_US", 200)),

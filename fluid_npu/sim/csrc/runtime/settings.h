@@ -12,6 +12,7 @@ struct Settings {
     std::string soc;        // FLUID_SIM_SOC: the chip's name, as aclrtGetSocName returns it
     size_t hbm_bytes;       // FLUID_SIM_HBM_MB: memory of one NPU
     std::string log;        // FLUID_SIM_LOG: folder for the operator log; empty: none
+    std::string order;      // FLUID_SIM_ORDER: folder for the order record; empty: none
     bool delays;            // FLUID_SIM_DELAY_SEED is set: every task waits a random time first
     uint64_t delay_seed;    // the same seed gives each stream of each rank the same delays
     int delay_us;           // FLUID_SIM_DELAY_US: the longest delay

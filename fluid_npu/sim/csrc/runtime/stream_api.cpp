@@ -4,9 +4,20 @@
 
 #include "acl/acl.h"
 #include "errors.h"
+#include "order.h"
 #include "stream.h"
 
 using fluidsim::stream_of;
+
+namespace {
+
+// The host has seen that the stream is idle.
+aclError seen(aclrtStream stream, aclError result) {
+    if (fluidsim_order_on()) fluidsim_order_sync(fluidsim::stream_field("stream", stream).c_str());
+    return result;
+}
+
+}  // namespace
 
 extern "C" {
 
@@ -27,17 +38,19 @@ aclError aclrtDestroyStreamForce(aclrtStream) { return ACL_SUCCESS; }
 
 aclError aclrtSynchronizeStream(aclrtStream stream) {
     stream_of(stream)->drain();
-    return fluidsim::take_device_error();
+    return seen(stream, fluidsim::take_device_error());
 }
 
 aclError aclrtSynchronizeStreamWithTimeout(aclrtStream stream, int32_t milliseconds) {
     if (milliseconds < 0) return aclrtSynchronizeStream(stream);
-    return stream_of(stream)->drain_for(milliseconds) ? fluidsim::take_device_error() : ACL_ERROR_RT_STREAM_SYNC_TIMEOUT;
+    if (!stream_of(stream)->drain_for(milliseconds)) return ACL_ERROR_RT_STREAM_SYNC_TIMEOUT;
+    return seen(stream, fluidsim::take_device_error());
 }
 
 aclError aclrtStreamQuery(aclrtStream stream, aclrtStreamStatus* status) {
-    *status = stream_of(stream)->idle() ? ACL_STREAM_STATUS_COMPLETE : ACL_STREAM_STATUS_NOT_READY;
-    return ACL_SUCCESS;
+    bool idle = stream_of(stream)->idle();
+    *status = idle ? ACL_STREAM_STATUS_COMPLETE : ACL_STREAM_STATUS_NOT_READY;
+    return idle ? seen(stream, ACL_SUCCESS) : ACL_SUCCESS;
 }
 
 aclError aclrtStreamGetId(aclrtStream stream, int32_t* id) {
