@@ -14,6 +14,7 @@ The *kind* of an entry says which of its fields mean something:
     wait        event, stream: the stream goes on only when the event has happened
     sync        event, stream or device (one of them): the host goes on only when it has happened or is idle
     signal      event, stream: tells other ranks, when the stream comes there
+    wrote       of, writes: what the op with that number, which said only that it reads, has in fact written
     await       event, stream: goes on after the signal of that name with the same count, from any rank
 
 Streams are names such as "npu:0/3"; what is before the "/" is the device. The stream "host" is the program's own order:
@@ -25,13 +26,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 HOST = "host"
 KINDS = frozenset(
-    ("process", "group", "alloc", "free", "op", "collective", "landed", "record", "wait", "sync", "signal", "await")
+    ("process", "group", "alloc", "free", "op", "wrote", "collective", "landed", "record", "wait", "sync", "signal")
+    + ("await",)
 )
 
 
@@ -116,18 +118,26 @@ def read_file(path: Path) -> list[Entry]:
     entries = [parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line]
     if not entries or entries[0].kind != "process":
         raise RecordError(f"{path}: the first line must be of kind 'process' and name the rank")
-    return numbered(entries, entries[0].rank)
+    return _with_writes(numbered(entries, entries[0].rank))
+
+
+def _with_writes(entries: Sequence[Entry]) -> list[Entry]:
+    """Each "wrote" put into its operation."""
+    written = {entry.of: entry.writes for entry in entries if entry.kind == "wrote"}
+    found = []
+    for entry in entries:
+        writes = written.get(entry.number, ())
+        if writes:
+            reads = tuple(access for access in entry.reads if access not in writes)
+            entry = replace(entry, reads=reads, writes=(*entry.writes, *writes))
+        if entry.kind != "wrote":
+            found.append(entry)
+    return found
 
 
 def numbered(entries: Sequence[Entry], rank: int) -> list[Entry]:
     """The entries with this rank, and with their place as number where they have none."""
-    return [_placed(entry, place, rank) for place, entry in enumerate(entries, 1)]
-
-
-def _placed(entry: Entry, place: int, rank: int) -> Entry:
-    values = dict(_values(entry))
-    values.update(rank=rank, number=entry.number or place)
-    return Entry(**values)
+    return [replace(entry, rank=rank, number=entry.number or place) for place, entry in enumerate(entries, 1)]
 
 
 def read_folder(folder: Path) -> dict[int, list[Entry]]:

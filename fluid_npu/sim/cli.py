@@ -34,6 +34,7 @@ def _add_exec(commands: Any) -> None:
     parser.add_argument("--delay-seed", type=int, metavar="N", help="random delay of stream tasks, from this seed")
     parser.add_argument("--delay-us", type=int, metavar="N", help="the longest such delay in microseconds (200)")
     parser.add_argument("--log", metavar="DIR", help="write the operator log there, a file for each process")
+    parser.add_argument("--order", metavar="DIR", help="write the order record there, for fluid-npu check-order")
     parser.add_argument("--allow-fallback", action="store_true", help="let torch_npu's fall-backs to the host pass")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="the command and its arguments")
     parser.set_defaults(func=_guarded(_exec))
@@ -57,7 +58,7 @@ def _exec(args: argparse.Namespace) -> int:
     from fluid_npu.sim.execute import execute, settings
 
     words = args.command[1:] if args.command[:1] == ["--"] else args.command
-    names = ("soc", "devices", "hbm_mb", "delay_seed", "delay_us", "log", "allow_fallback")
+    names = ("soc", "devices", "hbm_mb", "delay_seed", "delay_us", "log", "order", "allow_fallback")
     execute(words, settings(**{name: getattr(args, name) for name in names}))
     return 0
 

@@ -38,6 +38,7 @@ def settings(
     delay_seed: int | None = None,
     delay_us: int | None = None,
     log: str | None = None,
+    order: str | None = None,
     allow_fallback: bool = False,
 ) -> dict[str, str]:
     """The simulator's own variables. Raises SimError for a value that cannot be."""
@@ -51,10 +52,14 @@ def settings(
         if value < least:
             raise SimError(f"--{name.replace('_', '-')} {value}: it must be {least} or more")
         chosen[f"FLUID_SIM_{name.upper()}"] = str(value)
-    if log is not None:
-        folder = Path(log).absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-        chosen["FLUID_SIM_LOG"] = str(folder)
+    for name, given in (("LOG", log), ("ORDER", order)):
+        if given is not None:
+            folder = Path(given).absolute()
+            folder.mkdir(parents=True, exist_ok=True)
+            chosen[f"FLUID_SIM_{name}"] = str(folder)
+    if order is not None:
+        # Without torch_npu's queue of launches every call comes from the thread whose Python line submits it.
+        chosen["TASK_QUEUE_ENABLE"] = "0"
     if allow_fallback:
         chosen["FLUID_SIM_FALLBACK"] = "allow"
     return chosen

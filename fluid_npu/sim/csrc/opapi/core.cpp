@@ -3,9 +3,54 @@
 
 #include <ATen/ops/from_blob.h>
 
+#include <optional>
 #include <sstream>
 
+#include "order.h"
+
 namespace fluidsim {
+namespace {
+
+// The tensors of the operator that this thread is about to plan: op-plugin makes its handles right before.
+thread_local std::vector<at::Tensor> created;
+
+// An operator is handed tensors without a word which of them it writes. torch counts the writes of each: those whose
+// count has changed when the kernel has run were written.
+struct Writes {
+    explicit Writes(const std::vector<at::Tensor>& tensors) : tensors(tensors) {
+        for (const auto& x : tensors) before.push_back(x._version());
+    }
+    void note(long operation) const {
+        Spans spans;
+        for (size_t i = 0; i < tensors.size(); ++i)
+            if (tensors[i]._version() != before[i]) add_span(spans, tensors[i], true);
+        fluidsim_order_wrote(operation, spans.data(), spans.size());
+    }
+    const std::vector<at::Tensor>& tensors;
+    std::vector<int64_t> before;
+};
+
+long note_launch(const aclOpExecutor& executor, void* stream) {
+    if (!fluidsim_order_on()) return 0;
+    Spans spans;
+    for (const auto& x : executor.arguments) add_span(spans, x, false);
+    return fluidsim_order_op(executor.name, stream, spans.data(), spans.size());
+}
+
+// Runs a kernel below autograd; torch counts writes only while a record is made.
+void run(const aclOpExecutor& executor, long operation) {
+    if (!fluidsim_order_on()) {
+        at::AutoDispatchBelowADInplaceOrView no_autograd;
+        executor.kernel();
+        return;
+    }
+    at::AutoDispatchBelowAutograd no_autograd;
+    Writes writes(executor.arguments);
+    executor.kernel();
+    writes.note(operation);
+}
+
+}  // namespace
 
 void require(bool good, const std::string& rule, const std::string& given, const std::string& source) {
     if (!good) throw Refusal(rule + "; given: " + given + " [" + source + "]");
@@ -14,20 +59,21 @@ void require(bool good, const std::string& rule, const std::string& given, const
 int plan(const char* name, uint64_t* workspace, aclOpExecutor** executor, const std::function<Kernel()>& make) {
     *workspace = 0;
     try {
-        *executor = new aclOpExecutor{name, make()};
+        *executor = new aclOpExecutor{name, make(), std::exchange(created, {})};
         fluidsim_log("aclnn", name);
         return 0;
     } catch (const std::exception& error) {
+        created.clear();
         fluidsim_log("refused", name);
         return fluidsim_refuse((std::string(name) + " refuses: " + error.what()).c_str());
     }
 }
 
 int launch(aclOpExecutor* executor, void* stream) {
-    submit(stream, executor->name, [executor] {
-        at::AutoDispatchBelowADInplaceOrView no_autograd;
+    long operation = note_launch(*executor, stream);
+    submit(stream, executor->name, [executor, operation] {
         try {
-            executor->kernel();
+            run(*executor, operation);
         } catch (const Refusal& refusal) {
             fluidsim_log("refused", executor->name);
             device_error(std::string(executor->name) + " refuses: " + refusal.what());
@@ -99,7 +145,9 @@ aclTensor* aclCreateTensor(
     auto scalar_type = fluidsim::scalar_type_of(type);
     char* first = static_cast<char*>(data) + offset * static_cast<int64_t>(c10::elementSize(scalar_type));
     auto options = at::TensorOptions().dtype(scalar_type);
-    return new aclTensor{at::from_blob(first, at::IntArrayRef(sizes, dims), at::IntArrayRef(strides, dims), options)};
+    auto made = at::from_blob(first, at::IntArrayRef(sizes, dims), at::IntArrayRef(strides, dims), options);
+    if (fluidsim_order_on()) fluidsim::created.push_back(made);
+    return new aclTensor{made};
 }
 
 aclScalar* aclCreateScalar(void* value, int type) {

@@ -45,6 +45,7 @@ using Kernel = std::function<void()>;
 struct aclOpExecutor {
     const char* name;
     Kernel kernel;
+    std::vector<at::Tensor> arguments;  // for the order record
 };
 
 namespace fluidsim {
