@@ -1,4 +1,4 @@
-"""Two records of one program on the simulated NPU, made independently: the simulator's and that of the Python recorder."""
+"""Two records of one program on the simulated NPU, made independently: the simulator's and the Python recorder's."""
 
 from __future__ import annotations
 

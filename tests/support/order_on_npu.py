@@ -60,7 +60,7 @@ PROGRAMS = (no_wait_before_the_side_stream, overwritten_under_the_side_stream, f
 
 
 def events_of_the_device() -> None:
-    """Changes of the device's events and of its synchronisation are noticed: times go wrong, or nothing was waited for."""
+    """Changes of the device's events and synchronisation are noticed: times go wrong, or nothing was waited for."""
     sys.path.insert(0, str(ROOT))
     from tests.support.mutation import all_mutants, mutated
 
