@@ -79,8 +79,8 @@ class Hazards:
 
 
 def _accesses(entry: Entry) -> Iterator[tuple[Access, bool]]:
-    yield from ((access, False) for access in entry.reads if access.stop > access.start)
-    yield from ((access, True) for access in entry.writes if access.stop > access.start)
+    for accesses, write in ((entry.reads, False), (entry.writes, True)):
+        yield from ((access, write) for access in dict.fromkeys(accesses) if access.stop > access.start)
 
 
 def _place(use: _Use) -> Place:

@@ -60,18 +60,21 @@ def test_each_fault_is_named_and_the_mended_programs_are_clean(source: str, fold
 
 
 def test_both_saw_the_same_streams(folders: dict[str, Path]) -> None:
-    def shape(entries: list[Entry]) -> list[str]:
-        """Operators with a number for each stream in the order of use."""
-        streams: dict[str, int] = {}
-        names = [
-            (own(e.name), e.stream) for e in entries if e.kind == "op" and e.stream != "host" and e.reads and e.writes
-        ]
-        return [f"{name} {streams.setdefault(str(stream), len(streams))}" for name, stream in names if name != "sum"]
+    programs = {program for _, program, _, _ in FAULTS}
 
-    simulator, python = (shape(read_folder(folders[source])[0]) for source in ("simulator", "python"))
-    assert len([name for name in python if "matmul" in name]) == 2
-    assert [name for name in simulator if "matmul" in name] == [name for name in python if "matmul" in name]
-    assert [name for name in simulator if "swiglu" in name] == [name for name in python if "swiglu" in name]
+    def shape(entries: list[Entry], operator: str) -> list[int]:
+        """On which stream an operator ran; streams are numbered in the order in which the programs use them."""
+        streams: dict[str | None, int] = {}
+        ours = [
+            e for e in entries if e.kind == "op" and e.line.rpartition(" in ")[2] in programs and e.stream != "host"
+        ]
+        used = [(own(e.name), streams.setdefault(e.stream, len(streams))) for e in ours]
+        return [number for name, number in used if name == operator]
+
+    simulator, python = (read_folder(folders[source])[0] for source in ("simulator", "python"))
+    for operator, times in (("matmul", 2), ("add", 2), ("zero_", 2), ("mul_", 2), ("swiglu", 2)):
+        assert shape(simulator, operator) == shape(python, operator), operator
+        assert len(shape(python, operator)) == times
 
 
 def test_changes_of_the_device_s_events_are_noticed(folders: dict[str, Path]) -> None:

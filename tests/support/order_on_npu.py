@@ -73,10 +73,25 @@ def events_of_the_device() -> None:
         print("unchanged" if mutant is None else mutant, "->", "right" if _device_works(space) else "noticed")
 
 
+def _strict_event(npu: Any) -> Any:
+    """An event with CUDA's contract, which AcceleratorEvent is for too: no time before both events have happened.
+
+    torch_npu waits for them by itself.
+    """
+
+    class Event(npu.Event):
+        def elapsed_time(self, end: Any) -> float:
+            if not (self.query() and end.query()):
+                raise RuntimeError("both events must be completed before calculating elapsed time")
+            return float(super().elapsed_time(end))
+
+    return Event(enable_timing=True)
+
+
 def _device_works(space: dict[str, Any]) -> bool:
     npu = torch.npu
     device = type("Npu", (space["AcceleratorDevice"],), {"name": "npu", "_module": npu})
-    device.event = lambda self: space["AcceleratorEvent"](npu.Event(enable_timing=True))
+    device.event = lambda self: space["AcceleratorEvent"](_strict_event(npu))
     device.__abstractmethods__ = frozenset()
     here = device()
     x = torch.ones(768, 768).npu()

@@ -1,6 +1,7 @@
 // The Python line that is submitting, asked of the interpreter in this process. Its C API is found at run time: the
 // libraries are built without Python's headers, and a program without Python has no lines.
 #include <dlfcn.h>
+#include <unistd.h>
 
 #include <cstring>
 #include <string>
@@ -51,15 +52,26 @@ std::string attribute_text(Object* object, const char* name) {
     return copied;
 }
 
-bool is_torch(const std::string& path) {
-    return path.find("/torch/") != std::string::npos || path.find("/torch_npu/") != std::string::npos || path[0] == '<';
+// Frames that submit for others: torch, the recorder of fluid_npu, generated code.
+bool is_passed_over(const std::string& path) {
+    for (const char* part : {"/torch/", "/torch_npu/", "/fluid_npu/order/"})
+        if (path.find(part) != std::string::npos) return true;
+    return path[0] == '<';
 }
 
-// "fluid_npu/comm/all_to_all.py:88 in __init__", as the Python recorder writes it for installed packages.
+std::string working_folder() {
+    char path[4096];
+    return getcwd(path, sizeof path) ? std::string(path) + "/" : "";
+}
+
+// "fluid_npu/comm/all_to_all.py:88 in __init__", as the Python recorder writes it.
 std::string described(const std::string& path, int line, const std::string& function) {
     constexpr char kInstalled[] = "site-packages/";
+    static const std::string here = working_folder();
     size_t at = path.rfind(kInstalled);
-    std::string shorter = at == std::string::npos ? path : path.substr(at + std::strlen(kInstalled));
+    std::string shorter = path;
+    if (at != std::string::npos) shorter = path.substr(at + std::strlen(kInstalled));
+    else if (!here.empty() && path.rfind(here, 0) == 0) shorter = path.substr(here.size());
     return shorter + ":" + std::to_string(line) + " in " + function;
 }
 
@@ -72,7 +84,7 @@ std::string walk() {
     while (frame && found.empty()) {
         Object* code = py.code(frame);
         std::string path = attribute_text(code, "co_filename");
-        if (!path.empty() && !is_torch(path)) found = described(path, py.line(frame), attribute_text(code, "co_name"));
+        if (!path.empty() && !is_passed_over(path)) found = described(path, py.line(frame), attribute_text(code, "co_name"));
         py.decref(code);
         Object* outer = py.back(frame);
         py.decref(frame);
