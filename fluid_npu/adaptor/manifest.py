@@ -16,11 +16,6 @@ from typing import Any
 from fluid_npu.adaptor.patch import Patch, PatchError
 from fluid_npu.adaptor.versions import check_range, fits, installed_version
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
@@ -34,12 +29,20 @@ class Manifest:
     refused: dict[str, str] = field(default_factory=dict)
 
 
+def _parse(text: str) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib  # here, so that the command line needs no package to show its help
+    return tomllib.loads(text)
+
+
 def read_manifest(name: str) -> Manifest:
     """The manifest ``patches/<name>.toml``. Raises PatchError for a missing or broken one."""
     source = resources.files("fluid_npu.patches").joinpath(f"{name}.toml")
     if not source.is_file():
         raise PatchError(f"no manifest {name}.toml in fluid_npu.patches; available: {', '.join(manifest_names())}")
-    table = tomllib.loads(source.read_text(encoding="utf-8"))
+    table = _parse(source.read_text(encoding="utf-8"))
     header = table.get("manifest", {})
     if set(header) != {"package", "versions"}:
         raise PatchError(

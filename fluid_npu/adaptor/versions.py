@@ -14,8 +14,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from packaging.specifiers import InvalidSpecifier, SpecifierSet
-
 from fluid_npu.adaptor.patch import PatchError
 from fluid_npu.probes import installed
 
@@ -42,11 +40,15 @@ def _found(package: str, _path: tuple[str, ...]) -> str | None:
 
 def fits(installed: str, versions: str) -> bool:
     """Whether a version lies in a range; an empty range holds all. Pre-releases count as their version."""
+    from packaging.specifiers import SpecifierSet  # here, so that the command line needs no package to show its help
+
     return SpecifierSet(versions).contains(installed, prereleases=True)
 
 
 def check_range(versions: str, where: str) -> None:
     """Raises PatchError for something that is not a version specifier."""
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
     try:
         SpecifierSet(versions)
     except InvalidSpecifier as error:
