@@ -88,7 +88,7 @@ def test_a_path_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 
 
 def test_every_recorded_bench_of_the_repository_is_shown(tmp_path: Path) -> None:
-    recorded = sorted((ROOT / "benchmarks").glob("*.json"))
+    recorded = sorted((ROOT / "benchmarks").rglob("*.json"))
     written = write_report(recorded, tmp_path)
     assert not written.unread
     assert len(written.results) == len(recorded) > 0
