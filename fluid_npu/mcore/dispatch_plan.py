@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fluid_npu.comm.all_to_all import Peers
 from fluid_npu.comm.guard import collective
+from fluid_npu.device.kernels.groups import GroupRows
 from fluid_npu.ops.permute import PermuteLayout
 
 
@@ -32,7 +33,7 @@ class DispatchPlan:
     """[P] rows received from each, before any gather over the expert-tensor-parallel group."""
     gather_splits: list[int]
     """[Q] rows that each expert-tensor-parallel rank contributes; one entry without expert tensor parallelism."""
-    tokens_per_expert: list[int]
+    tokens_per_expert: GroupRows
     """[L] rows of each local expert."""
     order: tuple[Tensor, Tensor] | None
     """[R] which received row comes at each place of the experts' order, and the inverse; None when in order already."""
@@ -83,22 +84,31 @@ class ExpertGroups:
         return self.ep_size * self.etp_size == 1
 
 
-def finish_counts(pending: Any, groups: ExpertGroups, local_experts: int, name: str) -> Tensor:
-    """``[Q, P, L]`` on the host: rows from each (tp rank, source rank) for each local expert."""
+def finish_counts(pending: Any, groups: ExpertGroups, local_experts: int, name: str) -> tuple[Tensor, Tensor]:
+    """``[Q, P, L]`` on the device and on the host: rows from each (tp rank, source rank) for each local expert."""
     received, work = pending
     with collective(f"token counts of {name}", groups.tp_ep.ranks):
         work.wait()
         host = received.cpu()
+    return _by_source(received, groups, local_experts), _by_source(host, groups, local_experts)
+
+
+def _by_source(received: Tensor, groups: ExpertGroups, local_experts: int) -> Tensor:
     if groups.etp_size == 1:
-        return host.view(1, groups.ep_size, local_experts)
-    by_rank = host.view(groups.ep_size, groups.etp_size, groups.ep_size, local_experts)
+        return received.view(1, groups.ep_size, local_experts)
+    by_rank = received.view(groups.ep_size, groups.etp_size, groups.ep_size, local_experts)
     return by_rank[:, :, groups.ep_rank].transpose(0, 1)
 
 
 def make_plan(
-    layout: PermuteLayout, tokens_shape: torch.Size, counts_E: Tensor, counts_QPL: Tensor, groups: ExpertGroups
+    layout: PermuteLayout,
+    tokens_shape: torch.Size,
+    counts_E: Tensor,
+    counts_QPL: Tensor,
+    on_device_QPL: Tensor,
+    groups: ExpertGroups,
 ) -> DispatchPlan:
-    """The plan for these counts. ``counts_E``: rows of this rank per expert, on the host."""
+    """The plan for these counts. ``counts_E``: rows of this rank per expert; both counts are on the host."""
     by_source = counts_QPL.numpy()
     _, ep_size, local_experts = by_source.shape
     order = None
@@ -113,7 +123,7 @@ def make_plan(
         input_splits=counts_E.numpy().reshape(ep_size, local_experts).sum(1).tolist(),
         output_splits=from_rank[groups.etp_rank].tolist(),
         gather_splits=from_rank.sum(1).tolist(),
-        tokens_per_expert=by_source.sum((0, 1)).tolist(),
+        tokens_per_expert=GroupRows(by_source.sum((0, 1)).tolist(), on_device_QPL.sum((0, 1))),
         order=order,
     )
 

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
+from fluid_npu.device.kernels.groups import GroupRows
 from fluid_npu.mcore.expert_checkpoint import expert_sharded_state_dict, forget_extra_state
 from fluid_npu.mcore.late import LateWeights
 from fluid_npu.mcore.lines.groups import ProcessGroups, default_groups
@@ -93,12 +94,11 @@ class FluidGroupedMLP(LateWeights, MegatronModule):
         ``deferred`` takes the weight gradients (see ``defer``); without it they are computed with the input
         gradients.
         """
-        counts = tokens_per_expert.tolist() if isinstance(tokens_per_expert, Tensor) else list(tokens_per_expert)
         x, p = permuted_local_hidden_states, permuted_probs
         if self.config.moe_apply_probs_on_input:
             x, p = (x * p.unsqueeze(-1)).to(x.dtype), torch.ones_like(p)
         mlp = ExpertMLP(
-            counts=counts,
+            counts=_group_rows(tokens_per_expert),
             activation=self._activation,
             recompute=self.activation_recompute,
             fc1=self._target(0, deferred),
@@ -144,6 +144,12 @@ _PLAIN = {
     "glu_linear_offset": (0.0, "grouped experts add no offset to the gated unit"),
     "moe_mlp_glu_interleave_size": (None, "grouped experts keep gate and value rows apart"),
 }
+
+
+def _group_rows(given: Tensor | Sequence[int]) -> GroupRows:
+    if isinstance(given, GroupRows):
+        return given
+    return GroupRows(given.tolist(), given) if isinstance(given, Tensor) else GroupRows(given)
 
 
 def _refuse_unsupported(config: TransformerConfig) -> None:

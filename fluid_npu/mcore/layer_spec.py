@@ -12,6 +12,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -22,6 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from fluid_npu.comm.transports import Transport
 from fluid_npu.device.choice import Choice
+from fluid_npu.mcore.attention import FluidDotProductAttention
 from fluid_npu.mcore.binding import SchedulerBinder
 from fluid_npu.mcore.experts import FluidGroupedMLP
 from fluid_npu.mcore.lines.moe_layer import ROUTER_IN_SPEC
@@ -98,7 +100,7 @@ def with_fluid_block(block: TransformerBlockSubmodules, binder: SchedulerBinder)
 
 
 def with_fluid_moe(layer: ModuleSpec, binder: SchedulerBinder) -> ModuleSpec:
-    """A copy of a layer's spec with our MoE layer, where it has one, and norms for sequence parallelism.
+    """A copy of a layer's spec with our MoE layer, where it has one, our core attention, and our norms.
 
     Every door into fluid_npu builds its modules with this function. Layers of one model share a ``binder``.
     """
@@ -109,10 +111,23 @@ def with_fluid_moe(layer: ModuleSpec, binder: SchedulerBinder) -> ModuleSpec:
         layer.submodules.mlp = fluid_moe_spec(mlp, binder)
         if layer.module is TransformerLayer and hides_groups(mlp):
             layer.module = FluidTransformerLayer
-    for name in ("input_layernorm", "pre_mlp_layernorm"):
-        if getattr(layer.submodules, name) is WrappedTorchNorm:
-            setattr(layer.submodules, name, FluidNorm)
+    _replace_norms(layer.submodules)
+    attention = layer.submodules.self_attention
+    inside = submodules_of(attention)
+    if inside is not None:
+        inside = copy.copy(inside)
+        _replace_norms(inside)
+        if getattr(inside, "core_attention", None) is DotProductAttention:
+            inside.core_attention = FluidDotProductAttention
+        layer.submodules.self_attention = rebuilt(attention, module_of(attention), inside)
     return layer
+
+
+def _replace_norms(submodules: Any) -> None:
+    """In place: Megatron's torch norms become ours, which sequence parallelism and an NPU's operator need."""
+    for name, module in vars(submodules).items():
+        if module is WrappedTorchNorm:
+            setattr(submodules, name, FluidNorm)
 
 
 def fluid_moe_spec(moe: Any, binder: SchedulerBinder) -> Any:

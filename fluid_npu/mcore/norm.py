@@ -8,8 +8,20 @@ from __future__ import annotations
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
-_NORMS: dict[str, type[torch.nn.Module]] = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
+from fluid_npu.ops.rms_norm import module_norm
+
+
+class FusedRMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm, computed by the device's own operator where it has one (see ``ops.rms_norm.module_norm``)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised x in its dtype, ``[..., H]``."""
+        return module_norm(x, self.weight, self.eps)
+
+
+_NORMS: dict[str, type[torch.nn.Module]] = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": FusedRMSNorm}
 
 
 class FluidNorm:

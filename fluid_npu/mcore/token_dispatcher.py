@@ -69,17 +69,19 @@ class FluidTokenDispatcher(MoETokenDispatcher):
             counts_E = torch.full((self.num_experts,), capacity, dtype=torch.int64)
             ep, etp = self.groups.ep_size, self.groups.etp_size
             counts_QPL = counts_E.view(ep, -1)[:1].repeat(etp * ep, 1).view(etp, ep, self.num_local_experts)
-            return make_plan(layout, tokens_shape, counts_E, counts_QPL, self.groups)
+            on_device = torch.full(counts_QPL.shape, capacity, dtype=torch.int64, device=routing_map_TE.device)
+            return make_plan(layout, tokens_shape, counts_E, counts_QPL, on_device, self.groups)
         dropless = self.config.moe_expert_capacity_factor is None
         counts_E = routing_map_TE.sum(0)
         pending = None if self.groups.alone else exchange_counts(counts_E, self.groups)
         layout = PermuteLayout.from_routing_map(routing_map_TE, self.config.moe_router_topk if dropless else None)
         host_E = counts_E.cpu()
         if pending is None:
-            counts_QPL = host_E.view(1, 1, -1)
+            on_device, counts_QPL = counts_E.view(1, 1, -1), host_E.view(1, 1, -1)
         else:
-            counts_QPL = finish_counts(pending, self.groups, self.num_local_experts, self._where("dispatch"))
-        return make_plan(layout, tokens_shape, host_E, counts_QPL, self.groups)
+            where = self._where("dispatch")
+            on_device, counts_QPL = finish_counts(pending, self.groups, self.num_local_experts, where)
+        return make_plan(layout, tokens_shape, host_E, counts_QPL, on_device, self.groups)
 
     def send(
         self, x_TH: Tensor, probs_TE: Tensor, plan: DispatchPlan, passengers: Passengers | None = None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fluid_npu.device import kernels_of
+from fluid_npu.device.kernels.groups import GroupRows
 from fluid_npu.ops.gmm_contract import GroupList, check_gmm, host_counts
 
 DeferDW = Callable[[Tensor, Tensor, Sequence[int]], Any]
@@ -50,7 +51,9 @@ def npu_gmm(
         RuntimeError: tensors on different devices, a gradient that cannot be given, a missing main_grad.
     """
     check_gmm("npu_gmm", x, weight, bias, group_list, group_type, gemm_fusion, original_weight)
-    counts = host_counts("npu_gmm", x, weight, group_list, group_type, cumulative=True)
+    host = host_counts("npu_gmm", x, weight, group_list, group_type, cumulative=True)
+    # A copy: the caller may write into its list before the backward.
+    counts = GroupRows(host, ends=group_list.clone() if isinstance(group_list, Tensor) else None)
     return _gmm(x, weight, bias, counts, group_type, original_weight if gemm_fusion else None)
 
 
@@ -66,7 +69,8 @@ def npu_gmm_v2(
 ) -> Tensor:
     """As ``npu_gmm``, but ``group_list`` holds the rows of each group and must be a tensor."""
     check_gmm("npu_gmm_v2", x, weight, bias, group_list, group_type, gemm_fusion, original_weight)
-    counts = host_counts("npu_gmm_v2", x, weight, group_list, group_type, cumulative=False)
+    host = host_counts("npu_gmm_v2", x, weight, group_list, group_type, cumulative=False)
+    counts = GroupRows(host, on_device=group_list.clone() if isinstance(group_list, Tensor) else None)
     return _gmm(x, weight, bias, counts, group_type, original_weight if gemm_fusion else None)
 
 
@@ -74,7 +78,7 @@ def _gmm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    counts: list[int],
+    counts: GroupRows,
     group_type: int,
     fused_into: Tensor | None,
 ) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fluid_npu.device import kernels_of
@@ -24,6 +25,17 @@ def rms_norm(x: Tensor, gamma: Tensor, eps: float = 1e-5) -> Tensor:
     if gamma.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: gamma has shape {tuple(gamma.shape)}; it must be [{x.shape[-1]}] as x's rows")
     return _RMSNorm.apply(x, gamma, eps)
+
+
+def module_norm(x: Tensor, gamma: Tensor, eps: float) -> Tensor:
+    """``rms_norm`` where the device has an operator for it that takes x and gamma, else ``F.rms_norm``, bit for bit.
+
+    On a CPU and on CUDA that is always torch's own norm.
+    """
+    kernels = kernels_of(x)
+    if kernels.fuses_norm(x, gamma).value:
+        return rms_norm(x, gamma, eps)
+    return F.rms_norm(x, gamma.shape, gamma, eps)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
+from fluid_npu.mcore.attention import FusedCore
+
 
 class LatentDotProductAttention(DotProductAttention):
     """DotProductAttention whose heads are ``k_channels`` wide for queries and keys, ``v_channels`` for values.
@@ -31,3 +33,7 @@ class LatentDotProductAttention(DotProductAttention):
         # Slices of the joint projection are not contiguous; Megatron takes views.
         context: torch.Tensor = super().forward(query, key.contiguous(), value.contiguous(), *args, **kwargs)
         return context
+
+
+class FluidLatentDotProductAttention(FusedCore, LatentDotProductAttention):
+    """The same, computed by the device's fused attention where it has one; see ``FusedCore``."""

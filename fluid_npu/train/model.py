@@ -1,7 +1,8 @@
 """From a preset to Megatron's configuration and GPTModel.
 
 Megatron's ``use_cpu_initialization`` stays False on every device: True gives all expert-parallel ranks the same
-experts. Without Transformer Engine the local layer specs are used; attention is Megatron's DotProductAttention.
+experts. Without Transformer Engine the local layer specs are used; attention is Megatron's
+DotProductAttention, with ``impl=fluid`` behind the device's fused operator where there is one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from fluid_npu.train.config import TrainConfig
-from fluid_npu.train.latent_attention import LatentDotProductAttention
+from fluid_npu.train.latent_attention import FluidLatentDotProductAttention, LatentDotProductAttention
 from fluid_npu.train.presets import Preset
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -85,8 +86,9 @@ def _layer_specs(config: TrainConfig, model_config: TransformerConfig, overlap: 
     for stage in range(config.vpp):
         block = make(model_config, **_chunk(config, stage))
         if config.model().mla is not None:
+            core = LatentDotProductAttention if config.impl == "stock" else FluidLatentDotProductAttention
             for layer in block.layer_specs:
-                layer.submodules.self_attention.submodules.core_attention = LatentDotProductAttention
+                layer.submodules.self_attention.submodules.core_attention = core
         yield block
 
 

@@ -158,7 +158,8 @@ class TrainStep:
     def _forward(self, batches: Iterator[dict[str, torch.Tensor]], model: Any) -> tuple[torch.Tensor, Any]:
         device = self.place.device.torch_device(self.place.local_rank)
         batch = {name: value.to(device, non_blocking=True) for name, value in next(batches).items()}
-        losses_BS = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
+        # No mask: the layers are causal by type, which a fused attention computes without reading one.
+        losses_BS = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
         return losses_BS, partial(masked_mean, batch["loss_mask"])
 
     def _finalize(self, *args: Any, **kwargs: Any) -> None:

@@ -9,11 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fluid_npu import device
+from fluid_npu.device.kernels.fused import AttentionCall
+from fluid_npu.device.kernels.groups import GroupRows
 from fluid_npu.device.kernels.npu_kernels import NpuKernels
 from fluid_npu.device.kernels.torch_kernels import TorchKernels
 from fluid_npu.ops import reference
+from fluid_npu.ops.attention import fused_attention, fuses_attention
 from fluid_npu.ops.permute import PermuteLayout
 from fluid_npu.ops.reference import relative_error
+from fluid_npu.ops.rotary import fused_rotary
 
 
 class FakeTorchNpu:
@@ -89,6 +94,48 @@ class FakeTorchNpu:
         dx, dgamma = TorchKernels().rms_norm_grad(dy, x, gamma, rstd)
         return dx, dgamma.float()
 
+    def npu_rotary_mul(self, x, cos, sin, rotary_mode="half", rotate=None):
+        self.calls.append(("npu_rotary_mul", dict(rotary_mode=rotary_mode)))
+        assert x.is_contiguous() and cos.dtype == x.dtype and rotate is None
+        a, b = x.chunk(2, -1)
+        return x * cos + torch.cat((-b, a), -1) * sin
+
+    def npu_rotary_mul_backward(self, grad, x, cos, sin, rotary_mode="half"):
+        self.calls.append(("npu_rotary_mul_backward", dict(x=x)))
+        a, b = (grad * sin).chunk(2, -1)
+        return grad * cos + torch.cat((b, -a), -1), None, None
+
+    def npu_fusion_attention(self, q, k, v, heads, layout, *, scale, **options):
+        self.calls.append(("npu_fusion_attention", options))
+        assert layout == "SBH" and all(x.is_contiguous() for x in (q, k, v))
+        return plain_attention(q, k, v, heads, scale, options), torch.zeros(1), torch.zeros(1), None, 0, 0, 0
+
+    def npu_fusion_attention_grad(
+        self, q, k, v, dy, heads, layout, *, softmax_max, softmax_sum, attention_in, scale_value, **options
+    ):
+        self.calls.append(("npu_fusion_attention_grad", options))
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        with torch.enable_grad():
+            out = plain_attention(*leaves, heads, scale_value, options)
+        assert torch.equal(out, attention_in)
+        return *torch.autograd.grad(out, leaves, dy), None, None
+
+
+def plain_attention(q, k, v, heads, scale, options):
+    """What the real operator computes: 1 hides; mode 2 wants the compressed mask and means causal, 1 any mask."""
+    queries, batch, width = q.shape
+    keys, size = k.shape[0], width // heads
+    q, k, v = (x.view(len(x), batch, -1, size).permute(1, 2, 0, 3) for x in (q, k, v))
+    k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
+    scores = scale * q @ k.transpose(-1, -2)
+    mask = options.get("atten_mask")
+    if options.get("sparse_mode") == 2:
+        assert torch.equal(mask, torch.ones(2048, 2048, dtype=torch.bool).triu(1))
+        mask = torch.ones(queries, keys, dtype=torch.bool).triu(1)
+    if mask is not None:
+        scores = scores.masked_fill(mask.bool(), -torch.inf)
+    return (scores.softmax(-1) @ v).permute(2, 0, 1, 3).flatten(2)
+
 
 def counts_of_ends(ends: torch.Tensor) -> list[int]:
     given = ends.tolist()
@@ -105,6 +152,12 @@ def fake():
 @pytest.fixture
 def kernels(fake):
     return NpuKernels(torch_npu=fake)
+
+
+@pytest.fixture
+def npu_is_the_cpu(kernels, monkeypatch):
+    """Tensors of the CPU take the NPU's kernels."""
+    monkeypatch.setitem(device._kernels, "cpu", kernels)
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 5, 2], [0, 4], [7, 0]], ids=str)
@@ -211,3 +264,96 @@ def test_rms_norm_is_fused_for_the_documented_dtype_pairs(kernels, fake, gamma_d
     dx, dgamma = kernels.rms_norm_grad(torch.ones_like(y), x, gamma, rstd)
     assert (y.dtype, rstd.dtype, dx.dtype, dgamma.dtype) == (x.dtype, torch.float32, x.dtype, gamma_dtype)
     assert fake.names() == (["npu_rms_norm", "npu_rms_norm_backward"] if fused else [])
+
+
+def test_counts_of_the_device_are_summed_there_once(kernels, fake):
+    counts = GroupRows([4, 0, 1, 6], on_device=torch.tensor([4, 0, 1, 6]))
+    x, dy, weight = torch.randn(11, 8).bfloat16(), torch.randn(11, 12).bfloat16(), torch.randn(4, 8, 12).bfloat16()
+    kernels.grouped_mm(x, weight, counts)
+    kernels.grouped_dw(x, dy, counts)
+    kernels.grouped_dw_add_(torch.zeros(4, 8, 12), x, dy, counts)
+    lists = [call["group_list"] for _, call in fake.calls]
+    assert len(lists) == 3 and all(given is lists[0] for given in lists)
+    assert lists[0].tolist() == [4, 4, 5, 11] and lists[0].dtype == torch.int64
+
+
+def attention_operands(heads: int = 4, shared: int = 2, queries: int = 5, keys: int = 5) -> list[torch.Tensor]:
+    return [torch.randn(s, 2, n, 8, requires_grad=True) for s, n in ((queries, heads), (keys, shared), (keys, shared))]
+
+
+@pytest.mark.parametrize("kind", ["causal", "mask", "none"])
+def test_attention_passes_the_mask_that_each_mode_wants(npu_is_the_cpu, fake, kind):
+    q, k, v = attention_operands()
+    hidden = torch.rand(2, 1, 5, 5) < 0.3
+    hidden[..., 0] = False  # every query sees a key
+    call = AttentionCall(heads=4, scale=0.3, causal=kind == "causal", mask=hidden if kind == "mask" else None)
+    out = fused_attention(q, k, v, call)
+    out.square().sum().backward()
+    got = [out, *(x.grad for x in (q, k, v))]
+    doubles = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    full = torch.ones(5, 5, dtype=torch.bool).triu(1) if kind == "causal" else call.mask
+    heads_first = [x.permute(1, 2, 0, 3) for x in doubles]
+    seen = None if full is None else ~full
+    wanted = F.scaled_dot_product_attention(*heads_first, attn_mask=seen, scale=0.3, enable_gqa=True)
+    wanted = wanted.permute(2, 0, 1, 3).flatten(2)
+    wanted.square().sum().backward()
+    for one, other in zip(got, [wanted, *(x.grad for x in doubles)], strict=True):
+        assert relative_error(one.detach(), other.detach()) <= 1e-6
+    assert fake.names() == ["npu_fusion_attention", "npu_fusion_attention_grad"]
+    assert fake.calls[0][1].get("sparse_mode") == {"causal": 2, "mask": 1, "none": None}[kind]
+    assert fake.calls[0][1].keys() == fake.calls[1][1].keys()
+
+
+ATTENTION_RULES = {
+    "fp16, bf16 or fp32": lambda q, k, v: (q.double(), k.double(), v.double(), {}),
+    "one dtype": lambda q, k, v: (q, k, v.bfloat16(), {}),
+    "wants tokens": lambda q, k, v: (q[:0], k, v, {}),
+    "at most 256 heads": lambda q, k, v: (q[:, :, :3], k, v, {}),
+    "head sizes to 768": lambda q, k, v: (q, k, torch.randn(5, 2, 2, 16), {}),
+    "S = T": lambda q, k, v: (q[:3], k, v, dict(causal=True)),
+    "a bool mask": lambda q, k, v: (q, k, v, dict(mask=torch.zeros(5, 5))),
+}
+
+
+@pytest.mark.parametrize("rule", ATTENTION_RULES)
+def test_attention_outside_the_contract_is_refused_by_rule(npu_is_the_cpu, fake, rule):
+    q, k, v, options = ATTENTION_RULES[rule](*attention_operands())
+    call = AttentionCall(heads=q.shape[2], scale=1.0, **options)
+    chosen = fuses_attention(q, k, v, call)
+    assert not chosen.value and rule in chosen.reason
+    with pytest.raises(ValueError, match=f"fused_attention: .*{rule}"):
+        fused_attention(q, k, v, call)
+    assert fake.calls == []
+
+
+def test_rotary_gives_megatron_s_embedding_and_keeps_no_input(npu_is_the_cpu, fake):
+    x, angle = torch.randn(5, 2, 3, 8, requires_grad=True), torch.randn(5, 1, 1, 8)
+    y = fused_rotary(x, angle.cos(), angle.sin())
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    x64 = x.detach().double().requires_grad_()
+    a, b = x64.chunk(2, -1)
+    y64 = x64 * angle.double().cos() + torch.cat((-b, a), -1) * angle.double().sin()
+    y64.backward(dy.double())
+    assert relative_error(y.detach(), y64.detach()) <= 1e-6 and relative_error(x.grad, x64.grad) <= 1e-6
+    assert fake.names() == ["npu_rotary_mul", "npu_rotary_mul_backward"]
+    assert torch.equal(fake.calls[1][1]["x"], dy)  # the gradient of x needs no x
+
+
+ROTARY_RULES = {
+    "fp16, bf16 or fp32": (torch.double, (5, 2, 3, 8), (5, 1, 1, 8), False),
+    "in 4-D": (torch.float, (5, 3, 8), (5, 1, 8), False),
+    "to broadcast": (torch.float, (5, 2, 3, 8), (4, 1, 1, 8), False),
+    "an even size": (torch.float, (5, 2, 3, 7), (5, 1, 1, 7), False),
+    "batch and heads below 1000": (torch.float, (1, 1, 1000, 2), (1, 1, 1, 2), False),
+    "B \\* N below 1000": (torch.float, (1, 40, 40, 2), (1, 1, 1, 2), True),
+}
+
+
+@pytest.mark.parametrize("rule", ROTARY_RULES)
+def test_rotary_outside_the_contract_is_refused_by_rule(npu_is_the_cpu, fake, rule):
+    dtype, shape, of_cos, interleaved = ROTARY_RULES[rule]
+    x, cos = torch.zeros(shape, dtype=dtype), torch.zeros(of_cos, dtype=dtype)
+    with pytest.raises(ValueError, match=f"fused_rotary: .*{rule}"):
+        fused_rotary(x, cos, cos, interleaved)
+    assert fake.calls == []

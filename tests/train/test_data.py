@@ -24,7 +24,7 @@ from fluid_npu.train.data import corpus as corpora
 from fluid_npu.train.data.build import build, ensure_default, info, load_tokenizer, unigram_entropy
 from fluid_npu.train.data.cli import add_data_parser
 from fluid_npu.train.data.corpus import default_corpus, read_inputs, split_document
-from fluid_npu.train.data.dataset import BatchIterator, build_datasets, causal_mask
+from fluid_npu.train.data.dataset import BatchIterator, build_datasets
 from fluid_npu.train.data.errors import DataError
 from fluid_npu.train.data.tokenizer import Tokenizer, train_tokenizer
 
@@ -342,22 +342,12 @@ def test_batch_has_the_shapes_and_shifted_labels(train: Any) -> None:
         "labels": (3, SEQ),
         "loss_mask": (3, SEQ),
         "position_ids": (3, SEQ),
-        "attention_mask": (1, 1, SEQ, SEQ),
     }
     assert torch.equal(batch["tokens"][:, 1:], batch["labels"][:, :-1])
     assert torch.equal(batch["position_ids"], torch.arange(SEQ).expand(3, SEQ))
     assert (batch["loss_mask"] == 1).all()
     assert batch["tokens"].dtype == batch["labels"].dtype == torch.int64
     assert batch["tokens"].max() < VOCAB
-
-
-def test_attention_mask_hides_the_future_and_is_shared(train: Any) -> None:
-    batches = BatchIterator(train, micro_batch=1)
-    mask = next(batches)["attention_mask"]
-    assert mask is next(batches)["attention_mask"]
-    assert mask.dtype == torch.bool
-    assert all(bool(mask[0, 0, i, j]) == (j > i) for i in range(SEQ) for j in range(SEQ))
-    assert causal_mask(1).tolist() == [[[[False]]]]
 
 
 def test_ranks_and_micro_batches_share_the_samples_without_overlap(train: Any) -> None:

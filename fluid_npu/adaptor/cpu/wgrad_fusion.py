@@ -1,4 +1,7 @@
-"""Stand-in for Apex's ``fused_weight_gradient_mlp_cuda``: weight gradients straight into ``main_grad``."""
+"""Stand-in for Apex's ``fused_weight_gradient_mlp_cuda``: weight gradients straight into ``main_grad``.
+
+On a CPU and on an NPU; the operators are those of plain torch.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The one hardware seam of the maths: what every device computes, without autograd.
 
 Shapes: T tokens, H hidden, F ffn, L local experts (groups), R or N rows, K inner and N outer width of a matmul.
-Callers have already validated what they pass; ``counts_L`` are the rows of each group and sum to R.
+Callers have already validated what they pass; ``counts_L`` are the rows of each group and sum to R; as ``GroupRows``
+they cost no copy to the device.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
+
+from fluid_npu.device.choice import Choice
+from fluid_npu.device.kernels.fused import AttentionKernels, RotaryKernels
 
 
 class RowLayout(Protocol):
@@ -41,6 +45,15 @@ class RowLayout(Protocol):
 
 class Kernels(ABC):
     """Implementations return fresh tensors, except those whose name ends in an underscore."""
+
+    attention: AttentionKernels | None = None
+    """The device's fused attention; None: Megatron's own, in plain torch, is all there is."""
+    rotary: RotaryKernels | None = None
+    """The device's fused rotary embedding; None as above."""
+
+    def fuses_norm(self, x: Tensor, gamma: Tensor) -> Choice[bool]:
+        """Whether ``rms_norm`` is an operator of the device that takes these; else torch's own norm does as well."""
+        return Choice(False, "torch's own RMSNorm: the device has no fused one")
 
     @abstractmethod
     def grouped_mm(self, x_RK: Tensor, w_LKN: Tensor, counts_L: Sequence[int], trans_w: bool = False) -> Tensor:

@@ -7,6 +7,7 @@ Rules of the operators that shape this file (CANN 8.1 to 8.5, Atlas A2 and A3):
 * ``npu_grouped_matmul_add_``: fp16 or bf16 operands, fp32 result, no empty tensor, and group_list is always read
   as a running total: on these chips ``group_list_type`` is silently ignored.
 * ``npu_swiglu``: contiguous input, even width, not empty.
+* ``npu_rms_norm``: 2 to 8 dimensions; gamma in fp32 or in the input's dtype.
 * ``npu_moe_token_permute``: every token has the same number of experts, at most 512; its ``sorted_indices`` is
   the row of each (token, choice) pair, which the layout already has.
 """
@@ -14,17 +15,20 @@ Rules of the operators that shape this file (CANN 8.1 to 8.5, Atlas A2 and A3):
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fluid_npu.device.choice import Choice
 from fluid_npu.device.kernels.base import RowLayout
+from fluid_npu.device.kernels.groups import ends_of
+from fluid_npu.device.kernels.npu_attention import NpuAttention, NpuRotary
 from fluid_npu.device.kernels.torch_kernels import TorchKernels, _loop_grouped_dw, _loop_grouped_mm
 from fluid_npu.device.npu import load_torch_npu
 
 _HALVES = (torch.bfloat16, torch.float16)
+_ADD = "npu_grouped_matmul_add_"
 _MAX_GROUPS = 1024
 _MAX_TOPK = 512
 _MAX_PAIRS = 16777215
@@ -39,6 +43,8 @@ class NpuKernels(TorchKernels):
 
     def __init__(self, torch_npu: Any = None) -> None:
         self._npu = load_torch_npu() if torch_npu is None else torch_npu
+        self.attention = NpuAttention(self._npu)
+        self.rotary = NpuRotary(self._npu)
 
     def grouped_mm(self, x_RK: Tensor, w_LKN: Tensor, counts_L: Sequence[int], trans_w: bool = False) -> Tensor:
         if trans_w:
@@ -55,8 +61,11 @@ class NpuKernels(TorchKernels):
     def grouped_dw_add_(self, main_grad_LKN: Tensor, x_RK: Tensor, dy_RN: Tensor, counts_L: Sequence[int]) -> None:
         if x_RK.shape[0] == 0:
             return  # nothing to add, and the operator refuses empty tensors
-        if dw_add_fits(main_grad_LKN, x_RK, dy_RN, counts_L):
-            ends = running_total(counts_L, x_RK.device)
+        broken = dw_add_rule_broken(main_grad_LKN, x_RK, dy_RN, counts_L)
+        Choice(_ADD if broken is None else "dW, then add_", broken or f"{_ADD} takes it").announce("expert dW")
+        if broken is None:
+            # Always where the groups end, never counts: this operator would read those as ends.
+            ends = ends_of(counts_L, x_RK.device, torch.int64)
             self._npu.npu_grouped_matmul_add_(main_grad_LKN, x_RK, dy_RN, ends)
         else:
             main_grad_LKN.add_(self.grouped_dw(x_RK, dy_RN, counts_L))
@@ -91,6 +100,11 @@ class NpuKernels(TorchKernels):
         scaled = (da_RF * p_R.unsqueeze(-1)).to(h_R2F.dtype)
         return self._npu.npu_swiglu_backward(scaled, h_R2F, dim=-1), dp.to(p_R.dtype)
 
+    def fuses_norm(self, x: Tensor, gamma: Tensor) -> Choice[bool]:
+        if norm_fits(x, gamma):
+            return Choice(True, "npu_rms_norm takes it")
+        return Choice(False, "npu_rms_norm wants 2 to 8 dimensions, and gamma in fp32 or in the dtype of x")
+
     def rms_norm(self, x: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         if not norm_fits(x, gamma):
             return super().rms_norm(x, gamma, eps)
@@ -103,15 +117,10 @@ class NpuKernels(TorchKernels):
         return dx, dgamma.to(gamma.dtype)
 
     def _grouped_matmul(self, a: Tensor, b: Tensor, counts_L: Sequence[int], group_type: int) -> Tensor:
-        ends = running_total(counts_L, a.device)
+        ends = ends_of(counts_L, a.device, torch.int64)
         return self._npu.npu_grouped_matmul(
             [a], [b], group_list=ends, split_item=3, group_type=group_type, group_list_type=0
         )[0]
-
-
-def running_total(counts_L: Sequence[int], device: torch.device) -> Tensor:
-    """int64 [L]: where each group ends. Never counts: the adding operator would read them as ends."""
-    return torch.tensor(list(accumulate(counts_L)), dtype=torch.int64, device=device)
 
 
 def groups_fit(x_RK: Tensor, counts_L: Sequence[int]) -> bool:
@@ -120,11 +129,15 @@ def groups_fit(x_RK: Tensor, counts_L: Sequence[int]) -> bool:
     return supported and x_RK.numel() > 0 and 1 < len(counts_L) <= _MAX_GROUPS
 
 
-def dw_add_fits(main_grad: Tensor, x_RK: Tensor, dy_RN: Tensor, counts_L: Sequence[int]) -> bool:
-    """npu_grouped_matmul_add_ wants fp16 or bf16 into contiguous fp32, rows, and more than one group."""
-    halves = x_RK.dtype in _HALVES and dy_RN.dtype == x_RK.dtype
-    buffer = main_grad.dtype == torch.float32 and main_grad.is_contiguous()
-    return halves and buffer and groups_fit(x_RK, counts_L)
+def dw_add_rule_broken(main_grad: Tensor, x_RK: Tensor, dy_RN: Tensor, counts_L: Sequence[int]) -> str | None:
+    """The rule of npu_grouped_matmul_add_ that these operands, which have rows, break, or None."""
+    rules = (
+        (x_RK.dtype in _HALVES and dy_RN.dtype == x_RK.dtype, f"{_ADD} wants fp16 or bf16"),
+        (main_grad.dtype == torch.float32 and main_grad.is_contiguous(), f"{_ADD} wants a contiguous fp32 main_grad"),
+        (len(counts_L) > 1, f"{_ADD} wants more than one local expert"),
+        (groups_fit(x_RK, counts_L), f"{_ADD} wants at most {_MAX_GROUPS} local experts"),
+    )
+    return next((rule for kept, rule in rules if not kept), None)
 
 
 def permute_fits(x: Tensor, experts_TK: Tensor) -> bool:

@@ -8,13 +8,13 @@ groups and not at all for large ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fluid_npu.device.kernels.base import Kernels, RowLayout
+from fluid_npu.device.kernels.groups import ends_of
 
 _native_grouped_mm = getattr(F, "grouped_mm", None)
 _HALVES = (torch.bfloat16, torch.float16)
@@ -27,13 +27,13 @@ class TorchKernels(Kernels):
         if trans_w:
             w_LKN = w_LKN.transpose(1, 2)
         if _native_accepts(x_RK, w_LKN):
-            return _native_grouped_mm(x_RK, w_LKN, offs=_ends(counts_L, x_RK.device))
+            return _native_grouped_mm(x_RK, w_LKN, offs=ends_of(counts_L, x_RK.device, torch.int32))
         return _loop_grouped_mm(x_RK, w_LKN, counts_L)
 
     def grouped_dw(self, x_RK: Tensor, dy_RN: Tensor, counts_L: Sequence[int]) -> Tensor:
         x_KR = x_RK.t()
         if _native_accepts(x_KR, dy_RN):
-            return _native_grouped_mm(x_KR, dy_RN, offs=_ends(counts_L, x_RK.device))
+            return _native_grouped_mm(x_KR, dy_RN, offs=ends_of(counts_L, x_RK.device, torch.int32))
         return _loop_grouped_dw(x_RK, dy_RN, counts_L)
 
     def grouped_dw_add_(self, main_grad_LKN: Tensor, x_RK: Tensor, dy_RN: Tensor, counts_L: Sequence[int]) -> None:
@@ -123,10 +123,6 @@ def _aligned(x: Tensor) -> bool:
     leading, length = (row, x.shape[-1]) if column == 1 else (column, x.shape[-2])
     whole = min(row, column) == 1 and leading >= length and leading * x.element_size() % 16 == 0
     return whole and x.numel() > 0 and x.data_ptr() % 16 == 0
-
-
-def _ends(counts_L: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(list(accumulate(counts_L)), dtype=torch.int32, device=device)
 
 
 def _loop_grouped_mm(x_RK: Tensor, w_LKN: Tensor, counts_L: Sequence[int]) -> Tensor:

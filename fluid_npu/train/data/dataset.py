@@ -73,8 +73,7 @@ class BatchIterator:
 
     Sample `n` of the run goes to step n // G, G = micro_batch * data_parallel_size * num_micro_batches; within a
     step micro-batch m of rank r holds the samples (m * data_parallel_size + r) * micro_batch onwards. Each batch
-    is a dict: tokens, labels, position_ids [B, S] int64, loss_mask [B, S] float32, and attention_mask
-    [1, 1, S, S] bool (True: hidden), one tensor shared by all batches.
+    is a dict: tokens, labels and position_ids [B, S] int64, loss_mask [B, S] float32.
     """
 
     def __init__(
@@ -106,7 +105,6 @@ class BatchIterator:
         self.step = start_step
         self._micro = 0
         self._order: tuple[int, np.ndarray | None] = (0, None)
-        self.attention_mask = causal_mask(dataset[0]["tokens"].numel())
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return self
@@ -123,9 +121,7 @@ class BatchIterator:
         """Micro-batch `micro` of step `step` (both from 0); does not move the iterator."""
         rows = [self.dataset[self._sample(n)] for n in self.sample_numbers(step, micro)]
         names = ("tokens", "labels", "loss_mask", "position_ids")
-        batch = {name: torch.stack([row[name] for row in rows]) for name in names}
-        batch["attention_mask"] = self.attention_mask
-        return batch
+        return {name: torch.stack([row[name] for row in rows]) for name in names}
 
     def sample_numbers(self, step: int, micro: int = 0) -> range:
         """The numbers, counted over the whole run, of the samples in a micro-batch of this rank."""
@@ -143,11 +139,6 @@ class BatchIterator:
         order_ = self._order[1]
         assert order_ is not None
         return int(order_[place])
-
-
-def causal_mask(seq_length: int) -> Tensor:
-    """[1, 1, S, S] bool, True above the diagonal: what Megatron's DotProductAttention hides."""
-    return torch.ones(seq_length, seq_length, dtype=torch.bool).triu_(1).view(1, 1, seq_length, seq_length)
 
 
 @dataclass(frozen=True, kw_only=True)

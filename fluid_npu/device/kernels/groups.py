@@ -1,0 +1,56 @@
+"""The rows of each group, on the host for shapes and on the device for operators, without a copy for every call.
+
+A tensor made from host numbers waits for a copy to the device. Counts usually come from the device, so their running
+total is summed there, once for all grouped matmuls of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+class GroupRows(list[int]):
+    """[L] rows of each group as host integers, never changed afterwards; knows the same numbers on the device.
+
+    Args:
+        counts: rows of each group.
+        on_device: the same numbers as an integer tensor [L]; None where only the host knows them.
+        ends: their running total as int64 [L], where it is there already.
+    """
+
+    def __init__(self, counts: Iterable[int], on_device: Tensor | None = None, ends: Tensor | None = None) -> None:
+        super().__init__(counts)
+        self._on_device = on_device
+        self._ends: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        if ends is not None:
+            self._ends[ends.device, ends.dtype] = ends
+
+    def ends(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """[L]: where each group ends. Copied from the host at most once for each device and dtype."""
+        known = self._ends.get((device, dtype))
+        if known is None:
+            known = self._ends[device, dtype] = self._sum(device, dtype)
+        return known
+
+    def _sum(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        for (where, _), ends in self._ends.items():
+            if where == device:
+                return ends.to(dtype)
+        if self._on_device is not None and self._on_device.device == device:
+            return self._on_device.cumsum(0, dtype=dtype)
+        return _copied(self, device, dtype)
+
+
+def ends_of(counts_L: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[L]: where each group ends, on ``device``; of bare integers a copy from the host."""
+    if isinstance(counts_L, GroupRows):
+        return counts_L.ends(device, dtype)
+    return _copied(counts_L, device, dtype)
+
+
+def _copied(counts_L: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(list(accumulate(counts_L)), dtype=dtype, device=device)

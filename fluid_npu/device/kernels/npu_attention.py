@@ -1,0 +1,147 @@
+"""Attention and rotary embedding of an Ascend NPU through torch_npu, inside their contracts.
+
+Rules that shape this file (op-plugin documents of ``npu_fusion_attention`` and ``npu_rotary_mul``):
+
+* attention: fp16, bf16 or fp32, one dtype; at most 256 query heads, a multiple of the key heads; head sizes to 768,
+  the value's no larger; in a mask 1 means hidden, the opposite of torch's attention; ``sparse_mode`` 2 (causal) wants a
+  compressed mask of 2048 x 2048 whatever the lengths; without a mask the sparse mode is ignored.
+* rotary: even head size below 896; sizes along which cos is broadcast below 1000, together below 1000 when
+  interleaved.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluid_npu.device.choice import Choice
+from fluid_npu.device.kernels.fused import AttentionCall, AttentionKernels, RotaryKernels
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MAX_HEADS, _MAX_HEAD_SIZE, _MAX_LENGTH, _MAX_BATCH = 256, 768, 2**20, 2**21
+_COMPRESSED = 2048
+_ALL_GIVEN, _LEFT_UP_CAUSAL = 1, 2  # sparse_mode
+_ROTARY_SIZE, _ROTARY_BROADCAST = 896, 1000
+
+
+class NpuAttention(AttentionKernels):
+    """``npu_fusion_attention`` in Megatron's own layout: SBH, so that nothing is transposed."""
+
+    def __init__(self, torch_npu: Any) -> None:
+        self._npu = torch_npu
+        self._causal_masks: dict[torch.device, Tensor] = {}
+
+    def accepts(self, q_SBND: Tensor, k_TBMD: Tensor, v_TBMV: Tensor, call: AttentionCall) -> Choice[bool]:
+        broken = attention_rule_broken(q_SBND, k_TBMD, v_TBMV, call)
+        return Choice(broken is None, broken or "npu_fusion_attention takes it")
+
+    def forward(
+        self, q_SBND: Tensor, k_TBMD: Tensor, v_TBMV: Tensor, call: AttentionCall
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        q, k, v = (x.flatten(2).contiguous() for x in (q_SBND, k_TBMD, v_TBMV))
+        options = self._mask_options(call, q.device)
+        out, largest, total, *_ = self._npu.npu_fusion_attention(
+            q, k, v, call.heads, "SBH", scale=call.scale, **options
+        )
+        return out, (largest, total)
+
+    def backward(
+        self,
+        dy_SBO: Tensor,
+        q_SBND: Tensor,
+        k_TBMD: Tensor,
+        v_TBMV: Tensor,
+        out_SBO: Tensor,
+        kept: tuple[Tensor, ...],
+        call: AttentionCall,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (x.flatten(2).contiguous() for x in (q_SBND, k_TBMD, v_TBMV))
+        largest, total = kept
+        dq, dk, dv, *_ = self._npu.npu_fusion_attention_grad(
+            *(q, k, v, dy_SBO.contiguous(), call.heads, "SBH"),
+            softmax_max=largest,
+            softmax_sum=total,
+            attention_in=out_SBO,
+            scale_value=call.scale,
+            **self._mask_options(call, q.device),
+        )
+        return dq.view(q_SBND.shape), dk.view(k_TBMD.shape), dv.view(v_TBMV.shape)
+
+    def _mask_options(self, call: AttentionCall, device: torch.device) -> dict[str, Any]:
+        if call.causal:
+            return {"atten_mask": self._compressed_mask(device), "sparse_mode": _LEFT_UP_CAUSAL}
+        return {} if call.mask is None else {"atten_mask": call.mask, "sparse_mode": _ALL_GIVEN}
+
+    def _compressed_mask(self, device: torch.device) -> Tensor:
+        """4 MiB a device, made once."""
+        if device not in self._causal_masks:
+            hidden = torch.ones(_COMPRESSED, _COMPRESSED, dtype=torch.bool, device=device)
+            self._causal_masks[device] = hidden.triu_(1)
+        return self._causal_masks[device]
+
+
+class NpuRotary(RotaryKernels):
+    """``npu_rotary_mul``."""
+
+    def __init__(self, torch_npu: Any) -> None:
+        self._npu = torch_npu
+
+    def accepts(self, x_SBND: Tensor, cos: Tensor, interleaved: bool) -> Choice[bool]:
+        broken = rotary_rule_broken(x_SBND, cos, interleaved)
+        return Choice(broken is None, broken or "npu_rotary_mul takes it")
+
+    def forward(self, x_SBND: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+        return self._npu.npu_rotary_mul(x_SBND.contiguous(), cos, sin, rotary_mode=_mode(interleaved))
+
+    def backward(self, dy_SBND: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+        # Its input is read for the gradients of cos and sin alone, which nobody wants: dy stands in, x is not kept.
+        dy = dy_SBND.contiguous()
+        return self._npu.npu_rotary_mul_backward(dy, dy, cos, sin, rotary_mode=_mode(interleaved))[0]
+
+
+def attention_rule_broken(q_SBND: Tensor, k_TBMD: Tensor, v_TBMV: Tensor, call: AttentionCall) -> str | None:
+    """The rule of npu_fusion_attention that the call breaks, or None."""
+    (queries, batch, heads, size), (keys, _, shared, _) = q_SBND.shape, k_TBMD.shape
+    rules = (
+        (q_SBND.dtype in _DTYPES, "npu_fusion_attention wants fp16, bf16 or fp32"),
+        (q_SBND.dtype == k_TBMD.dtype == v_TBMV.dtype, "npu_fusion_attention wants one dtype"),
+        (min(q_SBND.numel(), k_TBMD.numel(), v_TBMV.numel()) > 0, "npu_fusion_attention wants tokens"),
+        (
+            heads <= _MAX_HEADS and heads % shared == 0,
+            "npu_fusion_attention wants at most 256 heads, a multiple of k's",
+        ),
+        (v_TBMV.shape[-1] <= size <= _MAX_HEAD_SIZE, "npu_fusion_attention wants head sizes to 768, v's no larger"),
+        (max(queries, keys) <= _MAX_LENGTH and batch <= _MAX_BATCH, "npu_fusion_attention wants S to 1M and B to 2M"),
+        (not call.causal or (call.mask is None and queries == keys), "causal attention wants S = T and no other mask"),
+        (_mask_fits(call.mask, batch, queries, keys), "npu_fusion_attention wants a bool mask [B or 1, 1, S, T]"),
+    )
+    return next((rule for kept, rule in rules if not kept), None)
+
+
+def _mask_fits(mask: Tensor | None, batch: int, queries: int, keys: int) -> bool:
+    if mask is None:
+        return True
+    whole = {(queries, keys), (1, 1, queries, keys), (batch, 1, queries, keys)}
+    return mask.dtype in (torch.bool, torch.uint8) and tuple(mask.shape) in whole
+
+
+def rotary_rule_broken(x_SBND: Tensor, cos: Tensor, interleaved: bool) -> str | None:
+    """The rule of npu_rotary_mul that the call breaks, or None."""
+    pairs = list(zip(x_SBND.shape[:-1], cos.shape[:-1], strict=False))
+    shared = [size for size, of_cos in pairs if of_cos == 1]
+    rules = (
+        (x_SBND.dtype in _DTYPES and x_SBND.numel() > 0, "npu_rotary_mul wants rows in fp16, bf16 or fp32"),
+        (x_SBND.dim() == cos.dim() == 4 and cos.shape[-1] == x_SBND.shape[-1], "npu_rotary_mul wants x and cos in 4-D"),
+        (all(of_cos in (1, size) for size, of_cos in pairs), "npu_rotary_mul wants cos to broadcast to x"),
+        (x_SBND.shape[-1] % 2 == 0 and x_SBND.shape[-1] < _ROTARY_SIZE, "npu_rotary_mul wants an even size below 896"),
+        (all(size < _ROTARY_BROADCAST for size in shared), "npu_rotary_mul wants batch and heads below 1000"),
+        (not interleaved or prod(shared) < _ROTARY_BROADCAST, "npu_rotary_mul interleaved wants B * N below 1000"),
+    )
+    return next((rule for kept, rule in rules if not kept), None)
+
+
+def _mode(interleaved: bool) -> str:
+    return "interleave" if interleaved else "half"
