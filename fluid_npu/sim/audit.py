@@ -1,14 +1,11 @@
-"""What the installed torch_npu asks of CANN: the names it is linked with, and the schemas of the operators we call.
+"""What torch_npu asks of CANN when it is loaded: the names it is linked with, and stubs for those not simulated.
 
-An upgrade that adds a name or changes a schema is found here, by name, before a program meets it at run time.
-``fluid-npu sim exec -- python -m fluid_npu.sim.audit`` checks both and prints what differs.
+``fluid_npu.sim.upgrade`` compares another torch_npu with the recorded names.
 """
 
 from __future__ import annotations
 
-import json
 import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,8 +25,6 @@ KNOWN_ABSENT = frozenset(
 )
 
 _OF_CANN = ("acl", "rt", "Msprof", "prof", "ge")
-
-SCHEMAS = Path(__file__).parent / "schemas.json"
 
 
 def imported_names(torch: Path, torch_npu: Path) -> set[str]:
@@ -69,42 +64,6 @@ def stubs(absent: Iterable[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def schema_differences() -> list[str]:
-    """Operators whose schema in the installed torch_npu is not the recorded one. Needs the simulator."""
-    recorded: dict[str, str] = json.loads(SCHEMAS.read_text(encoding="utf-8"))
-    present = installed_schemas(recorded)
-    return [
-        f"{name}: recorded {schema}, installed {present[name]}"
-        for name, schema in recorded.items()
-        if present[name] != schema
-    ]
-
-
-def installed_schemas(names: Iterable[str]) -> dict[str, str]:
-    """The schema of each ``npu`` operator ('name' or 'name.overload'), or 'absent'."""
-    import torch
-
-    from fluid_npu.device.npu import load_torch_npu
-
-    load_torch_npu()
-    known = {}
-    for schema in torch._C._jit_get_all_schemas():
-        name = schema.name.removeprefix("npu::")
-        known[f"{name}.{schema.overload_name}" if schema.overload_name else name] = str(schema)
-    return {name: known.get(name, "absent") for name in names}
-
-
 def _system_libraries(torch: Path) -> list[Path]:
     done = subprocess.run(["ldd", str(torch / "lib" / "libtorch_python.so")], capture_output=True, text=True)
     return [Path(word) for word in done.stdout.split() if word.startswith("/") and ".so" in word]
-
-
-def main() -> int:
-    """Prints what differs; 1 when something does."""
-    differences = schema_differences()
-    print("\n".join(differences) or "all recorded schemas are those of the installed torch_npu")
-    return 1 if differences else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,6 +6,9 @@ On hardware: ``FLUID_NPU_TESTS=1 python -m pytest tests/sim/npu``. Elsewhere the
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -29,3 +32,26 @@ def seed():
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def operator_log():
+    """``with operator_log() as ran:``: a Counter of the (kind, name) that ran inside, filled at its end.
+
+    Needs the simulator's ``--log``.
+    """
+    import torch
+
+    from fluid_npu.sim.operator_log import read_log
+
+    folder = os.environ["FLUID_SIM_LOG"]
+
+    @contextmanager
+    def watched() -> Iterator[Counter[tuple[str, str]]]:
+        torch.npu.synchronize()
+        before, ran = read_log(folder), Counter()
+        yield ran
+        torch.npu.synchronize()
+        ran.update(read_log(folder) - before)
+
+    return watched

@@ -56,6 +56,26 @@ void require(bool good, const std::string& rule, const std::string& given, const
     if (!good) throw Refusal(rule + "; given: " + given + " [" + source + "]");
 }
 
+namespace {
+
+void require_on_device(bool on_host, const std::string& given) {
+    require(!on_host, "every tensor is in the memory of the NPU", given + " on the host", "CANN docs, aclCreateTensor");
+}
+
+}  // namespace
+
+at::Tensor tensor(const aclTensor* given) {
+    if (!given) return {};
+    require_on_device(given->on_host, show(given->tensor));
+    return given->tensor;
+}
+
+std::vector<at::Tensor> tensors(const aclTensorList* given) {
+    if (!given) return {};
+    require_on_device(given->on_host, std::to_string(given->tensors.size()) + " tensors, one of them");
+    return given->tensors;
+}
+
 int plan(const char* name, uint64_t* workspace, aclOpExecutor** executor, const std::function<Kernel()>& make) {
     *workspace = 0;
     try {
@@ -147,7 +167,7 @@ aclTensor* aclCreateTensor(
     auto options = at::TensorOptions().dtype(scalar_type);
     auto made = at::from_blob(first, at::IntArrayRef(sizes, dims), at::IntArrayRef(strides, dims), options);
     if (fluidsim_order_on()) fluidsim::created.push_back(made);
-    return new aclTensor{made};
+    return new aclTensor{made, made.numel() > 0 && !fluidsim_on_device(data)};
 }
 
 aclScalar* aclCreateScalar(void* value, int type) {
@@ -165,7 +185,8 @@ aclFloatArray* aclCreateFloatArray(const float* values, uint64_t count) {
 aclTensorList* aclCreateTensorList(const aclTensor* const* entries, uint64_t count) {
     auto list = new aclTensorList;
     for (uint64_t i = 0; i < count; ++i) {
-        list->tensors.push_back(fluidsim::tensor(entries[i]));
+        list->tensors.push_back(entries[i]->tensor);
+        list->on_host = list->on_host || entries[i]->on_host;
         delete entries[i];
     }
     return list;

@@ -20,6 +20,7 @@
 
 struct aclTensor {
     at::Tensor tensor;
+    bool on_host;  // its memory is not an NPU's
 };
 struct aclScalar {
     at::Scalar scalar;
@@ -35,6 +36,7 @@ struct aclFloatArray {
 };
 struct aclTensorList {
     std::vector<at::Tensor> tensors;
+    bool on_host = false;  // of any of them
 };
 struct aclScalarList {
     std::vector<at::Scalar> scalars;
@@ -62,10 +64,8 @@ int plan(const char* name, uint64_t* workspace, aclOpExecutor** executor, const 
 int launch(aclOpExecutor* executor, void* stream);
 
 at::ScalarType scalar_type_of(int acl_type);
-inline at::Tensor tensor(const aclTensor* given) { return given ? given->tensor : at::Tensor(); }
-inline std::vector<at::Tensor> tensors(const aclTensorList* given) {
-    return given ? given->tensors : std::vector<at::Tensor>();
-}
+at::Tensor tensor(const aclTensor* given);                       // undefined for null; refuses host memory
+std::vector<at::Tensor> tensors(const aclTensorList* given);     // the same for a list
 
 inline at::Tensor wide(const at::Tensor& x) { return x.to(at::kFloat); }
 bool is_half(const at::Tensor& x);          // fp16 or bf16

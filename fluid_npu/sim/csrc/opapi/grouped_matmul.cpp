@@ -58,6 +58,9 @@ void check_group_list(const Operands& o) {
             "there are at most 1024 groups with one 3-D weight, else 128", show(list), kSource);
     require(o.list_type == kTotals || o.list_type == kCounts, "group_list_type is 0 or 1 (2 is for int8)",
             std::to_string(o.list_type), kSource);
+    const auto &x = o.x[0], &weight = o.weight[0];
+    require(x.dim() == 2 && x.size(1) == weight.size(-2), "the last dimension of x is weight's next to last",
+            show(x) + " and " + show(weight), kSource);
     if (o.group_type != 0) return;
     int64_t weights = o.one_weight() ? o.weight[0].size(0) : static_cast<int64_t>(o.weight.size());
     require(weights == list.size(0), "there is a weight for each group", show(list) + " for " + std::to_string(weights), kSource);

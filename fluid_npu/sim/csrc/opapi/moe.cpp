@@ -66,6 +66,7 @@ ACLNN(MoeTokenPermuteGrad,
       (const aclTensor* dy, const aclTensor* sorted_indices, int64_t topk, bool padded, const aclTensor* dx),
       (dy, sorted_indices, topk, padded, dx)) {
     require(!padded, "padded_mode is not supported", "True", kPermute);
+    require(tensor(sorted_indices).scalar_type() == at::kInt, "sorted_indices are int32", show(tensor(sorted_indices)), kPermute);
     return [dy = tensor(dy), sorted_indices = tensor(sorted_indices), topk, dx = tensor(dx)] {
         dx.copy_(rows_of_pairs(dy, sorted_indices).reshape({-1, topk, dy.size(1)}).sum(1));
     };

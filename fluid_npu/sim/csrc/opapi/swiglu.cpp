@@ -32,8 +32,9 @@ ACLNN(SwiGlu, (const aclTensor* x, int64_t dim, const aclTensor* out), (x, dim, 
 
 ACLNN(SwiGluGrad, (const aclTensor* dy, const aclTensor* x, int64_t dim, const aclTensor* dx), (dy, x, dim, dx)) {
     check(tensor(x), dim);
-    require(tensor(dy).scalar_type() == tensor(x).scalar_type(), "the gradient has the input's dtype",
-            show(tensor(dy)) + " and " + show(tensor(x)), kSource);
+    std::string given = show(tensor(dy)) + " and " + show(tensor(x));
+    require(tensor(dy).scalar_type() == tensor(x).scalar_type(), "the gradient has the input's dtype", given, kSource);
+    require(tensor(dy).is_contiguous(), "the gradient is contiguous", given, kSource);
     return [dy = tensor(dy), x = tensor(x), dim, dx = tensor(dx)] {
         auto halves = wide(x).chunk(2, dim);
         auto gradient = wide(dy), gate = at::sigmoid(halves[0]);

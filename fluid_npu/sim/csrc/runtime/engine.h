@@ -17,6 +17,9 @@ void fluidsim_drain(void* stream);
 // A task failed, as a kernel that traps on the device: printed now, returned by the next synchronising call.
 void fluidsim_device_error(const char* message);
 
+// Whether a pointer is into memory of an NPU, which aclrtMalloc gave.
+bool fluidsim_on_device(const void* pointer);
+
 // Sets what aclGetRecentErrMsg returns on this thread, and returns the code of an invalid argument.
 int fluidsim_refuse(const char* message);
 

@@ -154,6 +154,12 @@ aclError aclrtPointerGetAttributes(const void* pointer, aclrtPtrAttributes* attr
     return ACL_SUCCESS;
 }
 
+bool fluidsim_on_device(const void* pointer) {
+    aclrtPtrAttributes attributes;
+    aclrtPointerGetAttributes(pointer, &attributes);
+    return attributes.location.type == ACL_MEM_LOCATION_TYPE_DEVICE;
+}
+
 // Virtual memory is not simulated: torch_npu asks for it only with expandable_segments:True.
 #define NOT_SIMULATED(name) fluidsim_stop(#name " is not simulated; unset expandable_segments in PYTORCH_NPU_ALLOC_CONF")
 
