@@ -29,8 +29,8 @@ _OF_CANN = ("acl", "rt", "Msprof", "prof", "ge")
 
 def imported_names(torch: Path, torch_npu: Path) -> set[str]:
     """Names of CANN that torch_npu's libraries need when they are loaded."""
-    provided: set[str] = set()
-    for library in [*(torch / "lib").glob("*.so*"), *(torch_npu / "lib").glob("*.so"), *_system_libraries(torch)]:
+    provided: set[str] = set()  # torch's own libraries have C++ names only, and a third of a million of them
+    for library in [*(torch_npu / "lib").glob("*.so"), *_system_libraries(torch)]:
         provided |= symbols(library, "--defined-only")
     wanted: set[str] = set()
     linked = ("libtorch_npu.so", "libtensorpipe.so", "libnpu_profiler.so")
@@ -66,4 +66,5 @@ def stubs(absent: Iterable[str]) -> str:
 
 def _system_libraries(torch: Path) -> list[Path]:
     done = subprocess.run(["ldd", str(torch / "lib" / "libtorch_python.so")], capture_output=True, text=True)
-    return [Path(word) for word in done.stdout.split() if word.startswith("/") and ".so" in word]
+    found = [Path(word) for word in done.stdout.split() if word.startswith("/") and ".so" in word]
+    return [library for library in found if torch not in library.parents]

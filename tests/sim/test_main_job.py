@@ -1,4 +1,4 @@
-"""The trainer on two simulated NPUs over HCCL continues a CPU's checkpoint as the CPU does, with the NPU's operators."""
+"""The trainer on two simulated NPUs continues a CPU's checkpoint as the CPU does, with the NPU's own operators."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def arguments(text: str, start: int) -> list[str]:
 
 
 def rules(path: Path) -> Iterator[tuple[str, str]]:
-    """(rule, source) of each ``require`` in a file; a rule with two texts gives both, one put together its last part."""
+    """(rule, source) of each ``require`` in a file; a rule with two texts gives both, a joined one its last part."""
     text = path.read_text(encoding="utf-8")
     for call in re.finditer(r"\brequire\(", text):
         _, rule, *_, source = arguments(text, call.end())

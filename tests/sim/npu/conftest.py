@@ -34,24 +34,25 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session")
-def operator_log():
-    """``with operator_log() as ran:``: a Counter of the (kind, name) that ran inside, filled at its end.
+class OperatorLog:
+    """The log that the simulator's ``--log`` writes; ``with log() as ran:`` gives what ran inside, at its end."""
 
-    Needs the simulator's ``--log``.
-    """
-    import torch
+    def now(self) -> Counter[tuple[str, str]]:
+        """How often each (kind, name) has run until now."""
+        import torch
 
-    from fluid_npu.sim.operator_log import read_log
+        from fluid_npu.sim.operator_log import read_log
 
-    folder = os.environ["FLUID_SIM_LOG"]
+        torch.npu.synchronize()
+        return read_log(os.environ["FLUID_SIM_LOG"])
 
     @contextmanager
-    def watched() -> Iterator[Counter[tuple[str, str]]]:
-        torch.npu.synchronize()
-        before, ran = read_log(folder), Counter()
+    def __call__(self) -> Iterator[Counter[tuple[str, str]]]:
+        before, ran = self.now(), Counter()
         yield ran
-        torch.npu.synchronize()
-        ran.update(read_log(folder) - before)
+        ran.update(self.now() - before)
 
-    return watched
+
+@pytest.fixture(scope="session")
+def operator_log() -> OperatorLog:
+    return OperatorLog()

@@ -125,9 +125,7 @@ def test_the_core_attention(operator_log, dtype, kind, value_width):
     hidden = torch.ones(6, 6, dtype=torch.bool).triu(1) if kind == "causal" else torch.rand(2, 1, 6, 6) < 0.3
     hidden[..., 0] = False
     hidden = None if kind == "none" else hidden
-    call = AttentionCall(
-        heads=4, scale=0.3, causal=kind == "causal", mask=hidden.npu() if kind == "mask" else None
-    )
+    call = AttentionCall(heads=4, scale=0.3, causal=kind == "causal", mask=hidden.npu() if kind == "mask" else None)
     dy = torch.randn(6, 2, 4 * value_width).to(dtype)
     with operator_log() as ran:
         out = fused_attention(*given, call)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+
+from tests.sim.npu import clibrary
 
 
 def npu(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -63,7 +66,11 @@ F32, F64, BF16, I32 = torch.float32, torch.float64, torch.bfloat16, torch.int32
 CASES: dict[str, tuple[Callable[[], Callable[[Any], Any]], str, str]] = {
     # name: (the wrong call, the operator that refuses, the rule)
     "gmm dtypes differ": (lambda: gmm(weight=npu(2, 4, 3, dtype=torch.bfloat16)), "GroupedMatmulV5", "have one dtype"),
-    "gmm of integers": (lambda: gmm(x=npu(6, 4, dtype=torch.int8)), "GroupedMatmulV5", "is fp32, fp16 or bf16 (quantised"),
+    "gmm of integers": (
+        lambda: gmm(x=npu(6, 4, dtype=torch.int8)),
+        "GroupedMatmulV5",
+        "is fp32, fp16 or bf16 (quantised",
+    ),
     "gmm list on int32": (
         lambda: gmm(group_list=groups(2, 6, dtype=torch.int32)),
         "GroupedMatmulV5",
@@ -127,11 +134,6 @@ CASES: dict[str, tuple[Callable[[], Callable[[Any], Any]], str, str]] = {
         "GroupedMatmulAdd",
         "does not decrease",
     ),
-    "gmm list on the host": (
-        lambda: gmm(group_list=torch.tensor([2, 6])),
-        "GroupedMatmulV5",
-        "in the memory of the NPU",
-    ),
     "gmm wide weight": (lambda: gmm(weight=npu(2, 4, 65536)), "GroupedMatmulV5", "below 65536"),
     "gmm inner sizes": (
         lambda: gmm(weight=npu(2, 5, 3)),
@@ -154,7 +156,7 @@ CASES: dict[str, tuple[Callable[[], Callable[[Any], Any]], str, str]] = {
         "fp32 for bf16",
     ),
     "gmm without groups": (
-        lambda: lambda module: module.npu_grouped_matmul([npu(6, 4)], [npu(4, 3)] * 2, split_item=0, group_type=-1),
+        lambda: lambda module: module.npu_grouped_matmul([npu(6, 4)], [npu(4, 3)] * 2, split_item=3, group_type=-1),
         "GroupedMatmulV5",
         "a weight for each x",
     ),
@@ -173,11 +175,6 @@ CASES: dict[str, tuple[Callable[[], Callable[[Any], Any]], str, str]] = {
         lambda: gmm_add(group_list=groups(2, 6, dtype=torch.int32)),
         "GroupedMatmulAdd",
         "1-D int64 tensor",
-    ),
-    "gmm_add list on the host": (
-        lambda: gmm_add(group_list=torch.tensor([2, 6])),
-        "GroupedMatmulAdd",
-        "in the memory of the NPU",
     ),
     "gmm_add other sizes": (
         lambda: gmm_add(total=npu(2, 4, 4, dtype=F32)),
@@ -280,9 +277,7 @@ CASES: dict[str, tuple[Callable[[], Callable[[Any], Any]], str, str]] = {
         "probs are fp32",
     ),
     "unpermute top 513": (
-        lambda: (
-            lambda module: module.npu_moe_token_unpermute(npu(513, 4), groups(*range(513), dtype=I32), npu(1, 513))
-        ),
+        lambda: lambda module: module.npu_moe_token_unpermute(npu(513, 4), groups(*range(513), dtype=I32), npu(1, 513)),
         "MoeTokenUnpermute",
         "K is at most 512",
     ),
@@ -409,6 +404,8 @@ CASES: dict[str, tuple[Callable[[], Callable[[Any], Any]], str, str]] = {
 #: Rules of the simulator that torch_npu itself checks first, so that no call through it can reach them.
 CHECKED_BEFORE: dict[str, Callable[[], Callable[[Any], Any]]] = {
     "group_type is -1, 0 or 2": lambda: gmm(group_type=1),
+    "group_list is on the NPU": lambda: gmm(group_list=torch.tensor([2, 6])),
+    "group_list of the adding operator is on the NPU": lambda: gmm_add(group_list=torch.tensor([2, 6])),
     "rotary_mode is half or interleave": lambda: rotary((1, 1, 2, 8), (1, 1, 2, 8), mode="quarter"),
     "dim is one of the input's": lambda: lambda module: module.npu_swiglu(npu(2, 8), dim=2),
 }
@@ -432,6 +429,11 @@ def test_what_torch_npu_checks_itself_does_not_reach_the_operator(torch_npu, rul
         call(torch_npu)
     assert "aclnn" not in str(caught.value)
     torch.npu.synchronize()
+
+
+def test_memory_of_the_host_is_refused_where_torch_npu_does_not_look(torch_npu):
+    on_host, out = torch.ones(2, 8), torch.empty(2, 4, device="npu")
+    assert clibrary.run("SwiGlu", clibrary.handle(on_host), ctypes.c_int64(-1), clibrary.handle(out)) != 0
 
 
 def test_the_device_works_on_after_a_refusal(torch_npu):
