@@ -37,7 +37,7 @@ class FusedCore:
             Choice("fused" if chosen.value else "Megatron's", chosen.reason).announce("attention")
             if chosen.value:
                 return fused_attention(query, key, value, call)
-        plain: Tensor = super().forward(query, key, value, attention_mask, *args, **kwargs)  # type: ignore[misc]
+        plain: Tensor = super().forward(query, key, value, attention_mask, *args, **kwargs)
         return plain
 
     def _call(self, heads: int, queries: int, mask: Tensor | None) -> AttentionCall:
@@ -53,9 +53,9 @@ class FusedCore:
     ) -> Choice[bool]:
         dropout = self.attention_dropout  # type: ignore[attr-defined]
         # Beyond the mask's type, which Megatron's forward ignores: attention_bias and packed_seq_params.
-        extra = [*args[1:], *(value for name, value in kwargs.items() if name != "attn_mask_type")]
+        extra = [*args[1:], *(given for name, given in kwargs.items() if name != "attn_mask_type")]
         plain = (
-            (any(value is not None for value in extra), "an attention bias or packed sequences are given"),
+            (any(given is not None for given in extra), "an attention bias or packed sequences are given"),
             (dropout.training and dropout.p > 0, "attention dropout draws from Megatron's random states"),
             (getattr(self.scale_mask_softmax, "window_size", None) is not None, "the layer has a sliding window"),  # type: ignore[attr-defined]
             (getattr(self, "softmax_offset", None) is not None, "the layer's softmax has an offset"),

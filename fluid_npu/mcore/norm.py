@@ -18,6 +18,7 @@ class FusedRMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised x in its dtype, ``[..., H]``."""
+        assert self.eps is not None  # FluidNorm gives one
         return module_norm(x, self.weight, self.eps)
 
 

@@ -43,6 +43,17 @@ def test_every_simulated_operator_and_collective_ran(run) -> None:
     assert not [name for kind, name in counts if kind == "missing"]
 
 
+@pytest.mark.nightly
+def test_the_contracts_of_the_910c_are_those_of_the_910b(tmp_path: Path) -> None:
+    """op-plugin calls the adding matmul without group_list_type there too; runtime and values are the same code."""
+    inner = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "tests/sim/npu/test_contracts.py"]
+    inner += ["tests/sim/npu/test_operators.py", "tests/sim/npu/test_branches.py"]
+    before = [sys.executable, "-m", "fluid_npu", "sim", "exec", "--soc", "910C", "--log", str(tmp_path / "log"), "--"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*before, *inner], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+
+
 def test_info_names_what_is_there() -> None:
     command = [sys.executable, "-m", "fluid_npu", "sim", "info", "--json"]
     facts = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
