@@ -11,14 +11,14 @@ import pytest
 
 from fluid_npu.order.checker import check
 from fluid_npu.order.records import Entry, read_folder
-from tests.support.training import data_prefix
+from tests.support.training import VOCAB, data_prefix
 
 
 @pytest.mark.timeout(1500)  # the first run installs torch-npu and compiles
 @pytest.mark.parametrize("preset", ["h64", pytest.param("mixtral-tiny", marks=pytest.mark.nightly)])
 def test_an_overlapped_training_step_is_clean(preset: str, tmp_path: Path) -> None:
     flags = {"preset": preset, "nproc": 2, "dtype": "bf16", "device": "npu", "steps": 1, "overlap": "dw"}
-    flags |= {"data": data_prefix(), "out": tmp_path / "out"}
+    flags |= {"data": data_prefix(), "vocab-size": VOCAB, "out": tmp_path / "out"}
     words = ["train", *(word for name, value in flags.items() for word in (f"--{name}", str(value))), "--carry-over"]
     fluid = [sys.executable, "-W", "ignore", "-m", "fluid_npu"]
     command = [*fluid, "sim", "exec", "--order", str(tmp_path / "order"), "--", *fluid, *words]
