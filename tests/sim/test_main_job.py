@@ -18,7 +18,7 @@ from tests.support.training import data_prefix
 
 #: Relative, of losses and gradient norms at each step after the common checkpoint. fp32: the two sum in another
 #: order. bf16: the NPU's operators round once where Megatron's attention, norm and rotary embedding round at each step.
-TOLERANCE = {"fp32": 1e-6, "bf16": 5e-3}
+TOLERANCE = {"fp32": 1e-6, "bf16": 2e-3}
 START, STEPS = 2, 4
 CUT = ("--layers", "2", "--seq-length", "64")
 ALWAYS = {
