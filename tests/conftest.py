@@ -1,5 +1,6 @@
 """What all tests share: the repository root on the path (for ``tests.support``) and the multi-process helper.
 
+``--device npu`` runs the tests of layer, dispatcher, scheduler, trainer and operators on an NPU, real or simulated.
 Tests for other hardware and the long grids are deselected, so that they are counted and a skip stays an exception.
 With FLUID_FORBID_SKIPS=1, as scripts/test.sh sets it, a skipped test fails: it tested nothing.
 """
@@ -27,6 +28,17 @@ def run_ranks() -> Callable[..., list[Any]]:
     return ranks.run_ranks
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--device``, which tests/support/device.py reads, in the processes of ``run_ranks`` too."""
+    default = os.environ.get("FLUID_TEST_DEVICE", "cpu")
+    parser.addoption("--device", choices=("cpu", "npu"), default=default, help="where the tests put their tensors")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Passes the device on."""
+    os.environ["FLUID_TEST_DEVICE"] = config.getoption("--device")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselects what this run or this machine is not for."""
     import torch
@@ -41,6 +53,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         away.add("link")
     if find_browser() is None:
         away.add("browser")
+    if config.getoption("--device") != "cpu":
+        away.add("host")
     left_out = [item for item in items if any(item.get_closest_marker(name) for name in away)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)

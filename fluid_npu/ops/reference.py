@@ -68,8 +68,9 @@ def rms_norm(x: Tensor, gamma: Tensor, eps: float) -> Tensor:
 
 def relative_error(got: Tensor, reference: Tensor) -> float:
     """||got - reference|| / ||reference||; where the reference is 0, 0 if got is exactly 0, else infinity."""
-    difference = (got.double() - reference.double()).norm().item()
-    size = reference.double().norm().item()
+    got, reference = got.cpu().double(), reference.cpu().double()
+    difference = (got - reference).norm().item()
+    size = reference.norm().item()
     if size == 0.0:
         return 0.0 if difference == 0.0 else float("inf")
     return difference / size

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fluid_npu.comm.all_to_all import AllToAllHandle, fluid_all_to_all
 from fluid_npu.comm.sink import DirectSink, Passengers
 from fluid_npu.comm.transports import CollectiveTransport, DelayedTransport
+from tests.support.device import here
 
 Ranks = Callable[..., list[Any]]
 MATRICES_2 = [[[1, 2], [3, 4]], [[0, 5], [2, 0]], [[0, 0], [0, 0]], [[0, 7], [0, 0]]]
@@ -30,12 +31,12 @@ def exchange(matrices: list[list[list[int]]], async_op: bool, serialised: bool) 
     results = []
     for matrix in matrices:
         sends, receives = matrix[rank], [row[rank] for row in matrix]
-        x = rows_of(rank, sum(sends))
+        x = here(rows_of(rank, sum(sends)))
         sink = DirectSink(serialised=serialised)
         out = fluid_all_to_all(dist.group.WORLD, x, receives, sends, async_op=async_op, sink=sink)
         if isinstance(out, AllToAllHandle):
             out = out.wait()
-        weight = torch.arange(out.numel(), dtype=torch.float32).view_as(out) + 100 * rank
+        weight = here(torch.arange(out.numel(), dtype=torch.float32).view(out.shape)) + 100 * rank
         (out * weight).sum().backward()
         results.append({"out": out.detach(), "grad": x.grad, "stats": sink.comm.as_dict()})
     return results
@@ -89,7 +90,7 @@ def test_random_splits_on_four_ranks(run_ranks: Ranks) -> None:
 
 def refuse() -> list[str]:
     """The messages of wrong splits."""
-    x = torch.zeros(3, 2)
+    x = here(torch.zeros(3, 2))
     messages = []
     for output_splits, input_splits in (([3], [3]), ([1, 2], [1, 1]), ([1, -1], [1, 2]), (None, [1, 2]), (None, None)):
         with pytest.raises(ValueError) as caught:
@@ -115,14 +116,14 @@ def deliver() -> dict[str, Any]:
         def fill(self, comm_type: str, name: str) -> None:
             order.append(f"fill {comm_type}")
 
-    weight = torch.ones(2, requires_grad=True)
+    weight = here(torch.ones(2)).requires_grad_()
     weight.register_post_accumulate_grad_hook(lambda _: order.append("weight ready"))
 
     def collect() -> tuple[torch.Tensor | None, ...]:
         order.append("collect")
-        return (torch.full((2,), 7.0),)
+        return (torch.full_like(weight, 7.0),)
 
-    x = torch.ones(4, 2, requires_grad=True)
+    x = here(torch.ones(4, 2)).requires_grad_()
     out = fluid_all_to_all(dist.group.WORLD, x, None, None, sink=Sink(), passengers=Passengers([weight], collect))
     out.sum().backward()  # type: ignore[union-attr]
     return {"order": order, "weight": weight.grad, "x": x.grad}
@@ -150,6 +151,7 @@ def delayed() -> tuple[float, float]:
     return times[0], times[1]
 
 
+@pytest.mark.host  # where the delay is planted
 def test_a_planted_delay_is_exposed_alone_and_hidden_behind_work(run_ranks: Ranks) -> None:
     exposed, hidden = run_ranks(2, delayed)[0]
     assert exposed == pytest.approx(60.0, rel=0.1)

@@ -17,6 +17,9 @@ from fluid_npu.comm.progress import ProgressBoard
 from tests.support.ranks import RankError, run_ranks
 from tests.support.training import store
 
+#: tests/sim/test_faults.py holds what HCCL does when a rank dies or hangs.
+pytestmark = pytest.mark.host
+
 
 def test_a_transport_failure_names_collective_layer_and_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")

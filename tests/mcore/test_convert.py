@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.support.device import NAME, here
+
 
 def _models(**cuts: dict[str, int]) -> list[Any]:
     from fluid_npu.train.config import TrainConfig
@@ -16,8 +18,8 @@ def _models(**cuts: dict[str, int]) -> list[Any]:
 
     models = []
     for impl in ("stock", "fluid"):
-        config = TrainConfig(preset="h64", device="cpu", impl=impl, cut=cuts.get(impl, {}))
-        models.append(build_model(config, build_model_config(config, "fp32"), "off"))
+        config = TrainConfig(preset="h64", device=NAME, impl=impl, cut=cuts.get(impl, {}))
+        models.append(here(build_model(config, build_model_config(config, "fp32"), "off")))
     return models
 
 
@@ -52,7 +54,8 @@ def _gradients() -> dict[str, Any]:
 
     _, fluid = _models()
     experts = fluid.decoder.layers[0].mlp.experts
-    experts.weight1.main_grad = torch.arange(experts.weight1.numel(), dtype=torch.float32).view_as(experts.weight1)
+    numbers = torch.arange(experts.weight1.numel(), dtype=torch.float32)
+    experts.weight1.main_grad = here(numbers.view(experts.weight1.shape))
     grads = gradients_by_name(fluid)
     name = f"decoder.layers.0.mlp.experts.{4 * dist.get_rank() + 3}.linear_fc1.weight"
     view = grads[name]

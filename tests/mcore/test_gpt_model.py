@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.device import NAME
 from tests.support.gpt import Run, far_apart, same_bits, shard, train_all
 
 TOLERANCE = 1e-5
@@ -116,9 +117,11 @@ def test_carried_over_dw_lands_before_backward_returns(bucket: int, run_ranks: R
     without = {**ddp, "delay_wgrad_compute": False}
     runs = [replace(run, impl="off", ddp=without), replace(run, ddp=without), run, replace(run, impl="twin")]
     for off, unflagged, carried, twin in run_ranks(4, train_all, runs, sizes={"expert_model_parallel_size": 2}):
-        for other in (unflagged, carried, twin):
-            assert other["losses"] == off["losses"]
-            assert not same_bits(other["weights"], off["weights"])
+        for other, same in ((unflagged, off), (twin, carried)):
+            assert other["losses"] == same["losses"]
+            assert not same_bits(other["weights"], same["weights"])
+        # On an NPU autograd's dW of the router and one added to main_grad are two operators, which round differently.
+        assert not far_apart(carried["weights"], off["weights"], 0.0 if NAME == "cpu" else TOLERANCE)
         assert carried["regions"]["layer 3 fc2"] == carried["regions"]["layer 3 router"]
         assert carried["regions"]["layer 3 fc2"] == "backward of moe_combine AllToAll of layer 2"
         assert carried["regions"]["layer 3 fc1"] == "backward of moe_dispatch AllToAll of layer 3"

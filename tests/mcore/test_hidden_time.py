@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.host  # the delays are planted on the host
+
 DELAY_MS, DW_MS = 300.0, 200.0  # the second for each of FC1 and FC2: together longer than the delay
 ATTEMPTS = 6
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 from tests.support.gpt import Run, batch, fill, make_config, make_model
 
@@ -77,7 +76,7 @@ def _force_routing(model: Any, load: str) -> None:
     for module in model.modules():
         if hasattr(module, "router"):
             experts = module.router.weight.shape[0]
-            bias = torch.zeros(experts)
+            bias = module.router.weight.new_zeros(experts)
             bias[: experts // 2] = {"first": 100.0, "last": -100.0, "even": 0.0}[load]
             original = module.router.gating
             module.router.gating = lambda x, original=original, bias=bias: original(x) + bias

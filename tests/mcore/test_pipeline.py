@@ -36,7 +36,7 @@ def reference() -> list[list[dict[str, Any]]]:
     """Stock and overlapped without a pipeline, PP 1 x EP 2, for each rank."""
     from tests.support.ranks import run_ranks
 
-    return run_ranks(2, train_all, [replace(BASE, impl="stock"), BASE], sizes={})
+    return run_ranks(2, train_all, [replace(BASE, impl="stock"), BASE], sizes={}, timeout=600)
 
 
 def check(results: list[list[dict[str, Any]]], reference: list[list[dict[str, Any]]]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.device import here
 from tests.support.dispatchers import in_stock_layer, make_dispatcher
 from tests.support.moe import HIDDEN, Case, make_config
 
@@ -22,8 +23,8 @@ def round_trip(case: Case) -> dict[str, Any]:
     dispatcher = make_dispatcher(case)
     rank = dist.get_rank()
     generator = torch.Generator().manual_seed(rank)
-    hidden = torch.randn(case.tokens, 1, HIDDEN, generator=generator, requires_grad=True)
-    scores = torch.rand(case.tokens, case.experts, generator=generator)
+    hidden = here(torch.randn(case.tokens, 1, HIDDEN, generator=generator)).requires_grad_()
+    scores = here(torch.rand(case.tokens, case.experts, generator=generator))
     routing_map = torch.zeros_like(scores).scatter_(1, scores.topk(case.topk)[1], 1.0).bool()
     probs = (scores * routing_map).requires_grad_()
     tokens, per_expert, p = dispatcher.dispatch(hidden, routing_map, probs)
@@ -77,12 +78,12 @@ def refusals() -> dict[str, str]:
         messages[option] = str(caught.value)
     dispatcher = make_dispatcher(Case())
     with pytest.raises(RuntimeError) as early:
-        dispatcher.combine(torch.zeros(1, HIDDEN))
+        dispatcher.combine(here(torch.zeros(1, HIDDEN)))
     messages["early"] = str(early.value)
     dispatcher.config.moe_shared_expert_overlap = True
     dispatcher.set_shared_experts(torch.nn.Identity())
     with pytest.raises(ValueError) as shared:
-        dispatcher.dispatch(torch.zeros(1, HIDDEN), torch.ones(1, 8).bool(), torch.ones(1, 8))
+        dispatcher.dispatch(*(here(x) for x in (torch.zeros(1, HIDDEN), torch.ones(1, 8).bool(), torch.ones(1, 8))))
     messages["shared"] = str(shared.value)
     return messages
 

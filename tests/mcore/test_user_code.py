@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.device import here
 from tests.support.gpt import Run, batch, far_apart, fill, make_config, make_model, same_bits
 
 Ranks = Callable[..., list[Any]]
@@ -157,8 +158,10 @@ def own_groups() -> bool:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     groups.ep = dist.new_group([0, 1])
     spec = get_fluid_moe_layer_spec(config)
-    model = GPTModel(
-        config, spec, vocab_size=64, max_sequence_length=16, position_embedding_type="rope", pg_collection=groups
+    model = here(
+        GPTModel(
+            config, spec, vocab_size=64, max_sequence_length=16, position_embedding_type="rope", pg_collection=groups
+        )
     )
     layers = [layer.mlp for layer in model.decoder.layers]
     model(**batch(dist.get_rank(), 0, 0)).float().mean().backward()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from fluid_npu.ops.expert_mlp import ExpertMLP, WeightGradTarget, expert_mlp
 from fluid_npu.ops.reference import relative_error
 from fluid_npu.ops.swiglu import activation_probs
+from tests.support.device import here, wide
 
 HIDDEN, FFN = 12, 20
 COUNTS = {"uneven": [3, 0, 5, 1], "all_empty": [0, 0, 0, 0], "one_group": [6], "empty_ends": [0, 4, 0]}
@@ -22,12 +23,12 @@ def operands(counts: list[int], gated: bool = True, seed: int = 0) -> list[torch
     p = torch.rand(rows, generator=generator)
     w1 = torch.randn(groups, HIDDEN, wide, generator=generator)
     w2 = torch.randn(groups, FFN, HIDDEN, generator=generator)
-    return [t.requires_grad_() for t in (x, p, w1, w2)]
+    return [here(t).requires_grad_() for t in (x, p, w1, w2)]
 
 
 def reference(tensors: list[torch.Tensor], counts: list[int], dy: torch.Tensor, gated: bool) -> list[torch.Tensor]:
     """Output and gradients of a loop over groups in float64."""
-    x, p, w1, w2 = (t.detach().double().requires_grad_() for t in tensors)
+    x, p, w1, w2 = (wide(t).requires_grad_() for t in tensors)
     out = []
     for group, (rows, probs) in enumerate(zip(x.split(counts), p.split(counts), strict=True)):
         h = rows @ w1[group]
@@ -38,7 +39,7 @@ def reference(tensors: list[torch.Tensor], counts: list[int], dy: torch.Tensor, 
             a = F.gelu(h)
         out.append((a * probs[:, None]) @ w2[group])
     y = torch.cat(out)
-    y.backward(dy.double())
+    y.backward(wide(dy))
     return [y.detach(), *(t.grad for t in (x, p, w1, w2))]  # type: ignore[list-item]
 
 
@@ -49,7 +50,7 @@ def test_output_and_gradients(name: str, gated: bool, recompute: bool) -> None:
     counts = COUNTS[name]
     tensors = operands(counts, gated)
     activation = None if gated else (lambda h, p: activation_probs(h, p, F.gelu))
-    dy = torch.randn(sum(counts), HIDDEN, generator=torch.Generator().manual_seed(1))
+    dy = here(torch.randn(sum(counts), HIDDEN, generator=torch.Generator().manual_seed(1)))
     y = expert_mlp(*tensors, ExpertMLP(counts=counts, activation=activation, recompute=recompute))
     y.backward(dy)
     got = [y.detach(), *(t.grad for t in tensors)]
@@ -60,7 +61,7 @@ def test_output_and_gradients(name: str, gated: bool, recompute: bool) -> None:
 def test_weight_gradients_are_handed_over_or_added_to_main_grad() -> None:
     counts = COUNTS["uneven"]
     plain, handed = operands(counts), operands(counts)
-    dy = torch.randn(sum(counts), HIDDEN, generator=torch.Generator().manual_seed(1))
+    dy = here(torch.randn(sum(counts), HIDDEN, generator=torch.Generator().manual_seed(1)))
     expert_mlp(*plain, ExpertMLP(counts=counts, activation=None)).backward(dy)
     caught: list[tuple[str, torch.Tensor, torch.Tensor]] = []
     w2 = torch.nn.Parameter(handed[3].detach().clone())

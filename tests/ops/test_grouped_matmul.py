@@ -13,6 +13,7 @@ from fluid_npu.device.kernels import torch_kernels
 from fluid_npu.ops import reference
 from fluid_npu.ops.grouped_matmul import npu_gmm, npu_gmm_v2
 from fluid_npu.ops.reference import relative_error
+from tests.support.device import here, wide
 
 SPLITS = [[3, 5, 2, 6], [0, 7, 0, 1], [5, 0, 0, 0], [0, 0, 4], [0, 0, 0], [9], [0], [1, 1]]
 TOLERANCE = 1e-6
@@ -20,9 +21,9 @@ TOLERANCE = 1e-6
 
 def operands(counts: list[int], inner: int = 8, outer: int = 12, dtype: torch.dtype = torch.float32):
     torch.manual_seed(sum(counts) + 31 * len(counts))
-    x = torch.randn(sum(counts), inner).to(dtype).requires_grad_()
-    weight = torch.randn(len(counts), inner, outer).to(dtype).requires_grad_()
-    return x, weight, torch.randn(sum(counts), outer).to(dtype)
+    x = here(torch.randn(sum(counts), inner).to(dtype)).requires_grad_()
+    weight = here(torch.randn(len(counts), inner, outer).to(dtype)).requires_grad_()
+    return x, weight, here(torch.randn(sum(counts), outer).to(dtype))
 
 
 def ends(counts: list[int]) -> list[int]:
@@ -30,9 +31,9 @@ def ends(counts: list[int]) -> list[int]:
 
 
 def reference_gradients(x, weight, dy, counts):
-    x64, w64 = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    x64, w64 = wide(x).requires_grad_(), wide(weight).requires_grad_()
     y64 = reference.grouped_matmul(x64, w64, counts)
-    y64.backward(dy.double())
+    y64.backward(wide(dy))
     return y64.detach(), x64.grad, w64.grad
 
 
@@ -43,9 +44,9 @@ def test_value_and_gradients_equal_the_float64_loop(counts, form):
     if form == "list":
         y = npu_gmm(x, weight, group_list=ends(counts))
     elif form == "tensor":
-        y = npu_gmm(x, weight, group_list=torch.tensor(ends(counts)))
+        y = npu_gmm(x, weight, group_list=here(torch.tensor(ends(counts))))
     else:
-        y = npu_gmm_v2(x, weight, group_list=torch.tensor(counts))
+        y = npu_gmm_v2(x, weight, group_list=here(torch.tensor(counts)))
     y.backward(dy)
     y64, dx64, dw64 = reference_gradients(x, weight, dy, counts)
     assert relative_error(y.detach(), y64) <= TOLERANCE
@@ -103,10 +104,9 @@ def test_half_precision_keeps_its_dtype_and_is_close(dtype, tolerance):
 def test_bias_is_added_to_the_rows_of_its_group(dtype, bias_dtype):
     counts = [2, 0, 3]
     x, weight, _ = operands(counts, dtype=dtype)
-    bias = torch.randn(3, 12).to(bias_dtype)
+    bias = here(torch.randn(3, 12).to(bias_dtype))
     y = npu_gmm(x, weight, bias=bias, group_list=ends(counts))
-    wanted = reference.grouped_matmul(x, weight, counts).detach()
-    wanted = wanted + bias.double()[[0, 0, 2, 2, 2]]
+    wanted = reference.grouped_matmul(wide(x), wide(weight), counts) + wide(bias)[[0, 0, 2, 2, 2]]
     assert y.dtype == dtype
     assert relative_error(y.detach(), wanted) <= (TOLERANCE if dtype == torch.float32 else 6e-3)
 
@@ -115,24 +115,24 @@ def test_bias_is_added_to_the_rows_of_its_group(dtype, bias_dtype):
 def test_group_type_2_groups_the_inner_dimension(counts):
     x, _, dy = operands(counts)
     got = npu_gmm(x.detach().t(), dy, group_list=ends(counts), group_type=2)
-    got_v2 = npu_gmm_v2(x.detach().t(), dy, group_list=torch.tensor(counts), group_type=2)
+    got_v2 = npu_gmm_v2(x.detach().t(), dy, group_list=here(torch.tensor(counts)), group_type=2)
     assert got.shape == (len(counts), 8, 12)
-    assert relative_error(got, reference.grouped_dw(x.detach(), dy, counts)) <= TOLERANCE
+    assert relative_error(got, reference.grouped_dw(wide(x), wide(dy), counts)) <= TOLERANCE
     assert torch.equal(got, got_v2)
 
 
 @pytest.mark.parametrize("shape", [(8, 12), (1, 8, 12)])
 def test_group_type_minus_1_is_a_plain_matmul(shape):
-    x, weight = torch.randn(5, 8), torch.randn(shape)
-    bias = torch.randn(12)
+    x, weight = here(torch.randn(5, 8)), here(torch.randn(shape))
+    bias = here(torch.randn(12))
     y = npu_gmm(x, weight, bias=bias, group_type=-1)
-    wanted = x.double() @ weight.double().view(8, 12) + bias.double()
+    wanted = wide(x) @ wide(weight).view(8, 12) + wide(bias)
     assert relative_error(y, wanted) <= TOLERANCE
 
 
 def parameter_with_main_grad(weight: torch.Tensor, shape: tuple[int, ...]) -> torch.nn.Parameter:
     parameter = torch.nn.Parameter(weight.detach().clone().reshape(shape))
-    parameter.main_grad = torch.zeros(shape)
+    parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
     parameter.grad_added_to_main_grad = False
     return parameter
 
@@ -159,6 +159,7 @@ def test_fusion_adds_two_micro_batches_to_main_grad(counts, layout):
     assert relative_error(x.grad, 2 * dx64) <= TOLERANCE
 
 
+@pytest.mark.host  # the choice is one of the CPU's kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("widened", [True, False])
 def test_fusion_of_half_precision_adds_in_fp32(dtype, widened, monkeypatch):
@@ -167,11 +168,10 @@ def test_fusion_of_half_precision_adds_in_fp32(dtype, widened, monkeypatch):
     x, weight, dy = operands([4, 0, 5], 16, 8, dtype)
     monkeypatch.setattr(kernels_of(x), "_widen", Choice(widened, "test"))
     parameter = parameter_with_main_grad(weight, (3, 16, 8))
-    npu_gmm_v2(x, parameter, group_list=torch.tensor([4, 0, 5]), gemm_fusion=True, original_weight=parameter).backward(
-        dy
-    )
+    y = npu_gmm_v2(x, parameter, group_list=torch.tensor([4, 0, 5]), gemm_fusion=True, original_weight=parameter)
+    y.backward(dy)
     assert parameter.main_grad.dtype == torch.float32
-    wanted = reference.grouped_dw(x.detach(), dy, [4, 0, 5])
+    wanted = reference.grouped_dw(wide(x), wide(dy), [4, 0, 5])
     assert relative_error(parameter.main_grad, wanted) <= (TOLERANCE if widened else 6e-3)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from fluid_npu.ops.payload import Merge, Pack, Reorder, Replicate, SumParts, Unpack, payload_width, wire_dtype
 from fluid_npu.ops.permute import PermuteLayout
+from tests.support.device import here, wide
 
 T, E, K, H = 7, 5, 2, 6
 DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
@@ -19,26 +20,26 @@ def layout() -> PermuteLayout:
     """Random top-2 routing of seven tokens."""
     scores = torch.rand(T, E, generator=torch.Generator().manual_seed(3))
     routing = torch.zeros(T, E).scatter_(1, scores.topk(K)[1], 1.0).bool()
-    return PermuteLayout.from_routing_map(routing, K)
+    return PermuteLayout.from_routing_map(here(routing), K)
 
 
 def dot(a: Any, b: Any) -> float:
     """Sum of products over tuples of tensors."""
-    return sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
+    return sum(float((wide(x) * wide(y)).sum()) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize(("tokens", "probs"), DTYPES)
 def test_pack_and_unpack_keep_tokens_and_probabilities_bit_for_bit(tokens: torch.dtype, probs: torch.dtype) -> None:
     where = layout()
-    x, p = torch.randn(T, H).to(tokens), torch.rand(T, E).to(probs)
+    x, p = here(torch.randn(T, H).to(tokens)), here(torch.rand(T, E).to(probs))
     wire = wire_dtype(tokens, probs)
     payload = Pack(where, H, wire).load(x, p.to(wire))
     assert payload.shape == (T * K, payload_width(H, tokens))
     assert payload.stride(0) * payload.element_size() % 4 == 0
-    order = torch.randperm(T * K)
+    order = here(torch.randperm(T * K))
     for rows in (None, order):
         got_x, got_p = Unpack(H, wire, rows).unload(payload)
-        index = rows if rows is not None else torch.arange(T * K)
+        index = rows if rows is not None else here(torch.arange(T * K))
         assert torch.equal(got_x, x[where.token_of_row][index])
         assert torch.equal(got_p, p.to(wire).flatten()[where.pair_index][index])
 
@@ -51,27 +52,27 @@ def test_wire_dtype_never_narrows_probabilities() -> None:
 @pytest.mark.parametrize("probs", [torch.float64, torch.float32])
 def test_gradients_are_transposes(probs: torch.dtype) -> None:
     """<load(a), b> = <a, unload_grad(b)>, with tails compared as probabilities."""
-    where, order = layout(), torch.randperm(T * K)
+    where, order = layout(), here(torch.randperm(T * K))
     wire = wire_dtype(torch.float64, probs)
     pack, unpack = Pack(where, H, wire), Unpack(H, wire, order)
-    x, p = torch.randn(T, H, dtype=torch.float64), torch.rand(T, E).to(wire)
-    dx, dp = torch.randn(T * K, H, dtype=torch.float64), torch.randn(T * K).to(wire)
+    x, p = here(torch.randn(T, H, dtype=torch.float64)), here(torch.rand(T, E).to(wire))
+    dx, dp = here(torch.randn(T * K, H, dtype=torch.float64)), here(torch.randn(T * K).to(wire))
     forward = unpack.unload(pack.load(x, p))
     backward = pack.unload_grad(unpack.load_grad(dx, dp))
     assert dot(forward, (dx, dp)) == pytest.approx(dot((x, p), backward), rel=1e-9)
 
 
 def test_reorder_merge_and_sum_are_transposes_too() -> None:
-    where, rows = layout(), torch.randperm(T * K)
-    y = torch.randn(T * K, H, dtype=torch.float64)
+    where, rows = layout(), here(torch.randperm(T * K))
+    y = here(torch.randn(T * K, H, dtype=torch.float64))
     reorder = Reorder(rows, torch.argsort(rows))
     dy = torch.randn_like(y)
     assert dot((reorder.load(y),), (dy,)) == pytest.approx(dot((y,), reorder.unload_grad(dy)))
     merge = Merge(where, torch.Size((T, 1, H)))
-    dout = torch.randn(T, 1, H, dtype=torch.float64)
+    dout = here(torch.randn(T, 1, H, dtype=torch.float64))
     assert dot(merge.unload(y), (dout,)) == pytest.approx(dot((y,), (merge.load_grad(dout),)))
     total = SumParts(2)
-    half = torch.randn(T, H, dtype=torch.float64)
+    half = here(torch.randn(T, H, dtype=torch.float64))
     assert dot(total.unload(y), (half,)) == pytest.approx(dot((y,), (total.load_grad(half),)))
 
 
@@ -79,9 +80,9 @@ def test_replicas_sum_probabilities_as_numbers_and_not_as_bits() -> None:
     where = layout()
     pack = Pack(where, H, torch.float32)
     unpack = Unpack(H, torch.float32, None)
-    grads = [(torch.randn(T * K, H).bfloat16(), torch.randn(T * K)) for _ in range(3)]
+    grads = [(here(torch.randn(T * K, H).bfloat16()), here(torch.randn(T * K))) for _ in range(3)]
     copies = torch.cat([unpack.load_grad(dx, dp) for dx, dp in grads])
-    payload = pack.load(torch.randn(T, H).bfloat16(), torch.rand(T, E))
+    payload = pack.load(here(torch.randn(T, H).bfloat16()), here(torch.rand(T, E)))
     replicate = Replicate(3, H, torch.float32)
     assert torch.equal(replicate.load(payload), payload.repeat(3, 1))
     (total,) = replicate.unload_grad(copies)

@@ -10,12 +10,13 @@ from fluid_npu.device.kernels import cpu_kernels
 from fluid_npu.ops import reference
 from fluid_npu.ops.reference import relative_error
 from fluid_npu.ops.swiglu import activation_probs, swiglu_probs
+from tests.support.device import agree, here, wide
 
 
 def operands(rows: int, width: int, dtype: torch.dtype):
     torch.manual_seed(rows)
-    h = torch.randn(rows, 2 * width).to(dtype).requires_grad_()
-    return h, torch.rand(rows).requires_grad_(), torch.randn(rows, width).to(dtype)
+    h = here(torch.randn(rows, 2 * width).to(dtype)).requires_grad_()
+    return h, here(torch.rand(rows)).requires_grad_(), here(torch.randn(rows, width).to(dtype))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 37])
@@ -25,9 +26,9 @@ def test_value_and_gradients_equal_float64(rows, block, monkeypatch):
     h, p, da = operands(rows, 16, torch.float32)
     a = swiglu_probs(h, p)
     a.backward(da)
-    h64, p64 = h.detach().double().requires_grad_(), p.detach().double().requires_grad_()
+    h64, p64 = wide(h).requires_grad_(), wide(p).requires_grad_()
     a64 = reference.swiglu_probs(h64, p64)
-    a64.backward(da.double())
+    a64.backward(wide(da))
     assert relative_error(a.detach(), a64.detach()) <= 1e-6
     assert relative_error(h.grad, h64.grad) <= 1e-6
     assert relative_error(p.grad, p64.grad) <= 1e-6
@@ -36,7 +37,7 @@ def test_value_and_gradients_equal_float64(rows, block, monkeypatch):
 def test_an_expanded_gradient_and_a_strided_input_are_accepted():
     h, p, _ = operands(9, 16, torch.float32)
     swiglu_probs(h.t().contiguous().t(), p).sum().backward()
-    h64, p64 = h.detach().double().requires_grad_(), p.detach().double().requires_grad_()
+    h64, p64 = wide(h).requires_grad_(), wide(p).requires_grad_()
     reference.swiglu_probs(h64, p64).sum().backward()
     assert relative_error(h.grad, h64.grad) <= 1e-6
     assert relative_error(p.grad, p64.grad) <= 1e-6
@@ -47,15 +48,15 @@ def test_forward_rounds_exactly_as_megatron(dtype):
     h, p, _ = operands(64, 32, dtype)
     h0, h1 = h.chunk(2, dim=-1)
     stock = (F.silu(h0) * h1 * p.unsqueeze(-1)).to(dtype)
-    assert torch.equal(swiglu_probs(h, p), stock)
+    assert agree(swiglu_probs(h, p), stock)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_gradients_are_not_worse_than_autograd(dtype):
     h, p, da = operands(64, 32, dtype)
     swiglu_probs(h, p).backward(da)
-    h64, p64 = h.detach().double().requires_grad_(), p.detach().double().requires_grad_()
-    reference.swiglu_probs(h64, p64).backward(da.double())
+    h64, p64 = wide(h).requires_grad_(), wide(p).requires_grad_()
+    reference.swiglu_probs(h64, p64).backward(wide(da))
     stock_h, stock_p = h.detach().clone().requires_grad_(), p.detach().clone().requires_grad_()
     h0, h1 = stock_h.chunk(2, dim=-1)
     (F.silu(h0) * h1 * stock_p.unsqueeze(-1)).to(dtype).backward(da)
@@ -69,7 +70,7 @@ def test_other_activations_gated_or_not():
     plain = activation_probs(h, p, F.gelu)
     gated = activation_probs(h, p, F.silu, gated=True)
     assert torch.equal(plain, F.gelu(h) * p.unsqueeze(-1))
-    assert relative_error(gated.detach(), reference.swiglu_probs(h, p).detach()) <= 1e-6
+    assert relative_error(gated.detach(), reference.swiglu_probs(wide(h), wide(p))) <= 1e-6
 
 
 def test_misfits_are_refused_by_name():

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from fluid_npu.device import get_device
 from fluid_npu.schedule.live import get_backward_scheduler, register
 from fluid_npu.schedule.scheduler import BackwardScheduler
 from fluid_npu.schedule.task import DWTask
+from tests.support.device import device, here
 
-CPU = get_device("cpu").value
 Ranks = Callable[..., list[Any]]
 
 
@@ -33,11 +32,11 @@ class _Queues(torch.autograd.Function):
 
 
 def _task(name: str, done: list[str], carry: bool = False) -> DWTask:
-    return DWTask(name=name, run=lambda: done.append(name), shape=(2, 3, 5), device=CPU, carry=carry)
+    return DWTask(name=name, run=lambda: done.append(name), shape=(2, 3, 5), device=device(), carry=carry)
 
 
 def _backward(submit: Callable[[], None]) -> None:
-    _Queues.apply(torch.ones(1, requires_grad=True), submit).sum().backward()
+    _Queues.apply(here(torch.ones(1, requires_grad=True)), submit).sum().backward()
 
 
 def test_overlap_off_runs_each_task_at_once() -> None:
@@ -76,7 +75,7 @@ def test_nothing_is_left_after_a_reentrant_backward() -> None:
     from torch.utils.checkpoint import checkpoint
 
     scheduler, done = BackwardScheduler(), []
-    x = torch.ones(1, requires_grad=True)
+    x = here(torch.ones(1, requires_grad=True))
     body = lambda t: _Queues.apply(t, lambda: scheduler.submit(_task("a", done)))
     checkpoint(body, x, use_reentrant=True).sum().backward()
     assert done == ["a"] and scheduler.pending == 0
@@ -89,7 +88,7 @@ def test_a_failing_task_leaves_no_work_for_the_next_backward() -> None:
         raise RuntimeError("no memory for dW")
 
     def submit() -> None:
-        scheduler.submit(DWTask(name="bad", run=fail, shape=(1, 1, 1), device=CPU))
+        scheduler.submit(DWTask(name="bad", run=fail, shape=(1, 1, 1), device=device()))
         scheduler.submit(_task("later", done))
 
     with pytest.raises(RuntimeError, match="no memory for dW"):
@@ -141,7 +140,8 @@ def two_models() -> dict[str, Any]:
 
     spec = get_fluid_moe_layer_spec(config)
     models = [
-        GPTModel(config, spec, vocab_size=64, max_sequence_length=16, position_embedding_type="rope") for _ in range(2)
+        here(GPTModel(config, spec, vocab_size=64, max_sequence_length=16, position_embedding_type="rope"))
+        for _ in range(2)
     ]
     schedulers = [get_backward_scheduler(model) for model in models]
     try:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tests.support.device import can_fuse, here
 from tests.support.moe import HIDDEN, Case, all_weights, fluid_layer, inputs, load, make_config, relative, stock_layer
 
 
@@ -19,11 +20,11 @@ def forward_backward(case: Case) -> dict[str, torch.Tensor]:
     load(layer, all_weights(case), case, parallel_state.get_expert_model_parallel_rank())
     for number, parameter in enumerate(layer.shared_experts.parameters() if layer.shared_experts is not None else ()):
         generator = torch.Generator().manual_seed(number)
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+        parameter.data = here(torch.randn(parameter.shape, generator=generator) * 0.2)
     for parameter in layer.parameters():
         parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
         parameter.grad_added_to_main_grad = False
-    x, g = inputs(case, dist.get_rank(), 0)
+    x, g = (here(value) for value in inputs(case, dist.get_rank(), 0))
     x.requires_grad_()
     out, _ = layer(x)
     (out * g).sum().backward()
@@ -48,7 +49,7 @@ def errors_by_kind(kinds: list[str], tp: int, shared: int | None = None) -> dict
             extra.update(tensor_model_parallel_size=tp, sequence_parallel=True)
         if shared is not None:
             extra["moe_shared_expert_intermediate_size"] = shared
-        case = Case(ep=2, config=extra)
+        case = Case(ep=2, config=extra, fuse=shared is None or can_fuse())
         stock = forward_backward(replace(case, impl="stock"))
         ours = forward_backward(case)
         assert stock.keys() == ours.keys()
@@ -74,7 +75,7 @@ def in_stock_layer(case: Case) -> dict[str, Any]:
     for dispatcher in (layer.token_dispatcher, make_dispatcher(case)):
         layer.token_dispatcher = dispatcher
         layer.zero_grad()
-        x = torch.randn(case.tokens, 1, HIDDEN, generator=torch.Generator().manual_seed(4), requires_grad=True)
+        x = here(torch.randn(case.tokens, 1, HIDDEN, generator=torch.Generator().manual_seed(4))).requires_grad_()
         out, _ = layer(x)
         out.square().sum().backward()
         results.append([out.detach(), x.grad, *(p.grad.clone() for p in layer.parameters())])

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from tests.support.device import can_fuse, here
+
 VOCAB, SEQUENCE, BATCH = 64, 16, 2
 
 #: A configuration without auxiliary losses, recompute or drops.
@@ -27,7 +29,6 @@ BASE: dict[str, Any] = dict(
     normalization="RMSNorm",
     hidden_dropout=0.0,
     attention_dropout=0.0,
-    gradient_accumulation_fusion=True,
     bias_activation_fusion=False,
     moe_router_dtype="fp32",
 )
@@ -70,6 +71,7 @@ def make_config(run: Run) -> Any:
         expert_tensor_parallel_size=etp,
         sequence_parallel=tp > 1,
         activation_func=F.silu,
+        gradient_accumulation_fusion=can_fuse(),
     )
     return TransformerConfig(**{**BASE, **sizes, **run.config})
 
@@ -94,7 +96,7 @@ def make_model(run: Run, config: Any) -> Any:
         overlap = "off" if run.impl == "off" else "dw"
         make = get_fluid_moe_block_spec if run.block else get_fluid_moe_layer_spec
         spec = make(config, overlap=overlap, **run.spec)
-    return GPTModel(
+    model = GPTModel(
         config,
         spec,
         vocab_size=VOCAB,
@@ -102,6 +104,7 @@ def make_model(run: Run, config: Any) -> Any:
         position_embedding_type="rope",
         share_embeddings_and_output_weights=False,
     )
+    return here(model)
 
 
 def fill(model: Any, run: Run) -> None:
@@ -148,12 +151,13 @@ def batch(rank: int, step: int, micro: int) -> dict[str, torch.Tensor]:
     """Random tokens of one micro-batch of a rank."""
     generator = torch.Generator().manual_seed(1000 * rank + 10 * step + micro)
     tokens = torch.randint(0, VOCAB, (BATCH, SEQUENCE + 1), generator=generator)
-    return {
+    made = {
         "input_ids": tokens[:, :-1],
         "labels": tokens[:, 1:],
         "position_ids": torch.arange(SEQUENCE).expand(BATCH, SEQUENCE),
         "attention_mask": torch.triu(torch.ones(1, 1, SEQUENCE, SEQUENCE), diagonal=1).bool(),
     }
+    return {name: here(value) for name, value in made.items()}
 
 
 def train(run: Run) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from tests.support.device import here, host
 from tests.support.gpt import BATCH, SEQUENCE, VOCAB, batch, make_config
 from tests.support.gpt import Run as GptRun
 
@@ -80,7 +81,7 @@ def checkpoint(run: Run) -> dict[str, torch.Tensor]:
 
     assert run.pp == 1
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, weights_by_name(make_chunks(replace(run, impl="stock"))[1]))
+    dist.all_gather_object(found, host(weights_by_name(make_chunks(replace(run, impl="stock"))[1])))
     weights = {name: value for mine in reversed(found) for name, value in mine.items()}
     for name, value in weights.items():
         if name.endswith("expert_bias"):
@@ -105,16 +106,18 @@ def make_chunks(run: Run) -> tuple[Any, list[Any]]:
     for stage in range(run.vpp):
         vp_stage = announce_stage(stage) if run.vpp > 1 else {}
         chunks.append(
-            GPTModel(
-                config,
-                make_spec(**vp_stage),
-                vocab_size=VOCAB,
-                max_sequence_length=SEQUENCE,
-                pre_process=rank == 0 and stage == 0,
-                post_process=rank == run.pp - 1 and stage == run.vpp - 1,
-                position_embedding_type="rope",
-                share_embeddings_and_output_weights=run.tied,
-                **vp_stage,
+            here(
+                GPTModel(
+                    config,
+                    make_spec(**vp_stage),
+                    vocab_size=VOCAB,
+                    max_sequence_length=SEQUENCE,
+                    pre_process=rank == 0 and stage == 0,
+                    post_process=rank == run.pp - 1 and stage == run.vpp - 1,
+                    position_embedding_type="rope",
+                    share_embeddings_and_output_weights=run.tied,
+                    **vp_stage,
+                )
             )
         )
     return config, chunks
@@ -251,7 +254,7 @@ def mean_loss(outputs: list[dict[str, torch.Tensor]]) -> float:
     """Mean over micro-batches and data ranks, on every rank."""
     import torch.distributed as dist
 
-    total = torch.tensor([sum(float(one["loss"]) for one in outputs), float(len(outputs))], dtype=torch.float64)
+    total = here(torch.tensor([sum(float(one["loss"]) for one in outputs), float(len(outputs))]))
     dist.all_reduce(total)
     return float(total[0] / total[1])
 

@@ -1,4 +1,4 @@
-"""Runs a function on several processes joined by gloo: ``run_ranks(2, function, *args, sizes={...})``.
+"""Runs a function on several processes joined by gloo, or HCCL with ``--device npu``: ``run_ranks(2, function, ...)``.
 
 Processes are forked from a server that has imported Megatron once, so a call costs a fraction of a second
 after the first one (about 6 s), and every call still gets fresh processes. ``function`` must be at module
@@ -27,6 +27,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from tests.support import device
+
 _ROOT = Path(__file__).resolve().parents[2]
 _PRELOAD = [
     "torch",
@@ -35,6 +37,7 @@ _PRELOAD = [
     "megatron.core.models.gpt.gpt_layer_specs",
     "megatron.core.distributed",
     "megatron.core.optimizer",
+    *device.PRELOAD,
 ]
 
 
@@ -67,20 +70,20 @@ def run_ranks(
     env: dict[str, str] | None = None,
     **kwargs: Any,
 ) -> list[Any]:
-    """Calls ``function(*args, **kwargs)`` on ``nproc`` fresh processes of one gloo group.
+    """Calls ``function(*args, **kwargs)`` on ``nproc`` fresh processes of one process group.
 
     Args:
-        nproc: number of processes; each sees RANK, LOCAL_RANK and WORLD_SIZE.
+        nproc: number of processes, each with RANK, LOCAL_RANK and WORLD_SIZE; on NPUs one of its own for each.
         function: a module-level function, or ``'module.path:function'``.
         sizes: arguments of ``parallel_state.initialize_model_parallel``, such as
-            ``{"expert_model_parallel_size": 2}``; with it (``{}`` too) ``adapt(['cpu'])`` and Megatron's
+            ``{"expert_model_parallel_size": 2}``; with it (``{}`` too) ``adapt`` for the device and Megatron's
             random states are set up first. None: torch.distributed only.
         seed: of Megatron's random states and of torch.
         timeout: seconds for everything; stuck ranks are killed and their stacks shown.
         env: extra environment of the children.
 
     Returns:
-        The results in rank order.
+        The results in rank order, their tensors on the CPU.
 
     Raises:
         RankError: with the traceback of the rank that failed first, then of the others.
@@ -170,12 +173,14 @@ def _child(job: _Job, rank: int, nproc: int, pipe: Connection, stack: str) -> No
         faulthandler.register(signal.SIGUSR1, file=out, all_threads=True)
         os.environ.update(job.env, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(nproc))
         try:
-            pipe.send_bytes(pickle.dumps((True, _run(job, rank, nproc))))
+            pipe.send_bytes(pickle.dumps((True, device.host(_run(job, rank, nproc)))))
         except BaseException:
             pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # gloo's threads must not delay the exit
+    for helper in mp.active_children():  # Megatron's checkpoint writer leaves a manager, which would stay
+        helper.terminate()
+    os._exit(0)  # threads of the process group must not delay the exit
 
 
 def _run(job: _Job, rank: int, nproc: int) -> Any:
@@ -184,8 +189,11 @@ def _run(job: _Job, rank: int, nproc: int) -> Any:
 
     torch.set_num_threads(1)
     torch.manual_seed(job.seed)
+    mine = device.device()
+    mine.set_current(rank)
     store = dist.FileStore(job.store, nproc)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=nproc, timeout=timedelta(seconds=job.timeout))
+    limit = timedelta(seconds=job.timeout)
+    dist.init_process_group(mine.backend, store=store, rank=rank, world_size=nproc, timeout=limit)
     if job.sizes is not None:
         _init_megatron(job.sizes, job.seed)
     args, kwargs = _load_payload(job)
@@ -198,9 +206,7 @@ def _run(job: _Job, rank: int, nproc: int) -> Any:
 
 
 def _init_megatron(sizes: dict[str, Any], seed: int) -> None:
-    import fluid_npu
-
-    fluid_npu.adapt(["cpu"])
+    device.adapt()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 

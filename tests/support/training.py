@@ -17,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from fluid_npu.train.config import TrainConfig, validate
+from tests.support.device import NAME
 
 VOCAB = 300
 CUT = {"vocab_size": VOCAB, "seq_length": 32, "micro_batch_size": 2}
@@ -43,7 +44,8 @@ def tiny(out: str | Path, **changes: Any) -> TrainConfig:
         "preset": "h64",
         "cut": CUT,
         "data": data_prefix(),
-        "device": "cpu",
+        "device": NAME,
+        "dtype": "fp32",
         "steps": 20,
         "lr": 5e-3,
         "warmup_steps": 3,

@@ -15,6 +15,8 @@ from fluid_npu.train import exit_codes
 from fluid_npu.train.config import ConfigError, TrainConfig, dense_stages, differing_flag, validate
 from fluid_npu.train.presets import PresetError
 
+pytestmark = pytest.mark.host
+
 REFUSED = [
     (["--overlap", "full"], r"--overlap full: .*not built yet"),
     (["--cp", "2"], r"--cp 2: .*not built yet; use --cp 1"),

@@ -28,6 +28,8 @@ from fluid_npu.train.data.dataset import BatchIterator, build_datasets
 from fluid_npu.train.data.errors import DataError
 from fluid_npu.train.data.tokenizer import Tokenizer, train_tokenizer
 
+pytestmark = pytest.mark.host
+
 VOCAB = 400
 SEQ = 32
 

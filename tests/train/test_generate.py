@@ -7,6 +7,8 @@ import torch
 
 from fluid_npu.train.generate import generate, sample
 
+pytestmark = pytest.mark.host
+
 
 class Letters:
     """Token i is the letter i; token 0 ends a document."""

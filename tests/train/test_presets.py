@@ -14,6 +14,8 @@ import pytest
 from fluid_npu.train.presets import FIGURES, PRESETS, PresetError, get_preset, table
 from fluid_npu.train.presets_cli import add_presets_parser
 
+pytestmark = pytest.mark.host
+
 # Published by the authors, in billions: total, active per token, what the active figure leaves out.
 # DeepSeek-V2's 2.4B is a rounded figure without the input embedding; GLM's 12B is without embedding and head.
 PUBLISHED = {

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import io
 
+import pytest
+
 from fluid_npu.train.progress_bar import Progress
 from fluid_npu.train.step import StepResult
+
+pytestmark = pytest.mark.host
 
 
 class Terminal(io.StringIO):
