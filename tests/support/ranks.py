@@ -173,13 +173,14 @@ def _child(job: _Job, rank: int, nproc: int, pipe: Connection, stack: str) -> No
         faulthandler.register(signal.SIGUSR1, file=out, all_threads=True)
         os.environ.update(job.env, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(nproc))
         try:
-            pipe.send_bytes(pickle.dumps((True, device.host(_run(job, rank, nproc)))))
+            answer = pickle.dumps((True, device.host(_run(job, rank, nproc))))
         except BaseException:
-            pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
+            answer = pickle.dumps((False, traceback.format_exc()))
+        for helper in mp.active_children():  # Megatron's checkpoint writer leaves a manager, which would stay
+            helper.terminate()
+        pipe.send_bytes(answer)  # the last thing: who started the ranks kills them when it has all answers
     sys.stdout.flush()
     sys.stderr.flush()
-    for helper in mp.active_children():  # Megatron's checkpoint writer leaves a manager, which would stay
-        helper.terminate()
     os._exit(0)  # threads of the process group must not delay the exit
 
 

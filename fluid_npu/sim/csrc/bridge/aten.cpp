@@ -5,6 +5,7 @@
 #include "alias.h"
 #include "engine.h"
 #include "kernels.h"
+#include "random.h"
 
 namespace fluidsim {
 namespace {
@@ -30,7 +31,7 @@ torch::jit::Stack on_the_cpu(
         } else if (argument.isDevice()) {
             inputs.push_back(c10::Device(at::kCPU));
         } else if (argument.isGenerator()) {
-            inputs.push_back(IValue());  // the CPU's own: an NPU's random numbers are not reproduced
+            inputs.push_back(IValue());  // the CPU's own, which NpuRandomness has seeded
         } else {
             inputs.push_back(map_tensors(argument, [&](const at::Tensor& x) { return aliases.cpu(x); }));
         }
@@ -81,6 +82,7 @@ void run_at_once(const c10::OperatorHandle& op, torch::jit::Stack* stack, const 
     Outputs outputs;
     auto computed = on_the_cpu(op.schema(), arguments, aliases, outputs);
     {
+        NpuRandomness random(op, arguments, device);
         at::AutoDispatchBelowADInplaceOrView no_autograd;
         op.callBoxed(&computed);
     }
