@@ -35,8 +35,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Passes the device on."""
+    """Passes the device on, and loads torch_npu: after a first backward without it autograd knows of no NPU."""
     os.environ["FLUID_TEST_DEVICE"] = config.getoption("--device")
+    if config.getoption("--device") == "npu":
+        from fluid_npu.device.npu import load_torch_npu
+
+        load_torch_npu()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

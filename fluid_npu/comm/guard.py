@@ -18,7 +18,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
-_COMMUNICATION_ERROR = re.compile("gloo|nccl|hccl|connection|timed out|timeout|socket|broken pipe|tcpstore", re.I)
+#: What an NPU's stream reports, at the next synchronisation, when a collective on it waited in vain: CANN's error codes
+#: FFTS_PLUS_TIMEOUT, SUSPECT_REMOTE_ERROR and COMM_OP_RETRY_FAIL (acl/error_codes/rt_error_codes.h).
+_NPU_PEER_LOST = "507048|507057|507904"
+_COMMUNICATION_ERROR = re.compile(
+    f"gloo|nccl|hccl|connection|timed out|timeout|socket|broken pipe|tcpstore|{_NPU_PEER_LOST}", re.I
+)
 
 
 class CollectiveError(RuntimeError):

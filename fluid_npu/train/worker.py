@@ -30,7 +30,7 @@ def main(path: str) -> int:
 
 def run_rank(config: object) -> int:
     """Trains as the rank that the environment describes. Every failure is one line; bugs show a traceback."""
-    from fluid_npu.comm.guard import CollectiveError, is_communication
+    from fluid_npu.comm.guard import CollectiveError, is_communication, one_line
     from fluid_npu.device import DeviceUnavailable
     from fluid_npu.train.checkpoint_files import CheckpointError
     from fluid_npu.train.config import ConfigError, TrainConfig
@@ -55,7 +55,7 @@ def run_rank(config: object) -> int:
         return _fail(f"--out: cannot be written ({error}); free some space or choose another", exit_codes.FAILED)
     except Exception as error:
         if is_communication(error):
-            return _fail(f"{type(error).__name__}: {error}", exit_codes.RANK_LOST)
+            return _fail(f"{type(error).__name__}: {one_line(str(error))}; {_blame()}", exit_codes.RANK_LOST)
         return _fail(_explain(error), exit_codes.FAILED)
 
 
@@ -70,6 +70,14 @@ def _train(config: object) -> None:
     place = join(config)  # type: ignore[arg-type]
     train(config, place)  # type: ignore[arg-type]
     leave(place)
+
+
+def _blame() -> str:
+    """Which ranks are silent. A device tells of a lost peer only at its next synchronisation, outside the collective."""
+    from fluid_npu.comm.guard import watch
+
+    me, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    return watch.blame([rank for rank in range(world) if rank != me])
 
 
 def _explain(error: Exception) -> str:

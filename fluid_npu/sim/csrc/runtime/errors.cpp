@@ -14,6 +14,7 @@
 namespace {
 
 constexpr aclError kKernelFailed = 507015;     // ACL_ERROR_RT_AICORE_EXCEPTION
+constexpr aclError kPeerLost = 507048;         // ACL_ERROR_RT_FFTS_PLUS_TIMEOUT: a collective waited in vain
 constexpr aclError kInvalidArgument = 161002;  // ACLNN_ERR_PARAM_INVALID
 constexpr int kStopped = 99;                   // exit status
 
@@ -33,7 +34,7 @@ aclError fluidsim::take_device_error() {
     if (device_message.empty()) return ACL_SUCCESS;
     recent_message = std::move(device_message);
     device_message.clear();
-    return kKernelFailed;
+    return recent_message.rfind("[fluid-sim] Hccl", 0) == 0 ? kPeerLost : kKernelFailed;
 }
 
 extern "C" {

@@ -1,0 +1,152 @@
+"""What the simulator makes go wrong on request, and that the survivors say so by name: peers that die, hang or answer
+late, memory that is exhausted, operators that are not simulated, memory that is read after it was freed."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.support.ranks import RankError, run_ranks
+from tests.support.training import store, tiny
+
+
+def exchange() -> list[float]:
+    """Six AllToAlls, each of what the one before brought; what the device reports is raised at the end."""
+    from fluid_npu.comm.guard import is_communication
+
+    x = torch.arange(4.0).npu() + 10 * dist.get_rank()
+    try:
+        for _ in range(6):
+            y = torch.empty_like(x)
+            dist.all_to_all_single(y, x, async_op=True).wait()
+            x = y + 1
+        torch.npu.synchronize()
+    except RuntimeError as error:
+        assert is_communication(error), error
+        raise
+    return x.tolist()
+
+
+def failure(function: Callable[..., Any], *args: Any, **env: str) -> str:
+    """What the ranks of a run that fails say."""
+    with pytest.raises(RankError) as caught:
+        run_ranks(2, function, *args, env=env, timeout=60)
+    return str(caught.value)
+
+
+def test_a_peer_that_dies_is_named() -> None:
+    text = failure(exchange, FLUID_SIM_FAULT="die:1:3")
+    assert "rank 1: died without an answer, exit code -9" in text
+    assert re.search(r"error code is 507048(.|\n)*\[fluid-sim\] HcclAlltoAll on .*: rank 1 is gone", text), text
+
+
+def test_a_peer_that_hangs_is_named() -> None:
+    text = failure(exchange, FLUID_SIM_FAULT="hang:1:3", FLUID_SIM_HCCL_TIMEOUT="2")
+    assert re.search(r"HcclAlltoAll on .*: rank 1 did not answer in 2 s \(FLUID_SIM_HCCL_TIMEOUT\)", text), text
+
+
+def test_a_peer_that_is_late_is_waited_for_until_the_time_out() -> None:
+    right = run_ranks(2, exchange)
+    assert run_ranks(2, exchange, env={"FLUID_SIM_FAULT": "late:1:3"}) == right
+    text = failure(exchange, FLUID_SIM_FAULT="late:1:3", FLUID_SIM_HCCL_TIMEOUT="1")
+    assert "rank 1 did not answer in 1 s" in text
+
+
+def train_to_its_exit_code(config_text: str, folder: str) -> None:
+    """The trainer's rank, whose exit code becomes this process's and whose errors go to a file."""
+    from fluid_npu.train import parallel
+    from fluid_npu.train.config import TrainConfig
+    from fluid_npu.train.worker import run_rank
+
+    board = store()
+    parallel._own_store = lambda config: board
+    sys.stderr = open(f"{folder}/{dist.get_rank()}.txt", "w")  # noqa: SIM115
+    code = run_rank(TrainConfig.from_json(config_text))
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@pytest.mark.parametrize("fault", ["die:1:60", "hang:1:60"])
+def test_the_trainer_ends_with_its_code_for_a_lost_rank(fault: str, tmp_path: Path) -> None:
+    config = tiny(tmp_path / "run", steps=8, timeout=20.0)
+    Path(config.out).mkdir()
+    text = failure(
+        train_to_its_exit_code, config.to_json(), str(tmp_path), FLUID_SIM_FAULT=fault, FLUID_SIM_HCCL_TIMEOUT="2"
+    )
+    assert "rank 0: died without an answer, exit code 4" in text, text
+    said = (tmp_path / "0.txt").read_text()
+    assert "fluid-npu train: rank 0: " in said and "rank 1" in said and "Traceback" not in said
+    assert "507048" in said or "Hccl" in said, said
+
+
+def stopped(folder: str, call: str) -> None:
+    """Runs a statement whose end is the process's; what it prints goes to a file."""
+    out = os.open(f"{folder}/stderr", os.O_CREAT | os.O_WRONLY)
+    os.dup2(out, 2)
+    import torch_npu
+
+    exec(call, {"torch": torch, "torch_npu": torch_npu, "x": torch.ones(2, 8).half().npu()})
+    torch.npu.synchronize()
+
+
+def test_an_operator_that_is_not_simulated_ends_the_process_by_name(tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="exit code 99"):
+        run_ranks(1, stopped, str(tmp_path), "torch_npu.npu_fast_gelu(x)")
+    assert re.search(r"\[fluid-sim\] rank 0: .*FastGelu.* is not simulated", (tmp_path / "stderr").read_text())
+
+
+@pytest.mark.parametrize("fault", ["explode:1:3", "die:1", "die"])
+def test_a_fault_that_cannot_be_is_refused_by_name(fault: str) -> None:
+    assert "exit code 99" in failure(exchange, FLUID_SIM_FAULT=fault)
+
+
+def too_much() -> str:
+    """Allocates more than there is, and goes on."""
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        torch.empty(80 << 20, dtype=torch.uint8, device="npu")
+    assert float(torch.ones(1 << 20).npu().sum()) == 1 << 20
+    return str(caught.value)
+
+
+def test_memory_that_is_exhausted_raises_torch_s_own_error() -> None:
+    (text,) = run_ranks(1, too_much, env={"FLUID_SIM_HBM_MB": "64"})
+    assert "NPU out of memory" in text and "64.00 MiB total capacity" in text
+
+
+def read_after_free() -> tuple[bool, bool, bool]:
+    """Whether a view that outlives its memory was right before, is NaN after the free, and new memory is NaN too."""
+    x = torch.ones(64).npu()
+    torch.npu.synchronize()
+    memory = torch._C._construct_storage_from_data_pointer(x.data_ptr(), x.device, 256)
+    typed = torch.storage.TypedStorage(wrap_storage=memory, dtype=torch.float32, _internal=True)
+    stale = torch.empty(0, device="npu").set_(typed)
+    before = bool((stale == 1).all())
+    del x
+    after = bool(stale[32:].isnan().all())
+    return before, after, bool(torch.empty(64, device="npu").isnan().all())
+
+
+def test_poison_makes_a_read_after_free_and_before_a_write_nan() -> None:
+    """Without the cache: torch_npu's allocator then gives every block back, after it has drained the device."""
+    uncached = {"PYTORCH_NO_NPU_MEMORY_CACHING": "1"}
+    assert run_ranks(1, read_after_free, env={"FLUID_SIM_POISON": "1", **uncached}) == [(True, True, True)]
+
+
+def chip() -> tuple[str, float]:
+    """The chip's name, and the sum of a grouped product on it."""
+    from fluid_npu.ops.grouped_matmul import npu_gmm
+
+    y = npu_gmm(torch.ones(3, 4).npu(), torch.ones(2, 4, 5).npu(), group_list=[1, 3])
+    return torch.npu.get_device_name(0), float(y.sum())
+
+
+def test_another_chip_is_seen_and_computes() -> None:
+    assert run_ranks(1, chip, env={"FLUID_SIM_SOC": "Ascend910_9392"}) == [("Ascend910_9392", 60.0)]
