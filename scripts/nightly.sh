@@ -103,6 +103,15 @@ sys.exit(late > 1.02 * early + 8)
 PY
 }
 
+# The nightly tests of a folder; their figures (lines that begin with a number) go into the record.
+nightly_tests() {
+    local code=0
+    "$python" -m pytest -q -W ignore -m nightly -rP "tests/$1" >"$work/all" 2>&1 || code=$?
+    grep -E '^[0-9]+ (ranks|tests|operators)' "$work/all"
+    tail -n 3 "$work/all"
+    return "$code"
+}
+
 with_torch() {
     local version="$1" folder=".venv-torch-$1" interpreter
     for interpreter in python3.11 python3.10; do
@@ -136,7 +145,7 @@ for version in 3.10 3.12; do
     fi
 done
 for folder in "${folders[@]}"; do
-    TAIL=3 part "$folder" "nightly tests of tests/$folder" "$python" -m pytest -q -W ignore -m nightly "tests/$folder"
+    TAIL=60 part "$folder" "nightly tests of tests/$folder" nightly_tests "$folder"
 done
 TAIL=1 part memory "memory over $steps steps" memory_run
 if [[ -n "$other_torch" ]]; then

@@ -73,7 +73,7 @@ def _train(config: object) -> None:
 
 
 def _blame() -> str:
-    """Which ranks are silent. A device tells of a lost peer only at its next synchronisation, outside the collective."""
+    """Which ranks are silent: an NPU tells of a lost peer at its next synchronisation, outside the collective."""
     from fluid_npu.comm.guard import watch
 
     me, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -71,6 +71,11 @@ def test_arithmetic_is_not_communication() -> None:
     assert is_communication(RuntimeError("Timed out waiting 3000ms for recv operation to complete"))
 
 
+def test_an_npu_that_waited_for_a_peer_in_vain_is_told_from_one_whose_kernel_failed() -> None:
+    assert is_communication(RuntimeError("ACL stream synchronize failed, error code:507048"))
+    assert not is_communication(RuntimeError("ACL stream synchronize failed, error code:507015"))
+
+
 def wait_for_a_dead_rank() -> str:
     board = ProgressBoard(store(), dist.get_rank(), 3, interval_s=0.2).start()
     dist.barrier()

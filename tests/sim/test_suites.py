@@ -7,6 +7,7 @@ CI takes a part of them; ``scripts/nightly.sh`` takes all. Both fail when fewer 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -67,7 +68,8 @@ def run_on_the_simulator(folder: Path, paths: Sequence[str], *more: str) -> list
     env = {**os.environ, "OMP_NUM_THREADS": "1", "FLUID_FORBID_SKIPS": "1"}
     done = subprocess.run([*simulator, *words, *more, *paths], capture_output=True, text=True, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stdout[:6000] + "\n...\n" + done.stdout[-3000:] + done.stderr[-3000:]
-    print(done.stdout.splitlines()[-1])
+    lines = done.stdout.splitlines()
+    print(*(line for line in lines if re.match(r"\d+ ranks", line)), lines[-1], sep="\n")
     counts = read_log(folder / "log")
     print(
         f"{sum(counts.values())} operators, {len(counts)} kinds; collectives:",
