@@ -44,9 +44,11 @@ def _run(job: Job) -> dict[str, Any]:
 
     hush_known_warnings()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    place = join(job.config)
     module, _, name = job.task.partition(":")
-    result: dict[str, Any] = getattr(import_module(module), name)(job.config, job.options, place)
+    # Before join: once torch.cuda means the NPU, torch.compile cannot decorate the functions of Megatron's modules.
+    task = getattr(import_module(module), name)
+    place = join(job.config)
+    result: dict[str, Any] = task(job.config, job.options, place)
     leave(place)
     return result
 
