@@ -10,10 +10,11 @@ import dataclasses
 import importlib
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -57,8 +58,7 @@ class LayerVariant(Variant):
     """A variant whose model has one layer; gradients and weights by stock names, TE's experts too."""
 
     def __init__(self, kind: Kind, config: TrainConfig, place: Place, weights: dict[str, Tensor] | None) -> None:
-        with _grouped_gemm() if kind is LEGACY else _nothing():
-            super().__init__(kind, config, place, optimizer="none", reduce=False, build=_builder(kind))
+        super().__init__(kind, config, place, optimizer="none", reduce=False, build=_builder(kind))
         if kind.impl == "fluid":
             fuse_weight_gradients(self)
         self.layer: Any = unwrap(self.model).decoder.layers[0]  # type: ignore[union-attr, index]
@@ -82,7 +82,18 @@ def _with_legacy_experts(config: TrainConfig, model_config: Any, overlap: str) -
     from megatron.core.transformer.moe.experts import GroupedMLP
     from megatron.core.transformer.spec_utils import ModuleSpec
 
-    experts = ModuleSpec(module=GroupedMLP)
+    class LegacyExperts(GroupedMLP):
+        """The stock class; where the package grouped_gemm is missing, its call is made of torch's own matmuls."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            with _grouped_gemm():
+                super().__init__(*args, **kwargs)
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            with _grouped_gemm():
+                return super().forward(*args, **kwargs)
+
+    experts = ModuleSpec(module=LegacyExperts)
     return _gpt(config, dataclasses.replace(model_config, moe_grouped_gemm=True), experts)
 
 
@@ -148,19 +159,16 @@ def _load(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def _nothing() -> Any:
-    yield
-
-
-@contextmanager
-def _grouped_gemm() -> Any:
-    """The package grouped_gemm for Megatron's GroupedMLP, or the same call made of torch's own matmuls."""
+def _grouped_gemm() -> Iterator[None]:
+    """For the while, Megatron's GroupedMLP finds the package grouped_gemm or the same call made of torch's matmuls."""
     from megatron.core.transformer.moe import grouped_gemm_util
 
-    if grouped_gemm_util.grouped_gemm is None:
-        grouped_gemm_util.grouped_gemm = SimpleNamespace(ops=SimpleNamespace(gmm=_gmm))
-        grouped_gemm_util.ops = grouped_gemm_util.grouped_gemm.ops
-    yield
+    if grouped_gemm_util.grouped_gemm is not None:
+        yield
+        return
+    package = SimpleNamespace(ops=SimpleNamespace(gmm=_gmm))
+    with mock.patch.multiple(grouped_gemm_util, grouped_gemm=package, ops=package.ops):
+        yield
 
 
 class _GroupedMatmul(torch.autograd.Function):

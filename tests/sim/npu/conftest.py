@@ -38,13 +38,13 @@ class OperatorLog:
     """The log that the simulator's ``--log`` writes; ``with log() as ran:`` gives what ran inside, at its end."""
 
     def now(self) -> Counter[tuple[str, str]]:
-        """How often each (kind, name) has run until now."""
+        """How often each (kind, name) has run until now; nothing on hardware and without ``--log``."""
         import torch
 
         from fluid_npu.sim.operator_log import read_log
 
         torch.npu.synchronize()
-        return read_log(os.environ["FLUID_SIM_LOG"])
+        return read_log(os.environ["FLUID_SIM_LOG"]) if "FLUID_SIM_LOG" in os.environ else Counter()
 
     @contextmanager
     def __call__(self) -> Iterator[Counter[tuple[str, str]]]:
