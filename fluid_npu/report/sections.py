@@ -47,7 +47,7 @@ def section_of(source: Source, *, draw: bool) -> Section:
     for title, spans in spans_of(source).items():
         if spans:
             section.traces[f"{title}.trace.json"] = chrome_trace(spans, f"{source.name} {title}")
-            for name, trace in rank_traces(spans, f"{source.name} {title}").items() if source.kind != "run" else ():
+            for name, trace in rank_traces(spans, f"{source.name} {title}").items() if title != "run" else ():
                 section.traces[f"{title}/{name}"] = trace
     return section
 
@@ -134,6 +134,10 @@ def _run(source: Source, draw: bool) -> Section:
         section.tables.append(_metrics_table(rows))
     if draw and (plot := loss_plot([source])):
         section.plots.append(plot)
+    steps = {title: spans for title, spans in spans_of(source).items() if title != "run" and spans}
+    if draw and steps:
+        text = "timeline of traced steps: each AllToAll until its wait, and what ran beside it"
+        section.plots.append(Plot(name="timeline", text=text, png=plots.timeline(steps)))
     return section
 
 

@@ -1,7 +1,7 @@
 """Finds results below the given paths and reads them. What is not read is named with the reason, never left out.
 
 bench    one JSON object of ``fluid-npu bench``
-run      a folder of ``fluid-npu train``: metrics.jsonl and summary.json
+run      a folder of ``fluid-npu train``: metrics.jsonl, summary.json and, with --trace, lanes.json
 order    a folder of order records: rankN.jsonl, one entry a line, host times in seconds
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from fluid_npu.report.bench_tables import KNOWN
 
-METRICS, SUMMARY = "metrics.jsonl", "summary.json"
+METRICS, SUMMARY, LANES = "metrics.jsonl", "summary.json", "lanes.json"
 _RANK_FILE = re.compile(r"rank(\d+)\.jsonl")
 _INNER_FOLDERS = ("checkpoints", "tensorboard")  # of a run: its state and its curves once more
 _RUN_FILES = ("config.json", "loss.png")
@@ -93,18 +93,19 @@ def _read_folder(found: Found, folder: Path, files: list[Path], base: Path) -> N
 def _take_run(found: Found, folder: Path, left: dict[str, Path], base: Path) -> None:
     if METRICS not in left and SUMMARY not in left:
         return
-    data: dict[str, Any] = {"rows": [], "summary": None}
+    data: dict[str, Any] = {"rows": [], "summary": None, "lanes": []}
     if METRICS in left:
         path = left.pop(METRICS)
         data["rows"], bad = _lines(path)
         if bad:
             found.unread.append(Unread(str(path), f"line(s) {_numbers(bad)} are no metrics; the others are shown"))
-    if SUMMARY in left:
-        path = left.pop(SUMMARY)
-        try:
-            data["summary"] = _object(path)
-        except Unreadable as error:
-            found.unread.append(Unread(str(path), str(error)))
+    for name, key in ((SUMMARY, "summary"), (LANES, "lanes")):
+        if name in left:
+            path = left.pop(name)
+            try:
+                data[key] = _object(path)["lanes"] if key == "lanes" else _object(path)
+            except (Unreadable, KeyError) as error:
+                found.unread.append(Unread(str(path), f"no key {error}" if type(error) is KeyError else str(error)))
     for name in _RUN_FILES:
         if name in left:
             reason = "the run's flags" if name == "config.json" else "drawn again from metrics.jsonl"

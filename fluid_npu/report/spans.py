@@ -28,15 +28,22 @@ def spans_of(source: Source) -> dict[str, list[Span]]:
     """Title to spans; empty where a result has no times. A missing key raises KeyError."""
     if source.kind == "bench":
         return _of_bench(source.data.get("lanes", []))
-    return {"run": _of_run(source.data["rows"])} if source.kind == "run" else {"order": _of_order(source.data)}
+    if source.kind == "run":
+        steps = _by_title((f"step{one['step']}-{one['kind']}", one) for one in source.data["lanes"])
+        return {"run": _of_run(source.data["rows"]), **steps}
+    return {"order": _of_order(source.data)}
 
 
 def _of_bench(lanes: Iterable[dict[str, Any]]) -> dict[str, list[Span]]:
     """One step for each workload and kind."""
+    return _by_title((f"{one['workload']}-{one['kind']}", one) for one in lanes)
+
+
+def _by_title(lanes: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, list[Span]]:
     found: dict[str, list[Span]] = defaultdict(list)
     names = ("rank", "lane", "name", "start_ms", "end_ms")
-    for one in lanes:
-        found[f"{one['workload']}-{one['kind']}"].append(Span(**{name: one[name] for name in names}))
+    for title, one in lanes:
+        found[title].append(Span(**{name: one[name] for name in names}))
     return dict(found)
 
 

@@ -7,7 +7,7 @@ of medians resamples twins and overlapped steps each by themselves.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from statistics import median
 
@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from fluid_npu.device import Device
 from fluid_npu.schedule.definitions import Coverage, Exchange, coverage, hidden_fraction, median_coverage
-from fluid_npu.schedule.lanes import Lanes
+from fluid_npu.schedule.lanes import Lanes, Span
 from fluid_npu.schedule.scheduler import BackwardScheduler
 
 _RESAMPLES = 1000
@@ -37,16 +37,25 @@ class TwinClock:
         self._schedulers, self._device, self._modules = list(schedulers), device, list(modules)
         self._lanes: list[Lanes] = []
 
-    @contextmanager
-    def twin(self) -> Iterator[None]:
+    def twin(self) -> AbstractContextManager[None]:
         """Runs the body as the serialised twin, with clocks."""
+        return self.clocked(serialised=True)
+
+    @contextmanager
+    def clocked(self, *, serialised: bool) -> Iterator[None]:
+        """Runs the body with clocks, as the twin or as it is."""
         self._lanes = []
         with ExitStack() as stack:
             for number, scheduler in enumerate(self._schedulers):
-                stack.enter_context(scheduler.serialise())
+                if serialised:
+                    stack.enter_context(scheduler.serialise())
                 modules = self._modules if number == 0 else ()
                 self._lanes.append(stack.enter_context(Lanes(scheduler, self._device, modules)))
             yield
+
+    def spans(self) -> list[Span]:
+        """Of the last body, this rank's lanes in ms from its beginning. Waits for the device."""
+        return [span for lanes in self._lanes for span in lanes.spans()]
 
     def coverage(self) -> Coverage:
         """Of the last twin, mean over the ranks of this rank's groups. Collective over each of those groups."""

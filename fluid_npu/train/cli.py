@@ -91,6 +91,7 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag_of(name), type=kind, default=value, metavar="X", help=shown)
     group.add_argument("--distributed-optimizer", action="store_true", help="shard optimizer states over ranks")
     group.add_argument("--carry-over", action="store_true", help="FC2's dW may wait for the combine of the layer below")
+    group.add_argument("--trace", action="store_true", help="record the AllToAlls of the last steps in lanes.json")
     impl = _DEFAULTS.impl
     group.add_argument("--impl", default=impl, metavar="NAME", help=f"MoE layers: {' or '.join(IMPLS)} ({impl})")
 

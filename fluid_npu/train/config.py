@@ -23,7 +23,7 @@ NOT_BUILT = {"full": "the pipelined schedule behind --overlap full"}
 #: Fields that may differ between a checkpoint and the run that resumes it; all others must be equal.
 RESUME_MAY_DIFFER = frozenset(
     ("device", "data", "steps", "overlap", "timeout", "out", "resume", "checkpoint_every", "twin_every")
-    + ("plant_delay_ms", "carry_over")
+    + ("plant_delay_ms", "carry_over", "trace")
 )
 
 
@@ -69,6 +69,7 @@ class TrainConfig:
     twin_every: int = 10
     plant_delay_ms: float = 0.0
     carry_over: bool = False
+    trace: bool = False
     impl: str = "fluid"
 
     def model(self) -> Preset:

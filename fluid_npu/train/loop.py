@@ -27,6 +27,7 @@ from fluid_npu.train.pipeline import forward_logits
 from fluid_npu.train.progress_bar import Progress
 from fluid_npu.train.step import TrainStep, wrap_ddp
 from fluid_npu.train.summary import step_figures, versions, write_summary
+from fluid_npu.train.trace import StepTrace
 
 PROMPT = "def "
 _WARM_UP = 3  # steps that are left out of the overlap's medians
@@ -78,9 +79,12 @@ def _train_steps(run: Run, batches: BatchIterator, start: int) -> None:
     config, place = run.config, run.place
     progress = Progress(config.steps, start, enabled=place.first)
     metrics = MetricsWriter(config.out, start) if place.first else None
+    trace = StepTrace(config, run.overlap.value, start)
     try:
         for step in range(start + 1, config.steps + 1):
-            result = run.step(batches, twin=is_twin(step, run.overlap.value, config.twin_every))
+            result = run.step(batches, twin=is_twin(step, run.overlap.value, config.twin_every), traced=step in trace)
+            if result.spans is not None:
+                trace.add(step, place.rank, result.spans)
             tokens_per_s = run.tokens_per_step / result.step_ms * 1e3
             if step > start + _WARM_UP:
                 run.stats.add(result.step_ms, result.coverage)
@@ -89,6 +93,7 @@ def _train_steps(run: Run, batches: BatchIterator, start: int) -> None:
             progress.show(step, result, tokens_per_s)
             if step % config.checkpoint_every == 0 or step == config.steps:
                 checkpoint.save(config, place, run.state, step)
+        trace.write(config.out, place)
     finally:
         progress.close()
         if metrics is not None:

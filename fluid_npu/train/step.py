@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from fluid_npu.mcore.lines.arguments import taken
 from fluid_npu.schedule.definitions import Coverage
 from fluid_npu.schedule.hidden import TwinClock
+from fluid_npu.schedule.lanes import Span
 from fluid_npu.train.config import TrainConfig
 from fluid_npu.train.model import shared_experts
 from fluid_npu.train.parallel import Place
@@ -50,6 +51,8 @@ class StepResult:
     counters: dict[str, float]
     coverage: Coverage | None = None
     """Of a twin, mean over ranks."""
+    spans: list[Span] | None = None
+    """Of a step that was traced, this rank's lanes."""
 
     @property
     def a2a_ms(self) -> float | None:
@@ -100,8 +103,8 @@ class TrainStep:
         model_config.finalize_model_grads_func = self._finalize
         model_config.grad_scale_func = optimizer.scale_loss
 
-    def __call__(self, batches: Iterator[dict[str, torch.Tensor]], *, twin: bool) -> StepResult:
-        """Runs one step. Raises TrainingDiverged and CollectiveError."""
+    def __call__(self, batches: Iterator[dict[str, torch.Tensor]], *, twin: bool, traced: bool = False) -> StepResult:
+        """Runs one step, with clocks if it is traced. Raises TrainingDiverged and CollectiveError."""
         start = time.perf_counter()
         if self.backward_scheduler is not None:
             self.backward_scheduler.reset_stats()
@@ -109,7 +112,7 @@ class TrainStep:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        with self._serialised(twin), self.place.phase("forward and backward", watched=False):
+        with self._clocked(twin, traced), self.place.phase("forward and backward", watched=False):
             losses = self._forward_backward(batches)
         with self.place.phase("optimizer step"):
             updated, grad_norm, _ = self.optimizer.step()
@@ -131,10 +134,12 @@ class TrainStep:
             skipped=not updated,
             counters=counters,
             coverage=self._coverage() if twin and self.backward_scheduler is not None else None,
+            spans=self._clock.spans() if traced else None,
         )
 
-    def _serialised(self, twin: bool) -> contextlib.AbstractContextManager[Any]:
-        return self._clock.twin() if twin and self.backward_scheduler is not None else contextlib.nullcontext()
+    def _clocked(self, twin: bool, traced: bool) -> contextlib.AbstractContextManager[Any]:
+        clocked = self.backward_scheduler is not None and (twin or traced)
+        return self._clock.clocked(serialised=twin) if clocked else contextlib.nullcontext()
 
     def _coverage(self) -> Coverage:
         """What of the twin's AllToAlls could be covered, mean over all ranks. Collective; not in the step's time."""

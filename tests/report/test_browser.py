@@ -92,7 +92,7 @@ def test_every_table_and_plot_is_shown(written: Written, measured: dict[str, Any
         measured["tables"]
     )
     assert len(measured["tables"]) == 9  # seven of the benches, the run's, and the files that are not shown
-    assert len(measured["plots"]) == len(written.plots) == 7
+    assert len(measured["plots"]) == len(written.plots) == 8
     assert all(own > 300 and shown > 300 for _, own, shown in measured["plots"])
 
 

@@ -23,7 +23,7 @@ def test_it_says_what_it_wrote_and_what_it_left_out(tmp_path: Path, capsys: pyte
     results.write_run(tmp_path / "in" / "first", steps=3)
     code, out, err = run(capsys, tmp_path / "in", "--out", tmp_path / "out")
     assert code == 0
-    assert "1. train: first" in out and "1 plot(s), 1 trace(s)" in out
+    assert "1. train: first" in out and "2 plot(s), 7 trace(s)" in out
     assert "not shown:" in err and "config.json: the run's flags" in err
 
 
@@ -32,7 +32,7 @@ def test_json_is_one_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     code, out, _ = run(capsys, tmp_path / "in", "--out", tmp_path / "out", "--json")
     written = json.loads(out)
     assert code == 0 and Path(written["page"]).exists()
-    assert len(written["traces"]) == 1 and len(written["unread"]) == 2
+    assert len(written["traces"]) == 7 and len(written["unread"]) == 2
 
 
 def test_markdown_has_the_same_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,8 @@ def test_every_record_with_times_gives_a_trace(traces: dict[str, Any]) -> None:
         "benches-overlap-W0-twin.trace.json",
         "order-order.trace.json",
         "run-run.trace.json",
+        "run-step29-overlapped.trace.json",
+        "run-step30-twin.trace.json",
     ]
 
 

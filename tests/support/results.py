@@ -201,6 +201,13 @@ def write_run(folder: Path, steps: int = 30) -> None:
         for step in range(1, steps + 1)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    spans = [
+        {"step": step, "kind": kind, "rank": rank, "lane": lane, "name": "dispatch", "start_ms": 1.0, "end_ms": 2.0}
+        for step, kind in ((29, "overlapped"), (30, "twin"))
+        for rank in range(2)
+        for lane in LANES
+    ]
+    (folder / "lanes.json").write_text(json.dumps({"schema": 1, "lanes": spans}), encoding="utf-8")
     summary = {"loss_first": 7.95, "loss_last": 6.5, "steps": steps, "step_ms_median": 50.0, "out": "runs/first"}
     (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
 

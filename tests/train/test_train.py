@@ -97,7 +97,7 @@ def test_variants_learn(tmp_path: Path, changes: dict[str, Any]) -> None:
 def test_planted_delay_is_hidden_by_overlap_and_twins_change_nothing(tmp_path: Path) -> None:
     runs = {}
     for name, changes in {"off": {}, "dw": {}, "carried": {"overlap": "dw", "carry_over": True}}.items():
-        settings = {"overlap": name, "plant_delay_ms": 4.0, **changes}
+        settings = {"overlap": name, "plant_delay_ms": 4.0, "trace": name == "dw", **changes}
         config = tiny(tmp_path / name, steps=21, twin_every=3, **settings)
         runs[name] = run_ranks(2, train_here, config.to_json())[0]
     plain, overlapped, carried = runs["off"], runs["dw"], runs["carried"]
@@ -111,6 +111,23 @@ def test_planted_delay_is_hidden_by_overlap_and_twins_change_nothing(tmp_path: P
     rows = [json.loads(line) for line in (tmp_path / "dw" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["twin"]] == [3, 6, 9, 12, 15, 18, 21]
     assert all((row["a2a_ms"] is not None) == row["twin"] for row in rows)
+    check_trace(tmp_path / "dw")
+    assert not (tmp_path / "off" / "lanes.json").exists()
+
+
+def check_trace(out: Path) -> None:
+    """The last two steps, on both ranks; in the overlapped one some dW begins before an AllToAll that it fills ends."""
+    lanes = json.loads((out / "lanes.json").read_text())["lanes"]
+    assert {(one["step"], one["kind"], one["rank"]) for one in lanes} == {
+        (step, kind, rank) for step, kind in ((20, "overlapped"), (21, "twin")) for rank in (0, 1)
+    }
+    for kind in ("overlapped", "twin"):
+        mine = [one for one in lanes if one["kind"] == kind and one["rank"] == 0]
+        flights = [one for one in mine if one["lane"] == "communication"]
+        pieces = [one for one in mine if one["lane"] == "compute"]
+        assert len(flights) == 2 * 4 and pieces  # layers, exchanges of each
+        beside = [one for one in pieces if any(f["start_ms"] < one["start_ms"] < f["end_ms"] for f in flights)]
+        assert bool(beside) == (kind == "overlapped")
 
 
 def test_memory_stays_flat(trained: Any) -> None:
