@@ -9,7 +9,10 @@ from fluid_npu.bench.options import add_common_flags, add_file_flags, add_model_
 from fluid_npu.bench.workload_names import DESCRIPTIONS
 from fluid_npu.train.presets import PresetError, get_preset
 
-IMPLS = ("baseline", "stock-sequential", "stock-grouped", "stock-te", "ours-plain", "ours-overlapped")
+IMPLS = (
+    *("baseline", "stock-sequential", "stock-grouped", "stock-te", "stock-te-overlapped", "stock-1f1b"),
+    *("ours-plain", "ours-overlapped"),
+)
 _ROUNDS, _LONGEST = 20, 4096
 
 

@@ -12,11 +12,13 @@ import importlib.util
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from fluid_npu.bench.rig import OVERLAPPED, PLAIN, STOCK, Kind, Variant, fuse_weight_gradients
@@ -28,12 +30,18 @@ from fluid_npu.train.parallel import Place
 
 LEGACY = Kind(name="stock GroupedMLP", impl="stock")
 TE = Kind(name="stock TEGroupedMLP", impl="stock")
+TE_OVERLAPPED = Kind(name="stock TEGroupedMLP, dW beside dispatch", impl="stock")
+MERGED = Kind(name="stock 1F1B merge", impl="stock")
+#: The newest Megatron's own overlap within a layer: experts' dW on a second stream beside the dispatch's backward.
+OWN_OVERLAP = "overlap_dispatch_backward_with_experts_wgrad"
 #: Stock forms that need other packages; where they fail they are left out with the reason.
-EXTRAS = (LEGACY, TE)
+EXTRAS = (LEGACY, TE, TE_OVERLAPPED, MERGED)
 KINDS = {
     "stock-sequential": STOCK,
     "stock-grouped": LEGACY,
     "stock-te": TE,
+    "stock-te-overlapped": TE_OVERLAPPED,
+    "stock-1f1b": MERGED,
     "ours-plain": PLAIN,
     "ours-overlapped": OVERLAPPED,
 }
@@ -42,7 +50,11 @@ _TE_EXPERT = re.compile(r"^(.*experts)\.(linear_fc[12])\.weight(\d+)$")
 
 def unavailable(kind: Kind, config: TrainConfig) -> str | None:
     """Why a kind cannot run here, or None."""
-    if kind is TE:
+    if kind is MERGED:
+        return "Megatron merges two micro-batches over the layers of a whole model (overlap_moe_expert_parallel_comm)"
+    if kind is TE_OVERLAPPED and OWN_OVERLAP not in {item.name for item in dataclasses.fields(TransformerConfig)}:
+        return f"this megatron-core has no {OWN_OVERLAP} (0.19 has)"
+    if kind in (TE, TE_OVERLAPPED):
         if importlib.util.find_spec("transformer_engine") is None:
             return "transformer_engine is not installed"
         return None if config.device != "cpu" else "Transformer Engine runs on CUDA alone"
@@ -73,9 +85,11 @@ class LayerVariant(Variant):
 
 
 def _builder(kind: Kind) -> Callable[[TrainConfig, Any, str], torch.nn.Module]:
-    return {"stock GroupedMLP": _with_legacy_experts, "stock TEGroupedMLP": _with_te_experts}.get(
-        kind.name, build_model
-    )
+    if kind is LEGACY:
+        return _with_legacy_experts
+    if kind in (TE, TE_OVERLAPPED):
+        return partial(_with_te_experts, own_overlap=kind is TE_OVERLAPPED)
+    return build_model
 
 
 def _with_legacy_experts(config: TrainConfig, model_config: Any, overlap: str) -> torch.nn.Module:
@@ -97,7 +111,7 @@ def _with_legacy_experts(config: TrainConfig, model_config: Any, overlap: str) -
     return _gpt(config, dataclasses.replace(model_config, moe_grouped_gemm=True), experts)
 
 
-def _with_te_experts(config: TrainConfig, model_config: Any, overlap: str) -> torch.nn.Module:
+def _with_te_experts(config: TrainConfig, model_config: Any, overlap: str, *, own_overlap: bool) -> torch.nn.Module:
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.transformer.moe.experts import TEGroupedMLP
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -111,7 +125,7 @@ def _with_te_experts(config: TrainConfig, model_config: Any, overlap: str) -> to
 
     moe = get_moe_module_spec(use_te=True, num_experts=config.model().experts, moe_grouped_gemm=True)
     experts = ModuleSpec(module=FusedExperts, submodules=moe.submodules.experts.submodules)
-    changes = {"moe_grouped_gemm": True, "moe_permute_fusion": True}
+    changes = {"moe_grouped_gemm": True, "moe_permute_fusion": True, **({OWN_OVERLAP: True} if own_overlap else {})}
     return _gpt(config, dataclasses.replace(model_config, **changes), experts)
 
 

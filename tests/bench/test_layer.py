@@ -60,6 +60,8 @@ def test_all_implementations_compute_the_same_layer(run_ranks: Callable[..., lis
         assert all(entry["error"] <= 1e-5 for entry in one["agreement"].values()) or name == "bf16", (name, one)
     assert "stock GroupedMLP" in found["bf16"]["ran"]
     assert "bf16" in found["grouped queries"]["left_out"]["stock GroupedMLP"]
+    assert "0.19" in found["bf16"]["left_out"]["stock TEGroupedMLP, dW beside dispatch"]
+    assert "two micro-batches" in found["bf16"]["left_out"]["stock 1F1B merge"]
     assert list(found["latent attention"]["left_out"])[0] == "baseline"
 
 
