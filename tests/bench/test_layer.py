@@ -16,7 +16,7 @@ from fluid_npu.train.config import TrainConfig, validate
 
 CUT = {"layers": 1, "first_dense_layers": 0, "vocab_size": 128, "seq_length": 16, "micro_batch_size": 2}
 SMALL = {**CUT, "hidden": 32, "ffn": 24, "moe_ffn": 24, "heads": 4, "experts": 8, "topk": 2}
-NAP_MS = 60.0
+NAP_MS = 100.0
 _PLACE: list[Any] = []  # of this process; joined once
 
 
@@ -96,7 +96,7 @@ def test_parts_and_floor_show_where_the_time_is(run_ranks: Callable[..., list[An
             row = rows[impl, name]
             assert row["parts"]["a2a"] >= count * NAP_MS, (impl, name)
             assert row["parts"]["experts"] >= NAP_MS
-            assert row["floor_ms"] <= row["median_ms"] - 0.9 * count * NAP_MS
+            assert row["floor_ms"] <= row["median_ms"] - 0.5 * count * NAP_MS
             assert sum(ms for ms in row["parts"].values() if ms is not None) == pytest.approx(row["parts_ms"])
             # Against the very steps that were parted; other steps of a busy machine differ by more than 5 %.
             assert row["parts_ms"] == pytest.approx(row["parted_ms"], rel=0.05)
