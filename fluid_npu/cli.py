@@ -57,5 +57,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.func(args)
     except KeyboardInterrupt:
         print("fluid-npu: interrupted", file=sys.stderr)
-        return exit_codes.INTERRUPTED
+        return exit_codes.interrupted()
     return code

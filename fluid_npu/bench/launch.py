@@ -75,7 +75,7 @@ def _run_in(network: Network, job: Job, arguments: list[str]) -> int:
         return code
     except KeyboardInterrupt:
         print(f"{job.command}: interrupted; stopping the ranks", file=sys.stderr, flush=True)
-        return exit_codes.INTERRUPTED
+        return exit_codes.interrupted()
     finally:
         ranks.stop()
 

@@ -16,3 +16,11 @@ HELP = """exit codes:
   3    data missing, corrupt or not buildable
   4    a rank died, hung or could not be reached
   130  interrupted (Ctrl-C)"""
+
+
+def interrupted() -> int:
+    """INTERRUPTED, for who has handled a KeyboardInterrupt."""
+    # If it came while a module ran exec() on a text (dataclasses and namedtuples do, at import), CPython keeps a flag,
+    # and under -m kills itself by SIGINT at the end, although the exception was handled. The next exec() clears it.
+    exec("")
+    return INTERRUPTED

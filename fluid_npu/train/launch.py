@@ -87,7 +87,7 @@ def launch(config: TrainConfig, *, quiet_stdout: bool = False) -> int:
         return code
     except KeyboardInterrupt:
         print("fluid-npu train: interrupted; stopping the ranks", file=sys.stderr, flush=True)
-        return exit_codes.INTERRUPTED
+        return exit_codes.interrupted()
     finally:
         ranks.stop()
         _remove_unfinished(config)

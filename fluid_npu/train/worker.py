@@ -50,7 +50,7 @@ def run_rank(config: object) -> int:
     except CheckpointError as error:
         return _fail(str(error), exit_codes.FAILED, everywhere=False)
     except KeyboardInterrupt:
-        return exit_codes.INTERRUPTED
+        return exit_codes.interrupted()
     except OSError as error:
         return _fail(f"--out: cannot be written ({error}); free some space or choose another", exit_codes.FAILED)
     except Exception as error:

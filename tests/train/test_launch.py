@@ -63,3 +63,18 @@ def test_it_runs_under_torchrun(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout)["steps"] == 3
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 3
+
+
+def test_an_interrupt_within_exec_that_was_handled_does_not_kill_the_process(tmp_path: Path) -> None:
+    """As when Ctrl-C comes while torch is imported."""
+    code = """
+import os, signal, sys
+from fluid_npu.train.exit_codes import interrupted
+try:
+    exec("import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(5)")
+except KeyboardInterrupt:
+    sys.exit(interrupted())
+"""
+    (tmp_path / "stopped.py").write_text(code)
+    done = subprocess.run([sys.executable, "-m", "stopped"], cwd=tmp_path, timeout=60)
+    assert done.returncode == 130
