@@ -105,7 +105,6 @@ part doctor "${fluid[@]}" doctor
 if ((quick)); then
     part operators "${tests[@]}" tests/sim/npu/test_operators.py -k "adds_into_fp32 or reads_counts or swiglu"
     part contracts "${tests[@]}" tests/sim/npu/test_contracts.py -k "gmm and (totals or counts)"
-    part layer "${tests[@]}" --device npu "$layer" -k "two_micro_batches or in_flight"
     part parity "${fluid[@]}" parity --device npu --preset h64 --layers 1 --steps 2 --nproc "$nproc"
     part train "${fluid[@]}" train --device npu --preset h64 --layers 1 --vocab-size 4096 --steps 20 --nproc "$nproc" \
         --overlap dw --twin-every 2 --out "$out/run"

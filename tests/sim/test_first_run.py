@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ["machine", "doctor", "operators", "contracts", "layer", "parity", "train"]
+PARTS = ["machine", "doctor", "operators", "contracts", "parity", "train"]
 
 
 def first_run(*words: str, simulated: bool = True) -> subprocess.CompletedProcess[str]:
