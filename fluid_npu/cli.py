@@ -18,6 +18,7 @@ _COMMANDS = (
     ("fluid_npu.train.presets_cli", "add_presets_parser"),
     ("fluid_npu.bench.cli", "add_parity_parser"),
     ("fluid_npu.bench.cli", "add_bench_parser"),
+    ("fluid_npu.bench.tune_cli", "add_tune_parser"),
     ("fluid_npu.doctor.cli", "add_doctor_parser"),
     ("fluid_npu.megatron_lm.cli", "add_megatron_lm_parser"),
     ("fluid_npu.cluster.cli", "add_cluster_parser"),

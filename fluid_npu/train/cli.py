@@ -15,6 +15,7 @@ from fluid_npu.train import exit_codes
 from fluid_npu.train.config import DTYPES, IMPLS, OVERLAPS, ConfigError, TrainConfig, validate
 from fluid_npu.train.launch import launch, write_config
 from fluid_npu.train.presets import CUT_FIELDS, PRESETS, PresetError, flag_of
+from fluid_npu.train.profile import Profile
 
 _MEGATRON_LINE = "0.16"
 _DEFAULT_RUNS = Path("runs")
@@ -92,6 +93,7 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--distributed-optimizer", action="store_true", help="shard optimizer states over ranks")
     group.add_argument("--carry-over", action="store_true", help="FC2's dW may wait for the combine of the layer below")
     group.add_argument("--trace", action="store_true", help="record the AllToAlls of the last steps in lanes.json")
+    group.add_argument("--profile", metavar="FILE", help="overlap as 'fluid-npu tune' found best here")
     impl = _DEFAULTS.impl
     group.add_argument("--impl", default=impl, metavar="NAME", help=f"MoE layers: {' or '.join(IMPLS)} ({impl})")
 
@@ -126,6 +128,8 @@ def run_train(args: argparse.Namespace) -> int:
     try:
         config = config_of(args)
         check_megatron(installed_version("megatron-core"))
+        if config.profile is not None:
+            Profile.read(config.profile)
         if under_torchrun():
             return _run_as_rank(config, as_json=args.json)
         config = dataclasses.replace(config, out=str(choose_out(config)))

@@ -23,7 +23,7 @@ NOT_BUILT = {"full": "the pipelined schedule behind --overlap full"}
 #: Fields that may differ between a checkpoint and the run that resumes it; all others must be equal.
 RESUME_MAY_DIFFER = frozenset(
     ("device", "data", "steps", "overlap", "timeout", "out", "resume", "checkpoint_every", "twin_every")
-    + ("plant_delay_ms", "carry_over", "trace")
+    + ("plant_delay_ms", "carry_over", "trace", "profile")
 )
 
 
@@ -70,6 +70,7 @@ class TrainConfig:
     plant_delay_ms: float = 0.0
     carry_over: bool = False
     trace: bool = False
+    profile: str | None = None
     impl: str = "fluid"
 
     def model(self) -> Preset:
@@ -162,6 +163,11 @@ def _check_choices(c: TrainConfig) -> None:
         raise ConfigError("--carry-over: with --overlap off no AllToAll is in flight; use --overlap dw or auto")
     if c.carry_over and c.impl == "stock":
         raise ConfigError("--carry-over: stock Megatron (--impl stock) has none; leave it out or use --impl fluid")
+    for given, text in ((c.overlap != "auto", f"--overlap {c.overlap}"), (c.carry_over, "--carry-over")):
+        if c.profile is not None and given:
+            raise ConfigError(f"--profile {c.profile}: it decides what {text} asks for; drop one of the two")
+    if c.profile is not None and c.impl == "stock":
+        raise ConfigError(f"--profile {c.profile}: stock Megatron (--impl stock) has nothing to choose; drop one")
     if c.cp > 1:
         raise ConfigError(f"--cp {c.cp}: context parallelism is not built yet; use --cp 1")
     if c.impl == "stock" and c.plant_delay_ms:

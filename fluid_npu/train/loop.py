@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from fluid_npu.train.generate import generate
 from fluid_npu.train.metrics import MetricsWriter, read_metrics
 from fluid_npu.train.model import build_chunks, build_model_config, moe_layers
 from fluid_npu.train.optimizer import adam_in_use, build_optimizer, build_scheduler
-from fluid_npu.train.overlap import as_dict, choose_overlap
+from fluid_npu.train.overlap import as_dict, settle
 from fluid_npu.train.parallel import Place
 from fluid_npu.train.pipeline import forward_logits
 from fluid_npu.train.progress_bar import Progress
@@ -37,11 +38,13 @@ class Run:
     """Everything of one rank, built from the configuration. Building is collective."""
 
     def __init__(self, config: TrainConfig, place: Place) -> None:
-        self.config = config
         self.place = place
         self.preset = config.model()
         self.dtype = config.dtype or _default_dtype(place)
-        self.overlap: Choice[str] = choose_overlap(config, place).announce("overlap")
+        self.overlap: Choice[str]
+        self.config, self.overlap = settle(replace(config, dtype=self.dtype), place)
+        config = self.config
+        self.overlap.announce("overlap")
         self.optimizer_kind = adam_in_use().announce("Adam")
         self.model_config = build_model_config(config, self.dtype)
         self.chunks = build_chunks(config, self.model_config, self.overlap.value)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
 
 from fluid_npu.device import Choice
-from fluid_npu.train.config import TrainConfig
+from fluid_npu.train.config import ConfigError, TrainConfig
 from fluid_npu.train.parallel import Place
+from fluid_npu.train.profile import Profile, key_of
 
 
 def choose_overlap(config: TrainConfig, place: Place) -> Choice[str]:
@@ -20,8 +22,7 @@ def choose_overlap(config: TrainConfig, place: Place) -> Choice[str]:
         return Choice(config.overlap, "as asked")
     if config.ep == 1:
         return Choice("off", "with --ep 1 there is no AllToAll")
-    hosts: list[str | None] = [None] * place.world
-    dist.all_gather_object(hosts, platform.node())
+    hosts = _host_names(place)
     if place.device.name != "cpu":
         return Choice("dw", f"the {place.device.name} computes dW while the AllToAll flies")
     if config.plant_delay_ms > 0:
@@ -29,6 +30,46 @@ def choose_overlap(config: TrainConfig, place: Place) -> Choice[str]:
     if len(set(hosts)) > 1:
         return Choice("dw", f"the ranks are on {len(set(hosts))} machines, a network lies between them")
     return Choice("off", "on one machine's loopback the copy itself is CPU work, so nothing can hide")
+
+
+def settle(config: TrainConfig, place: Place) -> tuple[TrainConfig, Choice[str]]:
+    """The configuration with the settings of its profile, and ``choose_overlap``'s answer or the profile's.
+
+    Collective. Raises ConfigError on every rank alike for a profile that cannot be read.
+    """
+    profile = _shared_profile(config, place)
+    if profile is None:
+        return config, choose_overlap(config, place)
+    differs = profile.differs(key_of(config, place, hosts=len(set(_host_names(place)))))
+    if differs is not None:
+        value, reason = choose_overlap(config, place)
+        return config, Choice(value, f"{reason}; --profile {config.profile} is not used: {differs}")
+    settings = profile.settings
+    reason = f"--profile {config.profile}: {profile.reason}"
+    return replace(config, carry_over=settings["carry_over"]), Choice(settings["overlap"], reason)
+
+
+def _shared_profile(config: TrainConfig, place: Place) -> Profile | None:
+    """The first rank's reading for all, so that no rank decides alone; None without the flag."""
+    if config.profile is None:
+        return None
+    found: list[Any] = [None]
+    if place.first:
+        try:
+            found = [Profile.read(config.profile)]
+        except ConfigError as error:
+            found = [str(error)]
+    dist.broadcast_object_list(found, src=0, device=place.device.torch_device(place.local_rank))
+    if isinstance(found[0], str):
+        raise ConfigError(found[0])
+    profile: Profile = found[0]
+    return profile
+
+
+def _host_names(place: Place) -> list[str]:
+    names: list[Any] = [None] * place.world
+    dist.all_gather_object(names, platform.node())
+    return names
 
 
 def as_dict(choice: Choice[str]) -> dict[str, Any]:

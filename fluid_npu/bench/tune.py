@@ -1,0 +1,131 @@
+"""``fluid-npu tune`` on its ranks: forward and backward of a small model under every setting, checked, then timed.
+
+A setting whose gradients differ from stock Megatron's, or which is not bitwise equal to its serialised twin, is never
+timed and never chosen. Plain is the reference: another setting wins only if its paired 95 % interval is faster.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from fluid_npu.bench.agreement import TOLERANCE, Disagreement, check_agreement
+from fluid_npu.bench.machine import describe_machine
+from fluid_npu.bench.memory import peak_memory_mb
+from fluid_npu.bench.plant import plant_error
+from fluid_npu.bench.result import envelope
+from fluid_npu.bench.rig import STOCK, Kind, MockData, Variant, build_variants, fuse_weight_gradients
+from fluid_npu.bench.rounds import run_rounds
+from fluid_npu.bench.stats import Times, paired_ratio, percentiles, quiet_halves
+from fluid_npu.train.config import TrainConfig
+from fluid_npu.train.parallel import Place
+from fluid_npu.train.profile import Profile, key_of
+
+_WARM_UP = 2
+_BATCHES = 4
+
+#: Name and settings; the first is the reference.
+CANDIDATES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("plain", {"overlap": "off", "carry_over": False}),
+    ("dW beside the dispatch's backward", {"overlap": "dw", "carry_over": False}),
+    ("dW beside dispatch and combine", {"overlap": "dw", "carry_over": True}),
+)
+
+
+def measure(config: TrainConfig, options: dict[str, Any], place: Place) -> dict[str, Any]:
+    """The result on this rank. ``options``: rounds, command, link, plant_error (into the last candidate)."""
+    machine = describe_machine(place)
+    config = dataclasses.replace(config, device=place.device.name)
+    data = MockData(config, place)
+    batches = [data.batch(number) for number in range(_BATCHES)]
+    stock = build_variants((STOCK,), config, place, optimizer="none", reduce=False)[0]
+    rows: list[dict[str, Any]] = []
+    timed: list[Variant] = []
+    for name, settings in CANDIDATES:
+        variant = _variant(name, settings, config, place, stock)
+        if options.get("plant_error") and name == CANDIDATES[-1][0]:
+            plant_error(variant, options["plant_error"])
+        row, fits = _checked(variant, settings, stock, batches[0])
+        rows.append(row)
+        if fits:
+            timed.append(variant)
+    times = run_rounds([_step(variant, batches) for variant in timed], options["rounds"], _WARM_UP, place)
+    for number, variant in enumerate(timed):
+        row = next(row for row in rows if row["setting"] == variant.name)
+        row.update(_figures(times, number), peak_memory_mb=_peak(variant, batches[0], place))
+    settings, reason = choose(rows)
+    hosts: list[Any] = [None] * place.world
+    dist.all_gather_object(hosts, platform.node())
+    key = key_of(config, place, hosts=len(set(hosts)), link=options.get("link"))
+    profile = Profile(key=key, settings=settings, reason=reason)
+    result = envelope("tune", config, options, place, machine, rows, preset=config.model().name, cut=dict(config.cut))
+    return {**result, "profile": profile.as_dict()}
+
+
+def choose(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], str]:
+    """Settings and reason from the rows of ``measure``: the fastest of those that are told from plain, else plain."""
+    plain = rows[0]
+    if plain["refused"]:
+        raise Disagreement(f"plain: {plain['refused']}; without it there is nothing to choose from")
+    if not all(row["judged"] for row in rows if not row["refused"]):
+        return plain["settings"], "too noisy to judge: the medians of two halves of the rounds differ by 10 % or more"
+    faster = [row for row in rows[1:] if not row["refused"] and row["ratio_plain_over_this_low"] > 1.0]
+    if faster:
+        best = min(faster, key=lambda row: row["median_ms"])
+        return best["settings"], f"{best['setting']}: {_against_plain(best)}"
+    others = "; ".join(f"{row['setting']}: {row['refused'] or _against_plain(row)}" for row in rows[1:])
+    return plain["settings"], f"plain is best; {others}"
+
+
+def _against_plain(row: dict[str, Any]) -> str:
+    ratio, low, high = (row[f"ratio_plain_over_this{end}"] for end in ("", "_low", "_high"))
+    return f"{row['median_ms']:.2f} ms, {ratio:.3f} times plain's speed (95 %: {low:.3f} to {high:.3f})"
+
+
+def _variant(name: str, settings: dict[str, Any], config: TrainConfig, place: Place, stock: Variant) -> Variant:
+    kind = Kind(name=name, impl="fluid", overlap=settings["overlap"])
+    own = dataclasses.replace(config, **settings)
+    variant = Variant(kind, own, place, optimizer="none", weights=stock.model, reduce=False)
+    fuse_weight_gradients(variant)
+    return variant
+
+
+def _checked(variant: Variant, settings: dict[str, Any], stock: Variant, batch: Any) -> tuple[dict[str, Any], bool]:
+    """A row without times, and whether it may be timed; equal on all ranks."""
+    row = {"setting": variant.name, "settings": settings, "error": None, "refused": None, "judged": True}
+    twins = [] if settings["overlap"] == "off" else [variant.as_twin()]
+    try:
+        worst = check_agreement([stock, variant, *twins], batch, TOLERANCE[variant.config.dtype or "fp32"])
+    except Disagreement as error:
+        return {**row, "refused": str(error)}, False
+    return {**row, "error": worst[variant.name].error}, True
+
+
+def _step(variant: Variant, batches: Sequence[Any]) -> Any:
+    return lambda number: variant.forward_backward(batches[number % len(batches)])
+
+
+def _peak(variant: Variant, batch: Any, place: Place) -> float:
+    """MiB of a step on the rank that needs most. Collective."""
+    peak = peak_memory_mb(place.device, lambda: variant.forward_backward(batch))
+    most = torch.tensor([peak], device=place.device.torch_device(place.local_rank))
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return float(most)
+
+
+def _figures(times: Times, number: int) -> dict[str, Any]:
+    mine = np.ascontiguousarray(times[:, number])
+    ratio = paired_ratio(np.ascontiguousarray(times[:, 0]), mine)
+    return {
+        **percentiles(mine),
+        "ratio_plain_over_this": ratio.value,
+        "ratio_plain_over_this_low": ratio.low,
+        "ratio_plain_over_this_high": ratio.high,
+        "judged": quiet_halves(mine),
+    }

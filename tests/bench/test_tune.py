@@ -1,0 +1,85 @@
+"""``fluid-npu tune`` checks before it times, and chooses only what is told from plain."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fluid_npu.bench.agreement import Disagreement
+from fluid_npu.bench.tune import CANDIDATES, choose, measure
+from fluid_npu.cli import main
+from fluid_npu.train.config import TrainConfig
+from fluid_npu.train.profile import Profile, key_of
+from tests.support.training import CUT, store
+
+_PLACE: list[Any] = []  # of this process; joined once
+PLAIN, DISPATCH, BOTH = (settings for _, settings in CANDIDATES)
+
+
+def row(number: int, ms: float, low: float, *, judged: bool = True, refused: str | None = None) -> dict[str, Any]:
+    name, settings = CANDIDATES[number]
+    ratio = {"ratio_plain_over_this": low + 0.1, "ratio_plain_over_this_low": low, "ratio_plain_over_this_high": 2.0}
+    return {"setting": name, "settings": settings, "median_ms": ms, "judged": judged, "refused": refused, **ratio}
+
+
+def test_the_fastest_of_those_that_are_told_from_plain_wins() -> None:
+    settings, reason = choose([row(0, 10.0, 1.0), row(1, 8.0, 1.1), row(2, 7.0, 1.2)])
+    assert settings == BOTH and "7.00 ms, 1.300 times plain's speed" in reason
+    assert choose([row(0, 10.0, 1.0), row(1, 8.0, 1.1), row(2, 7.0, 0.9)])[0] == DISPATCH
+
+
+def test_plain_wins_where_nothing_is_told_from_it() -> None:
+    settings, reason = choose([row(0, 10.0, 1.0), row(1, 9.0, 0.99), row(2, 9.5, 0.9)])
+    assert settings == PLAIN and "plain is best; dW beside the dispatch's backward: 9.00 ms" in reason
+    settings, reason = choose([row(0, 10.0, 1.0), row(1, 5.0, 1.5, judged=False), row(2, 9.5, 0.9)])
+    assert settings == PLAIN and reason.startswith("too noisy to judge")
+
+
+def test_what_was_refused_is_never_chosen() -> None:
+    settings, reason = choose([row(0, 10.0, 1.0), row(1, 9.0, 0.9), row(2, 1.0, 9.0, refused="differs in fc1")])
+    assert settings == PLAIN and "differs in fc1" in reason
+    with pytest.raises(Disagreement, match="plain: wrong"):
+        choose([row(0, 10.0, 1.0, refused="wrong"), row(1, 9.0, 1.1), row(2, 9.0, 1.1)])
+
+
+def tuned(plant: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The result on this rank, and the key of the place."""
+    from fluid_npu.train.parallel import join
+
+    config = TrainConfig(preset="h64", cut=CUT, overlap="dw", device="cpu")
+    if not _PLACE:
+        _PLACE.append(join(config, store()))
+    place = _PLACE[0]
+    options = {"rounds": 2, "command": "fluid-npu tune", "link": None, "plant_error": plant}
+    return measure(config, options, place), key_of(config, place, hosts=1)
+
+
+def test_every_setting_is_checked_and_a_wrong_one_is_not_timed(run_ranks: Callable[..., list[Any]]) -> None:
+    (right, key), (other, _) = run_ranks(2, tuned, 0.0)
+    assert right["profile"] == other["profile"] and right["profile"]["key"] == key
+    assert [one["setting"] for one in right["rows"]] == [name for name, _ in CANDIDATES]
+    assert all(one["error"] <= 1e-5 and one["median_ms"] > 0 and one["peak_memory_mb"] > 0 for one in right["rows"])
+    wrong = run_ranks(2, tuned, 0.01)[0][0]
+    assert "allowed 1e-05; a wrong result is not timed" in wrong["rows"][-1]["refused"]
+    assert "median_ms" not in wrong["rows"][-1] and "median_ms" in wrong["rows"][0]
+    assert wrong["profile"]["settings"] != BOTH
+
+
+def test_the_command_writes_a_profile_that_train_reads(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "profile.json"
+    sizes = [word for name, value in CUT.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    assert main(["tune", "--preset", "h64", *sizes, "--rounds", "2", "--device", "cpu", "--out", str(path)]) == 0
+    out = capfd.readouterr().out
+    assert "Chosen: overlap " in out and f"fluid-npu train --profile {path}" in out
+    profile = Profile.read(path)
+    assert profile.settings in (PLAIN, DISPATCH, BOTH) and profile.key["ranks"] == 2
+    assert json.loads(path.read_text())["measured"]["rows"][0]["setting"] == "plain"
+
+
+def test_a_folder_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "--out", "nowhere/profile.json"]) == 2
+    assert "--out nowhere/profile.json: the folder nowhere does not exist" in capsys.readouterr().err
