@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def no_wait_before_the_side_stream(npu: Any, good: bool) -> float:
     """One stream multiplies, another one adds to the product."""
     side, current = npu.Stream(), npu.current_stream()
-    x = torch.ones(64, 64).npu()
+    x = torch.ones(64, 64, device=torch.device(npu.__name__.rpartition(".")[2], 0))
     y = x @ x
     if good:
         side.wait_stream(current)
@@ -30,7 +30,7 @@ def no_wait_before_the_side_stream(npu: Any, good: bool) -> float:
 def overwritten_under_the_side_stream(npu: Any, good: bool) -> float:
     """The side stream copies what the current one overwrites."""
     side, current = npu.Stream(), npu.current_stream()
-    x = torch.ones(64, 64).npu()
+    x = torch.ones(64, 64, device=torch.device(npu.__name__.rpartition(".")[2], 0))
     side.wait_stream(current)
     with npu.stream(side):
         y = x.clone()
