@@ -1,4 +1,4 @@
-"""Kernels of an NVIDIA GPU: torch's grouped matmul, and dW of bf16 or fp16 added to fp32 inside the matmul."""
+"""Kernels of an NVIDIA GPU: Triton where it passed its check, cuBLAS and torch elsewhere; grouped matmuls by class."""
 
 from __future__ import annotations
 
@@ -7,47 +7,86 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fluid_npu.device.choice import Choice
-from fluid_npu.device.kernels.torch_kernels import TorchKernels, _groups
+from fluid_npu.device.kernels.base import RowLayout
+from fluid_npu.device.kernels.gemm_chooser import GemmChooser
+from fluid_npu.device.kernels.gemm_forms import GemmCall, add_product_
+from fluid_npu.device.kernels.row_kernels import RowKernels, gather, gathered_sum
+from fluid_npu.device.kernels.torch_kernels import TorchKernels
+from fluid_npu.device.kernels.triton_support import load
 
-_HALVES = (torch.bfloat16, torch.float16)
-_LOOP_FLOOR = 4e9  # multiply-adds a group
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class CudaKernels(TorchKernels):
-    """``TorchKernels`` with cuBLAS accumulating half-precision products straight into fp32 buffers."""
+    """``TorchKernels`` with fused launches, and with grouped matmuls in the form that is fastest for their class."""
 
-    def __init__(self) -> None:
-        self._fuses_add = fuses_dw_add()
+    def __init__(self, chooser: GemmChooser | None = None, rows: RowKernels | None = None) -> None:
+        self.chooser = chooser if chooser is not None else GemmChooser()
+        self._rows = rows if rows is not None else RowKernels(TorchKernels())
+
+    def grouped_mm(self, x_RK: Tensor, w_LKN: Tensor, counts_L: Sequence[int], trans_w: bool = False) -> Tensor:
+        call = GemmCall(op="mm_t" if trans_w else "mm", a=x_RK, b=w_LKN, counts=counts_L)
+        if not _has_work(call):
+            return super().grouped_mm(x_RK, w_LKN, counts_L, trans_w)
+        product = self.chooser.compute(call)
+        assert product is not None
+        return product
+
+    def grouped_dw(self, x_RK: Tensor, dy_RN: Tensor, counts_L: Sequence[int]) -> Tensor:
+        call = GemmCall(op="dw", a=x_RK, b=dy_RN, counts=counts_L)
+        if not _has_work(call):
+            return super().grouped_dw(x_RK, dy_RN, counts_L)
+        dw = self.chooser.compute(call)
+        assert dw is not None
+        return dw
 
     def grouped_dw_add_(self, main_grad_LKN: Tensor, x_RK: Tensor, dy_RN: Tensor, counts_L: Sequence[int]) -> None:
-        fusible = self._fusible(main_grad_LKN, x_RK, dy_RN)
-        if not fusible or not groups_fill_the_gpu(x_RK, dy_RN, len(counts_L)):
+        call = GemmCall(op="dw_add", a=x_RK, b=dy_RN, counts=counts_L, out=main_grad_LKN)
+        if not _has_work(call):
             return super().grouped_dw_add_(main_grad_LKN, x_RK, dy_RN, counts_L)
-        for grad, x, dy in _groups(main_grad_LKN, x_RK, dy_RN, counts_L):
-            torch.addmm(grad, x.t(), dy, out_dtype=torch.float32, out=grad)
+        self.chooser.compute(call)
+        return None
 
     def dense_dw_add_(self, main_grad_NK: Tensor, x_RK: Tensor, dy_RN: Tensor) -> None:
-        if not self._fusible(main_grad_NK, x_RK, dy_RN):
+        if x_RK.dtype != dy_RN.dtype or x_RK.shape[0] == 0:
             return super().dense_dw_add_(main_grad_NK, x_RK, dy_RN)
-        torch.addmm(main_grad_NK, dy_RN.t(), x_RK, out_dtype=torch.float32, out=main_grad_NK)
+        return add_product_(main_grad_NK, dy_RN.t(), x_RK)
 
-    def _fusible(self, main_grad: Tensor, x: Tensor, dy: Tensor) -> bool:
-        halves = x.dtype in _HALVES and dy.dtype == x.dtype
-        return self._fuses_add.value and halves and main_grad.dtype == torch.float32 and x.shape[0] > 0
+    def permute(self, x_TH: Tensor, layout: RowLayout) -> Tensor:
+        return gather(x_TH, layout) if self._rows.takes("permute", x_TH) else super().permute(x_TH, layout)
+
+    def unpermute(self, x_NH: Tensor, layout: RowLayout) -> Tensor:
+        return gathered_sum(x_NH, layout) if self._rows.takes("unpermute", x_NH) else super().unpermute(x_NH, layout)
+
+    def swiglu_probs(self, h_R2F: Tensor, p_R: Tensor) -> Tensor:
+        if not self._rows.takes("swiglu", h_R2F):
+            return super().swiglu_probs(h_R2F, p_R)
+        a_RF: Tensor = load("triton_swiglu").swiglu_probs(h_R2F, p_R)
+        return a_RF
+
+    def swiglu_probs_grad(self, da_RF: Tensor, h_R2F: Tensor, p_R: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._rows.takes("swiglu gradient", h_R2F, da_RF):
+            return super().swiglu_probs_grad(da_RF, h_R2F, p_R)
+        grads: tuple[Tensor, Tensor] = load("triton_swiglu").swiglu_probs_grad(da_RF, h_R2F, p_R)
+        return grads
+
+    def rms_norm(self, x: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        if not self._normalises(x, gamma):
+            return super().rms_norm(x, gamma, eps)
+        normed: tuple[Tensor, Tensor] = load("triton_rms_norm").rms_norm(x, gamma, eps)
+        return normed
+
+    def rms_norm_grad(self, dy: Tensor, x: Tensor, gamma: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._normalises(x, gamma):
+            return super().rms_norm_grad(dy, x, gamma, rstd)
+        grads: tuple[Tensor, Tensor] = load("triton_rms_norm").rms_norm_grad(dy.contiguous(), x, gamma, rstd)
+        return grads
+
+    def _normalises(self, x: Tensor, gamma: Tensor) -> bool:
+        fits = x.is_contiguous() and gamma.is_contiguous() and 0 < x.shape[-1] <= 16384 and gamma.dtype in _DTYPES
+        return fits and self._rows.takes("rms_norm", x)
 
 
-def fuses_dw_add() -> Choice[bool]:
-    """Whether this torch can add a half-precision product to an fp32 matrix in one call."""
-    if "dtype_out" in torch.ops.aten.addmm.overloads():
-        return Choice(True, "torch.addmm has out_dtype: dW goes into main_grad without a second pass")
-    return Choice(False, f"torch {torch.__version__} has no addmm with out_dtype (2.8 has): dW, then add_")
-
-
-def groups_fill_the_gpu(x_RK: Tensor, dy_RN: Tensor, groups: int) -> bool:
-    """Whether a loop of one fused matmul a group beats one grouped matmul and a pass of add_.
-
-    A launch costs the host about 25 us. H100, bf16, microseconds, loop against grouped and add_: 8 groups of
-    2048 rows, 2048 x 1536: 232 and 309; 32 groups of 512 rows, 2048 x 768: 790 and 359.
-    """
-    return x_RK.numel() * dy_RN.shape[1] >= _LOOP_FLOOR * groups
+def _has_work(call: GemmCall) -> bool:
+    """Whether there is anything to multiply, of one dtype; the rest is torch's own and takes no choice."""
+    return call.multiply_adds > 0 and call.a.dtype == call.b.dtype and call.a.dtype in _DTYPES

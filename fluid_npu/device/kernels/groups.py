@@ -6,8 +6,9 @@ total is summed there, once for all grouped matmuls of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class GroupRows(list[int]):
         super().__init__(counts)
         self._on_device = on_device
         self._ends: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._kept: dict[Any, Tensor] = {}
         if ends is not None:
             self._ends[ends.device, ends.dtype] = ends
 
@@ -34,6 +36,13 @@ class GroupRows(list[int]):
         known = self._ends.get((device, dtype))
         if known is None:
             known = self._ends[device, dtype] = self._sum(device, dtype)
+        return known
+
+    def kept(self, name: Any, make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` derives from these counts, made at most once for each ``name``."""
+        known = self._kept.get(name)
+        if known is None:
+            known = self._kept[name] = make()
         return known
 
     def _sum(self, device: torch.device, dtype: torch.dtype) -> Tensor:

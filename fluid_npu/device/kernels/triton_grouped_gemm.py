@@ -2,8 +2,8 @@
 
 Every program computes one tile of the result, or with ``persistent`` one after another. Which rows a tile covers comes
 from a table built on the device, so that the host need not know the groups. Tiles are read through tensor descriptors
-(TMA) where ``described`` says that the operands allow it, else through pointers. Sums are fp32 in ascending order of the
-inner index: the same tile shape gives the same bits on every run.
+(TMA) where ``described`` says so, else through pointers. Sums are fp32 in ascending order of the inner index: the same
+tile shape gives the same bits on every run.
 
 Shapes: R rows, K inner and N outer width, L groups, BM x BN the tile, BK the step along the inner dimension.
 """
@@ -29,7 +29,7 @@ _TABLE_BLOCK = 128
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a kernel is cut; ``str`` gives the name under which it is chosen."""
+    """How a kernel is cut."""
 
     bm: int
     bn: int
@@ -43,12 +43,10 @@ class Tiles:
     persistent: bool = False
     """As many programs as the device has multiprocessors."""
 
-    def __str__(self) -> str:
-        flags = ("-tma" if self.described else "") + ("-persistent" if self.persistent else "")
-        return f"triton-{self.bm}x{self.bn}x{self.bk}-w{self.warps}-s{self.stages}-g{self.swizzle}{flags}"
 
-
-def grouped_mm(x_RK: Tensor, w_LKN: Tensor, ends_L: Tensor, tiles: Tiles, trans_w: bool = False) -> Tensor:
+def grouped_mm(
+    x_RK: Tensor, w_LKN: Tensor, ends_L: Tensor, tiles: Tiles, trans_w: bool = False, table: Tensor | None = None
+) -> Tensor:
     """[R, N] in the dtype of x: each group's rows times its weight; with ``trans_w`` the weight is [L, N, K].
 
     Args:
@@ -56,6 +54,7 @@ def grouped_mm(x_RK: Tensor, w_LKN: Tensor, ends_L: Tensor, tiles: Tiles, trans_
         w_LKN: any strides; ``tiles.described`` wants it contiguous.
         ends_L: where each group ends, int32 or int64 on the device of x; the last is R.
         tiles: the tile shapes.
+        table: ``row_blocks`` of these groups and ``tiles.bm``, where it is there already.
     """
     rows, inner = x_RK.shape
     groups, outer = w_LKN.shape[0], w_LKN.shape[1 if trans_w else 2]
@@ -63,7 +62,7 @@ def grouped_mm(x_RK: Tensor, w_LKN: Tensor, ends_L: Tensor, tiles: Tiles, trans_
     if y_RN.numel() == 0 or inner == 0:
         return y_RN.zero_()
     blocks = triton.cdiv(rows, tiles.bm) + groups  # no more than this many row blocks, whatever the groups are
-    table = row_blocks(ends_L, blocks, tiles.bm)
+    table = row_blocks(ends_L, blocks, tiles.bm) if table is None else table
     stride_k, stride_n = (w_LKN.stride(2), w_LKN.stride(1)) if trans_w else w_LKN.stride()[1:]
     x: Any = x_RK
     w: Any = w_LKN
@@ -93,7 +92,9 @@ def grouped_dw_(
     if dw_LKN.numel() == 0:
         return
     if x_RK.shape[0] == 0:
-        return None if accumulate else dw_LKN.zero_() and None
+        if not accumulate:
+            dw_LKN.zero_()
+        return
     x: Any = x_RK
     dy: Any = dy_RN
     if tiles.described:
@@ -148,7 +149,7 @@ def _precision(x: Tensor) -> str:
 
 
 @triton.jit
-def _row_blocks(ends, table, groups, blocks, BM: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip  # noqa: E501
+def _row_blocks(ends, table, groups, blocks, BM: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     group = tl.program_id(0)
     every = tl.arange(0, GROUPS)
     last = tl.load(ends + every, mask=every < groups, other=0).to(tl.int32)
@@ -215,24 +216,22 @@ def _mm_tile(
         columns = column + tl.arange(0, BN)
         acc = tl.zeros((BM, BN), dtype=tl.float32)
         if DESCRIBED:
-            # A step past K reads zeros on both sides, or, for weights [K, N], zeros of x: see gemm_candidates.
+            # A step past K reads zeros, but of weights [K, N] the next group's: gemm_forms lets K be a multiple there.
             for k in range(0, inner, BK):
                 a = x.load([row, k])
                 if TRANS_W:
-                    acc = tl.dot(a, w.load([group * outer + column, k]).T, acc)
+                    acc = tl.dot(a, w.load([group * outer + column, k]).T, acc, input_precision=PRECISION)
                 else:
-                    acc = tl.dot(a, w.load([group * inner + k, column]), acc)
+                    acc = tl.dot(a, w.load([group * inner + k, column]), acc, input_precision=PRECISION)
         else:
             x_tile = x + rows.to(tl.int64)[:, None] * stride_x
             w_tile = w + group.to(tl.int64) * stride_group + columns.to(tl.int64)[None, :] * stride_n
             for k in range(0, inner, BK):
                 steps = k + tl.arange(0, BK)
-                a = tl.load(x_tile + steps[None, :], mask=(rows < end)[:, None] & (steps < inner)[None, :], other=0.0)
-                b = tl.load(
-                    w_tile + steps.to(tl.int64)[:, None] * stride_k,
-                    mask=(steps < inner)[:, None] & (columns < outer)[None, :],
-                    other=0.0,
-                )
+                mask_a = (rows < end)[:, None] & (steps < inner)[None, :]
+                mask_b = (steps < inner)[:, None] & (columns < outer)[None, :]
+                a = tl.load(x_tile + steps[None, :], mask=mask_a, other=0.0)
+                b = tl.load(w_tile + steps.to(tl.int64)[:, None] * stride_k, mask=mask_b, other=0.0)
                 acc = tl.dot(a, b, acc, input_precision=PRECISION)
         out = y + rows.to(tl.int64)[:, None] * outer + columns[None, :]
         tl.store(out, acc.to(y.dtype.element_ty), mask=(rows < end)[:, None] & (columns < outer)[None, :])
@@ -276,24 +275,23 @@ def _dw_tile(
         if DESCRIBED:
             whole = (end - start) // BK * BK
             for row in range(start, start + whole, BK):
-                acc = tl.dot(x.load([row, first_k]).T, dy.load([row, first_n]), acc)
+                a, b = x.load([row, first_k]), dy.load([row, first_n])
+                acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
             if start + whole < end:
                 # The last step reaches into the next group's rows: both sides, since 0 * inf is no 0.
                 row = start + whole
                 inside = (row + tl.arange(0, BK) < end)[:, None]
                 a = tl.where(inside, x.load([row, first_k]), 0.0)
                 b = tl.where(inside, dy.load([row, first_n]), 0.0)
-                acc = tl.dot(a.T, b, acc)
+                acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
         else:
             for row in range(start, end, BK):
                 rows = row + tl.arange(0, BK)
                 at = rows.to(tl.int64)
-                a = tl.load(
-                    x + at[None, :] * stride_x + ks[:, None], mask=(ks < inner)[:, None] & (rows < end)[None, :], other=0.0
-                )
-                b = tl.load(
-                    dy + at[:, None] * stride_dy + ns[None, :], mask=(rows < end)[:, None] & (ns < outer)[None, :], other=0.0
-                )
+                mask_a = (ks < inner)[:, None] & (rows < end)[None, :]
+                mask_b = (rows < end)[:, None] & (ns < outer)[None, :]
+                a = tl.load(x + at[None, :] * stride_x + ks[:, None], mask=mask_a, other=0.0)
+                b = tl.load(dy + at[:, None] * stride_dy + ns[None, :], mask=mask_b, other=0.0)
                 acc = tl.dot(a, b, acc, input_precision=PRECISION)
         out = dw + (group.to(tl.int64) * inner + ks.to(tl.int64)[:, None]) * outer
         halves = tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)).split()

@@ -1,7 +1,7 @@
 """Permute and unpermute as one launch each: rows gathered by index, and each token's rows summed in row order.
 
-A program moves or sums one row at a time. Sums are fp32, ascending, rounded once, without atomics. Rows may be those of a
-wider buffer (any row stride). Shapes: T tokens, N rows, H hidden, K rows of a token.
+A program moves or sums one row at a time. Sums are fp32, ascending, rounded once, without atomics. Rows may be those
+of a wider buffer (any row stride). Shapes: T tokens, N rows, H hidden, K rows of a token.
 """
 
 # mypy: allow-untyped-defs
@@ -58,7 +58,7 @@ def _block(hidden: int) -> int:
 @triton.jit
 def _gather(x, rows, y, hidden, units, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64)
-    source = tl.load(rows + place) * (units * ALIGN)  # a product with a constant: Triton then knows how rows are aligned
+    source = tl.load(rows + place) * (units * ALIGN)  # times a constant: so Triton knows the alignment
     for start in range(0, hidden, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < hidden

@@ -1,0 +1,168 @@
+"""Which form a grouped matmul takes: forced, from a stored profile, measured on first use, or by rule.
+
+A decision belongs to a class of calls: operation, dtype, K, N, groups, rows a group to a power of two, equal sizes or
+not, alignment. The first rank that meets a class decides it for the job (``agreement``). Measuring runs the candidates
+on the call's own operands; a form that raises or whose result is off is left out. R rows, K inner, N outer, L groups.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fluid_npu.device.base import DeviceUnavailable
+from fluid_npu.device.choice import Choice
+from fluid_npu.device.kernels.agreement import Agreement, of_this_job
+from fluid_npu.device.kernels.gemm_forms import FORMS, Form, GemmCall
+from fluid_npu.device.kernels.gemm_timing import Trial, room_to_measure, try_form
+from fluid_npu.device.kernels.triton_support import GEMM_PROFILE, GROUPED_GEMM, setting
+
+_SMALL = 5e8  # multiply-adds: below, launches decide and measuring costs more than it gives
+_LOOP_FLOOR = 2e10  # multiply-adds a group, at 700 TFLOP/s 57 us: the host launches faster than that
+_LEAD = 0.97  # a form must need less than this share of the rule's time to replace it
+_BUDGET_S = 30.0
+
+
+class GemmChooser:
+    """Decides per class of calls and remembers.
+
+    Args:
+        agreement: how the ranks of a job come to one decision; None takes the job's store.
+        forms: what there is to choose from, by name.
+        budget_s: no further form is tried in a class after so many seconds, compilation included.
+    """
+
+    def __init__(
+        self, agreement: Agreement | None = None, forms: Mapping[str, Form] | None = None, budget_s: float = _BUDGET_S
+    ) -> None:
+        self._agreement = agreement
+        self._forms = FORMS if forms is None else forms
+        self._budget_s = budget_s
+        self._decided: dict[str, Choice[str]] = {}
+
+    def compute(self, call: GemmCall) -> Tensor | None:
+        """The call's result in the chosen form; None where it is added to ``call.out``."""
+        return self._forms[self.choose(call).value].run(call)
+
+    def choose(self, call: GemmCall) -> Choice[str]:
+        """The name of the form for this call, which has rows, and why.
+
+        Raises DeviceUnavailable when the environment forces a form that does not fit the call, ValueError for a
+        form or a profile that does not exist.
+        """
+        wanted = setting(GROUPED_GEMM, ("auto", "rule", "triton", *self._forms))
+        if wanted not in ("auto", "rule"):
+            return self._forced(wanted, call)
+        if wanted == "rule" or call.multiply_adds < _SMALL or _capturing(call):
+            return self._by_rule(call)
+        name = class_of(call)
+        known = self._decided.get(name)
+        if known is None:
+            known = self._decided[name] = self._decide(name, call)
+        if self._forms[known.value].why_not(call) is None:
+            return known
+        return self._by_rule(call)
+
+    def decisions(self) -> dict[str, dict[str, str]]:
+        """What was decided in this process, as ``FLUID_GEMM_PROFILE`` takes it: class to form and reason."""
+        return {name: {"form": chosen.value, "reason": chosen.reason} for name, chosen in self._decided.items()}
+
+    def _decide(self, name: str, call: GemmCall) -> Choice[str]:
+        stored = _profile(os.environ.get(GEMM_PROFILE, ""), tuple(self._forms)).get(name)
+        if stored is not None:
+            chosen = Choice(stored, f"stored in {GEMM_PROFILE}")
+        else:
+            form, _, reason = (self._agreement or of_this_job())(
+                f"grouped matmul {name}", lambda: " ".join(self._measured(call))
+            ).partition(" ")
+            chosen = Choice(form, reason)
+        return chosen.announce(f"grouped matmul {name}")
+
+    def _measured(self, call: GemmCall) -> Choice[str]:
+        rule = self._by_rule(call)
+        no_room = room_to_measure(call)
+        if no_room is not None:
+            return Choice(rule.value, f"{rule.reason}; not measured: {no_room}")
+        names = [rule.value, *(n for n, form in self._forms.items() if n != rule.value and form.why_not(call) is None)]
+        start, trials = time.monotonic(), dict[str, Trial]()
+        for name in names:
+            if time.monotonic() - start > self._budget_s:
+                break
+            trials[name] = try_form(self._forms[name], call)
+        return _fastest(rule, trials, names)
+
+    def _by_rule(self, call: GemmCall) -> Choice[str]:
+        groups = len(call.counts)
+        if call.multiply_adds >= _LOOP_FLOOR * groups:
+            return Choice("loop", f"rule: {call.multiply_adds / groups:.1e} multiply-adds a group keep a GPU busy")
+        for name in ("batched", "grouped_mm"):
+            if name in self._forms and self._forms[name].why_not(call) is None:
+                return Choice(name, f"rule: {groups} groups are too small for a launch each")
+        return Choice("loop", "rule: nothing else takes these operands")
+
+    def _forced(self, wanted: str, call: GemmCall) -> Choice[str]:
+        names = [n for n in self._forms if n.startswith("triton-")] if wanted == "triton" else [wanted]
+        reasons = {name: self._forms[name].why_not(call) for name in names}
+        fitting = [name for name, reason in reasons.items() if reason is None]
+        if fitting:
+            return Choice(fitting[0], f"{GROUPED_GEMM}={wanted}")
+        missing = "; ".join(dict.fromkeys(str(reason) for reason in reasons.values()))
+        raise DeviceUnavailable(f"{GROUPED_GEMM}={wanted} ({class_of(call)}): {missing}; unset it to choose by call")
+
+
+def class_of(call: GemmCall) -> str:
+    """The class of a call: equal on ranks that make the same call on as many rows to a power of two."""
+    groups, inner, outer = call.weight_shape
+    rows = max(1, call.a.shape[0] // groups)
+    even = "even" if len(set(call.counts)) == 1 else "uneven"
+    aligned = "aligned" if all(_aligned(t) for t in (call.a, call.b)) else "unaligned"
+    dtype = str(call.a.dtype).removeprefix("torch.")
+    return f"{call.op}-{dtype}-K{inner}-N{outer}-L{groups}-rows{1 << (rows.bit_length() - 1)}-{even}-{aligned}"
+
+
+def _fastest(rule: Choice[str], trials: Mapping[str, Trial], names: list[str]) -> Choice[str]:
+    right = {name: trial.ms for name, trial in trials.items() if trial.ms is not None}
+    if not right:
+        wrong = "; ".join(f"{name}: {trial.failure}" for name, trial in trials.items())
+        raise RuntimeError(f"no form of this grouped matmul works here: {wrong}")
+    best = min(right, key=lambda name: right[name])
+    if rule.value in right and right[best] > _LEAD * right[rule.value]:
+        best = rule.value
+    told = [f"{name} {ms:.3f} ms" for name, ms in sorted(right.items(), key=lambda entry: entry[1])]
+    told += [f"{name} left out: {trial.failure}" for name, trial in trials.items() if trial.ms is None]
+    if len(trials) < len(names):
+        told.append(f"no time for {', '.join(names[len(trials) :])}")
+    return Choice(best, "measured: " + ", ".join(told))
+
+
+def _capturing(call: GemmCall) -> bool:
+    return call.a.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _aligned(x: Tensor) -> bool:
+    return x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride() if s != 1)
+
+
+@cache
+def _profile(path: str, forms: tuple[str, ...]) -> dict[str, str]:
+    """Class to form of a stored profile. Raises ValueError for a file that is none."""
+    if not path:
+        return {}
+    try:
+        entries = {str(name): str(entry["form"]) for name, entry in json.loads(Path(path).read_text()).items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{GEMM_PROFILE}={path}: no readable profile ({type(error).__name__}: {error}); "
+            "write one with scripts/gpu_kernels.sh, or unset it"
+        ) from error
+    unknown = sorted(set(entries.values()) - set(forms))
+    if unknown:
+        raise ValueError(f"{GEMM_PROFILE}={path}: unknown forms {', '.join(unknown)}; allowed are {', '.join(forms)}")
+    return entries

@@ -1,0 +1,229 @@
+"""The forms that a grouped matmul can take on a GPU: each says whether it fits a call, and computes it.
+
+``loop``: one cuBLAS call a group. ``grouped_mm``: torch's own. ``batched``: one batched cuBLAS call, for groups of
+equal size. ``triton-...``: our kernel with those tiles. Shapes: R rows, K inner, N outer, L groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluid_npu.device.choice import Choice
+from fluid_npu.device.kernels.groups import GroupRows, ends_of
+from fluid_npu.device.kernels.torch_kernels import (
+    _groups,
+    _loop_grouped_dw,
+    _loop_grouped_mm,
+    _native_accepts,
+    _native_grouped_mm,
+)
+from fluid_npu.device.kernels.triton_support import load, triton_on
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemmCall:
+    """One grouped matmul; ``op`` is ``mm`` (x w), ``mm_t`` (x w^T, w as [L, N, K]), ``dw`` (x^T dy) or ``dw_add``.
+
+    ``a`` is [R, K]; ``b`` the weight for ``mm`` and ``mm_t``, else dy [R, N]; ``out`` the main_grad of ``dw_add``.
+    """
+
+    op: str
+    a: Tensor
+    b: Tensor
+    counts: Sequence[int]
+    out: Tensor | None = None
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int]:
+        """(L, K, N)."""
+        if self.op in ("dw", "dw_add"):
+            return len(self.counts), self.a.shape[1], self.b.shape[1]
+        groups, inner, outer = self.b.shape
+        return (groups, outer, inner) if self.op == "mm_t" else (groups, inner, outer)
+
+    @property
+    def multiply_adds(self) -> int:
+        """R * K * N."""
+        _, inner, outer = self.weight_shape
+        return self.a.shape[0] * inner * outer
+
+    def weight(self) -> Tensor:
+        """[L, K, N], a view."""
+        return self.b.transpose(1, 2) if self.op == "mm_t" else self.b
+
+    def ends(self) -> Tensor:
+        """[L] int32 on the device: where each group ends."""
+        return ends_of(self.counts, self.a.device, torch.int32)
+
+
+class Loop:
+    """One cuBLAS call for each group that has rows."""
+
+    name = "loop"
+
+    def why_not(self, call: GemmCall) -> str | None:
+        """What keeps it from this call, or None."""
+        return None
+
+    def run(self, call: GemmCall) -> Tensor | None:
+        """The result, or None where it is added to ``call.out``."""
+        if call.op in ("mm", "mm_t"):
+            return _loop_grouped_mm(call.a, call.weight(), call.counts)
+        if call.out is None:
+            return _loop_grouped_dw(call.a, call.b, call.counts)
+        for grad, x, dy in _groups(call.out, call.a, call.b, call.counts):
+            add_product_(grad, x.t(), dy)
+        return None
+
+
+class Native:
+    """torch's grouped_mm; a dW is added in a second pass."""
+
+    name = "grouped_mm"
+
+    def why_not(self, call: GemmCall) -> str | None:
+        a = call.a.t() if call.op.startswith("dw") else call.a
+        if _native_grouped_mm is None:
+            return f"torch {torch.__version__} has no grouped_mm (2.10 has)"
+        if not _native_accepts(a, call.weight()):
+            return "torch's grouped_mm wants bf16 or fp32 on both sides, no empty operand and rows aligned to 16 bytes"
+        return None
+
+    def run(self, call: GemmCall) -> Tensor | None:
+        a = call.a.t() if call.op.startswith("dw") else call.a
+        product: Tensor = _native_grouped_mm(a, call.weight(), offs=call.ends())
+        if call.out is None:
+            return product
+        call.out.add_(product)
+        return None
+
+
+class Batched:
+    """One batched product over groups of equal size."""
+
+    name = "batched"
+
+    def why_not(self, call: GemmCall) -> str | None:
+        if len(set(call.counts)) != 1 or call.counts[0] == 0:
+            return f"batched products want equal groups, these have {min(call.counts)} to {max(call.counts)} rows"
+        if call.out is not None and call.out.dtype != call.a.dtype and not fuses_batched_add().value:
+            return fuses_batched_add().reason
+        return None
+
+    def run(self, call: GemmCall) -> Tensor | None:
+        groups, each = len(call.counts), call.counts[0]
+        a = call.a.unflatten(0, (groups, each))
+        if call.op in ("mm", "mm_t"):
+            return torch.bmm(a, call.weight()).flatten(0, 1)
+        a, dy = a.transpose(1, 2), call.b.unflatten(0, (groups, each))
+        if call.out is None:
+            return torch.bmm(a, dy)
+        if call.out.dtype == call.a.dtype:
+            call.out.baddbmm_(a, dy)
+        else:
+            torch.baddbmm(call.out, a, dy, out_dtype=torch.float32, out=call.out)
+        return None
+
+
+class TritonForm:
+    """Our kernel with tiles of one shape: ``tiles`` are the arguments of ``triton_grouped_gemm.Tiles``."""
+
+    def __init__(self, *tiles: int, described: bool = False, persistent: bool = False, swizzle: int = 8) -> None:
+        self._arguments: dict[str, Any] = {"described": described, "persistent": persistent, "swizzle": swizzle}
+        self._sizes = tiles
+        bm, bn, bk, warps, stages = tiles
+        flags = "-tma" * described + "-persistent" * persistent + f"-g{swizzle}" * (swizzle != 8)
+        self.name = f"triton-{bm}x{bn}x{bk}-w{warps}-s{stages}{flags}"
+
+    def why_not(self, call: GemmCall) -> str | None:
+        found = triton_on(call.a.device)
+        if not found.value:
+            return found.reason
+        if call.a.dtype not in (*_HALVES, torch.float32) or call.b.dtype != call.a.dtype:
+            return f"the Triton kernel multiplies bf16, fp16 or fp32, not {call.a.dtype} and {call.b.dtype}"
+        if call.out is not None and (call.out.dtype != torch.float32 or not call.out.is_contiguous()):
+            return "the Triton kernel adds to a contiguous fp32 main_grad"
+        rows = (call.a, call.b) if call.op.startswith("dw") else (call.a,)
+        if any(x.stride(1) != 1 for x in rows):
+            return "the Triton kernel wants rows with unit stride"
+        return self._why_not_described(call) if self._arguments["described"] else None
+
+    def _why_not_described(self, call: GemmCall) -> str | None:
+        if call.a.dtype not in _HALVES:
+            return "tensor descriptors are used for bf16 and fp16 alone"
+        inner, step = call.weight_shape[1], self._sizes[2]
+        if call.op in ("mm", "mm_t") and not call.b.is_contiguous():
+            return "tensor descriptors want contiguous weights"
+        if call.op == "mm" and inner % step:
+            # A step past K would read the next group's weights, and zeros of x times inf are no zeros.
+            return f"tensor descriptors want K = {inner} to be a multiple of {step}"
+        reason: str | None = load("triton_grouped_gemm").why_not_described(call.a, call.b)
+        return reason
+
+    def run(self, call: GemmCall) -> Tensor | None:
+        module = load("triton_grouped_gemm")
+        tiles = module.Tiles(*self._sizes, **self._arguments)
+        ends = call.ends()
+        if call.op in ("mm", "mm_t"):
+            table = _row_blocks(module, call, ends, tiles.bm)
+            y: Tensor = module.grouped_mm(call.a, call.b, ends, tiles, trans_w=call.op == "mm_t", table=table)
+            return y
+        if call.out is not None:
+            module.grouped_dw_(call.out, call.a, call.b, ends, tiles)
+            return None
+        dw = call.a.new_empty(call.weight_shape)
+        module.grouped_dw_(dw, call.a, call.b, ends, tiles, accumulate=False)
+        return dw
+
+
+Form = Loop | Native | Batched | TritonForm
+
+_TILES = (
+    TritonForm(128, 256, 64, 8, 4, described=True),
+    TritonForm(128, 128, 64, 4, 3, described=True),
+    TritonForm(64, 256, 64, 4, 4, described=True),
+    TritonForm(128, 128, 64, 8, 3),
+)
+FORMS: dict[str, Form] = {form.name: form for form in (Loop(), Native(), Batched(), *_TILES)}
+
+
+def add_product_(grad: Tensor, a: Tensor, b: Tensor) -> None:
+    """grad += a b, inside one matmul where torch can add a half-precision product to an fp32 matrix."""
+    if grad.dtype == a.dtype:
+        grad.addmm_(a, b)
+    elif fuses_dw_add().value and a.dtype in _HALVES and b.dtype == a.dtype and grad.dtype == torch.float32:
+        torch.addmm(grad, a, b, out_dtype=torch.float32, out=grad)
+    else:
+        grad.add_(a @ b)
+
+
+def fuses_dw_add() -> Choice[bool]:
+    """Whether this torch can add a half-precision product to an fp32 matrix in one call."""
+    if "dtype_out" in torch.ops.aten.addmm.overloads():
+        return Choice(True, "torch.addmm has out_dtype: dW goes into main_grad without a second pass")
+    return Choice(False, f"torch {torch.__version__} has no addmm with out_dtype (2.8 has): dW, then add_")
+
+
+def fuses_batched_add() -> Choice[bool]:
+    """The same for batches of matrices."""
+    if "dtype_out" in torch.ops.aten.baddbmm.overloads():
+        return Choice(True, "torch.baddbmm has out_dtype")
+    return Choice(False, f"torch {torch.__version__} has no baddbmm with out_dtype (2.8 has)")
+
+
+def _row_blocks(module: Any, call: GemmCall, ends: Tensor, bm: int) -> Tensor:
+    """The table of row blocks, made once for the grouped matmuls over the same groups."""
+    blocks = -(-call.a.shape[0] // bm) + len(call.counts)
+
+    def make() -> Tensor:
+        table: Tensor = module.row_blocks(ends, blocks, bm)
+        return table
+
+    return call.counts.kept(("row blocks", bm, ends.device), make) if isinstance(call.counts, GroupRows) else make()

@@ -1,0 +1,98 @@
+"""Runs one form of a grouped matmul on real operands: is its result right, and how long does it take.
+
+The reference is a product of each group by itself in cuBLAS or, on a CPU, in BLAS. A dW is added to a scratch buffer,
+never to the main_grad of the call.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fluid_npu.device.kernels.gemm_forms import FORMS, Form, GemmCall
+
+_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # of the largest entry; tf32 may be on
+_ROWS = 2048  # compared at a time
+_TIMED = 5
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a form did: median milliseconds, or why it cannot be used."""
+
+    ms: float | None
+    failure: str = ""
+
+
+def try_form(form: Form, call: GemmCall) -> Trial:
+    """Checks ``form`` against one product a group, then times it."""
+    try:
+        trial = replace(call, out=torch.zeros_like(call.out)) if call.out is not None else call
+        off = _error(form, trial)
+        if not off <= _TOLERANCE.get(call.a.dtype, 1e-6):
+            return Trial(None, f"off by {off:.1e} of the largest entry")
+        return Trial(median_ms(lambda: form.run(trial), call.a))
+    except Exception as error:  # a form that does not compile or does not fit into memory is no candidate
+        return Trial(None, f"{type(error).__name__}: {str(error)[:200]}")
+
+
+def room_to_measure(call: GemmCall) -> str | None:
+    """Why there is not the memory to measure this call, or None."""
+    if not call.a.is_cuda:
+        return None
+    result = 4 * call.multiply_adds // max(call.a.shape[0], 1) if call.op.startswith("dw") else 0
+    rows = call.a.shape[0] * call.weight_shape[2] * call.a.element_size()
+    needed = 2 * result * len(call.counts) if result else 2 * rows
+    free = torch.cuda.mem_get_info(call.a.device)[0]
+    free += torch.cuda.memory_reserved(call.a.device) - torch.cuda.memory_allocated(call.a.device)
+    if needed > 0.8 * free:
+        return f"it needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} are free"
+    return None
+
+
+def _error(form: Form, call: GemmCall) -> float:
+    """The largest difference from the loop, as a share of the loop's largest entry."""
+    if call.out is None:
+        wanted, got = FORMS["loop"].run(call), form.run(call)
+        assert wanted is not None and got is not None
+        return _worst(got.flatten(0, -2), wanted.flatten(0, -2)) if got.shape == wanted.shape else float("inf")
+    # Added, then taken away again by the form under test: one scratch buffer instead of two.
+    FORMS["loop"].run(call)
+    size = float(call.out.abs().max())
+    form.run(replace(call, a=-call.a))
+    left = float(call.out.abs().max())
+    return left / max(size, 1e-30) if left == left else float("inf")
+
+
+def _worst(got: Tensor, wanted: Tensor) -> float:
+    worst, size = 0.0, 1e-30
+    for a, b in zip(got.split(_ROWS), wanted.split(_ROWS), strict=True):
+        error = float((a.float() - b.float()).abs().max())
+        if error != error:
+            return float("inf")
+        worst, size = max(worst, error), max(size, float(b.float().abs().max()))
+    return worst / size
+
+
+def median_ms(run: Callable[[], object], where: Tensor) -> float:
+    """Median of a few runs after one that is not counted, in milliseconds; by events on the device of ``where``."""
+    run()
+    times = sorted(_once_ms(run, where) for _ in range(_TIMED))
+    return times[_TIMED // 2]
+
+
+def _once_ms(run: Callable[[], object], where: Tensor) -> float:
+    if not where.is_cuda:
+        start = time.perf_counter()
+        run()
+        return (time.perf_counter() - start) * 1e3
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end))

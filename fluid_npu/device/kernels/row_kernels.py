@@ -1,0 +1,164 @@
+"""Permute, SwiGLU and RMSNorm in Triton where they passed a check against plain torch, else plain torch.
+
+The check runs when a kernel first meets a dtype, on a few rows. T tokens, N rows, H hidden, F ffn, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluid_npu.device.base import DeviceUnavailable
+from fluid_npu.device.choice import Choice
+from fluid_npu.device.kernels.agreement import Agreement, of_this_job
+from fluid_npu.device.kernels.base import Kernels, RowLayout
+from fluid_npu.device.kernels.triton_support import ROW_KERNELS, load, setting, triton_on
+
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}  # of the largest entry
+_ROWS, _WIDTH = 24, 72
+
+
+class RowKernels:
+    """Decides for each kernel and dtype whether Triton's form is used, once for all ranks of the job.
+
+    Args:
+        plain: what is right by definition and used where Triton is not.
+        agreement: how the ranks agree; None takes the job's.
+    """
+
+    def __init__(self, plain: Kernels, agreement: Agreement | None = None) -> None:
+        self._plain = plain
+        self._agreement = agreement
+        self._decided: dict[tuple[str, torch.dtype], bool] = {}
+
+    def takes(self, kernel: str, x: Tensor, *more: Tensor) -> bool:
+        """Whether Triton's ``kernel`` computes this call; the first call of a dtype checks it.
+
+        Raises DeviceUnavailable when the environment forces Triton and it does not work.
+        """
+        if any(t.dim() == 0 or t.stride(-1) != 1 for t in (x, *more)) or x.dtype not in _TOLERANCE:
+            return False
+        known = self._decided.get((kernel, x.dtype))
+        if known is None:
+            if x.is_cuda and torch.cuda.is_current_stream_capturing():
+                return False  # a check would synchronise; asked again after the capture
+            known = self._decided[kernel, x.dtype] = self._decide(kernel, x)
+        return known
+
+    def _decide(self, kernel: str, x: Tensor) -> bool:
+        wanted = setting(ROW_KERNELS, ("auto", "torch", "triton"))
+        if wanted == "torch":
+            return False
+        what = f"{kernel} of {str(x.dtype).removeprefix('torch.')}"
+        answer = (self._agreement or of_this_job())(what, lambda: _answer(self._check(kernel, x)))
+        chosen = _choice(answer)
+        if wanted == "triton" and not chosen.value:
+            raise DeviceUnavailable(f"{ROW_KERNELS}=triton: {chosen.reason}; unset it to use plain torch there")
+        Choice("triton" if chosen.value else "torch", chosen.reason).announce(what)
+        return chosen.value
+
+    def _check(self, kernel: str, x: Tensor) -> Choice[bool]:
+        found = triton_on(x.device)
+        if not found.value:
+            return found
+        try:
+            worst = _CHECKS[kernel](self._plain, x.dtype, x.device)
+        except Exception as error:  # a kernel that does not compile here must not end the training
+            return Choice(False, f"its check failed with {type(error).__name__}: {str(error)[:300]}")
+        if not worst <= _TOLERANCE[x.dtype]:
+            return Choice(False, f"its check was off by {worst:.1e} of the largest entry")
+        return Choice(True, f"one launch, {found.reason}, off by {worst:.0e} in its check")
+
+
+def gather(x_TH: Tensor, layout: RowLayout) -> Tensor:
+    """``Kernels.permute``."""
+    return load("triton_permute").gather_rows(x_TH, layout.token_of_row)
+
+
+def gathered_sum(x_NH: Tensor, layout: RowLayout) -> Tensor:
+    """``Kernels.unpermute``."""
+    module = load("triton_permute")
+    return module.sum_rows(x_NH, layout.row_of_pair, layout.bag_offsets, layout.pairs_per_token)
+
+
+def _answer(choice: Choice[bool]) -> str:
+    return f"{'yes' if choice.value else 'no'} {choice.reason}"
+
+
+def _choice(answer: str) -> Choice[bool]:
+    value, _, reason = answer.partition(" ")
+    return Choice(value == "yes", reason)
+
+
+class _Layout:
+    """Two rows a token, the last token's last."""
+
+    def __init__(self, uniform: bool, device: torch.device) -> None:
+        tokens = torch.arange(_ROWS // 2, device=device)
+        self.num_tokens = _ROWS // 2
+        self.pairs_per_token = 2 if uniform else None
+        self.token_of_row = torch.cat([tokens.flip(0), tokens])
+        self.row_of_pair = torch.sort(self.token_of_row, stable=True)[1]
+        self.bag_offsets = 2 * tokens
+        self.experts_TK = None
+
+
+def _check_permute(plain: Kernels, dtype: torch.dtype, device: torch.device) -> float:
+    layout = _Layout(True, device)
+    x = _random(layout.num_tokens, _WIDTH, dtype, device)
+    return worst_error([gather(x, layout)], [plain.permute(x, layout)])
+
+
+def _check_unpermute(plain: Kernels, dtype: torch.dtype, device: torch.device) -> float:
+    x = _random(_ROWS, _WIDTH, dtype, device)
+    layouts = [_Layout(uniform, device) for uniform in (True, False)]
+    return worst_error([gathered_sum(x, y) for y in layouts], [plain.unpermute(x, y) for y in layouts])
+
+
+def _check_swiglu(plain: Kernels, dtype: torch.dtype, device: torch.device) -> float:
+    h, p = _random(_ROWS, 2 * _WIDTH, dtype, device), _random(_ROWS, 1, torch.float32, device).view(-1)
+    return worst_error([load("triton_swiglu").swiglu_probs(h, p)], [plain.swiglu_probs(h, p)])
+
+
+def _check_swiglu_grad(plain: Kernels, dtype: torch.dtype, device: torch.device) -> float:
+    h, p = _random(_ROWS, 2 * _WIDTH, dtype, device), _random(_ROWS, 1, torch.float32, device).view(-1)
+    da = _random(_ROWS, _WIDTH, dtype, device)
+    return worst_error(load("triton_swiglu").swiglu_probs_grad(da, h, p), plain.swiglu_probs_grad(da, h, p))
+
+
+def _check_norm(plain: Kernels, dtype: torch.dtype, device: torch.device) -> float:
+    x, dy = (_random(_ROWS, _WIDTH, dtype, device) for _ in range(2))
+    gamma, module = _random(1, _WIDTH, dtype, device).view(-1), load("triton_rms_norm")
+    y, rstd = module.rms_norm(x, gamma, 1e-5)
+    wanted, wanted_rstd = plain.rms_norm(x, gamma, 1e-5)
+    grads = module.rms_norm_grad(dy, x, gamma, rstd)
+    return worst_error([y, rstd, *grads], [wanted, wanted_rstd, *plain.rms_norm_grad(dy, x, gamma, wanted_rstd)])
+
+
+_CHECKS: dict[str, Callable[[Kernels, torch.dtype, torch.device], float]] = {
+    "permute": _check_permute,
+    "unpermute": _check_unpermute,
+    "swiglu": _check_swiglu,
+    "swiglu gradient": _check_swiglu_grad,
+    "rms_norm": _check_norm,
+}
+
+
+def _random(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Not random numbers: a check must not move the generators of a training run.
+    return torch.sin(torch.arange(rows * width, device=device, dtype=torch.float32) * 0.7).view(rows, width).to(dtype)
+
+
+def worst_error(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """The largest difference as a share of the largest entry, over all tensors; infinite for a wrong shape."""
+    worst = 0.0
+    for a, b in zip(got, wanted, strict=True):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return float("inf")
+        size: Any = b.double().abs().max().clamp_min(1e-30)
+        error = float((a.double() - b.double()).abs().max() / size)
+        worst = max(worst, error if error == error else float("inf"))
+    return worst

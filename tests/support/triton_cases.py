@@ -1,0 +1,274 @@
+"""Checks of the Triton kernels against float64 loops, for a GPU and for Triton's interpreter on a CPU.
+
+``python -m tests.support.triton_cases`` runs all of them in the interpreter and prints one JSON line a case. The
+interpreter multiplies no bf16: there, matrices are fp32 and fp16. Shapes as in ``device/kernels/base.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fluid_npu.ops import reference
+from fluid_npu.ops.permute import PermuteLayout
+from fluid_npu.ops.reference import relative_error
+
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
+COUNTS = [17, 0, 5, 20]
+CASES: dict[str, Callable[[str], None]] = {}
+
+
+def case(function: Callable[[str], None]) -> Callable[[str], None]:
+    """Registers a check; its argument is the device."""
+    CASES[function.__name__] = function
+    return function
+
+
+def matrix_dtypes(device: str) -> list[torch.dtype]:
+    return [torch.float32, torch.float16, *([torch.bfloat16] if device == "cuda" else [])]
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def tiles(**flags: bool) -> object:
+    from fluid_npu.device.kernels.triton_grouped_gemm import Tiles
+
+    return Tiles(16, 16, 16, 4, 2, swizzle=2, **flags)
+
+
+def ends_of(counts: list[int], device: str) -> Tensor:
+    return torch.tensor(counts).cumsum(0).to(device)
+
+
+def close(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+    error = relative_error(got.cpu(), wanted)
+    assert error <= TOLERANCE[dtype], f"off by {error:.2e}, allowed {TOLERANCE[dtype]:.0e}"
+
+
+def check_mm(device: str, inner: int, outer: int, dtype: torch.dtype, **flags: bool) -> None:
+    """Both layouts of the weight, rows of a wider buffer, and nothing written beside the result."""
+    from fluid_npu.device.kernels.triton_grouped_gemm import grouped_mm
+
+    x = random(sum(COUNTS), inner + 16, dtype=dtype)[:, :inner]
+    w = random(len(COUNTS), inner, outer, dtype=dtype, seed=1)
+    wanted = reference.grouped_matmul(x, w, COUNTS)
+    on_device, ends = x.to(device), ends_of(COUNTS, device)
+    close(grouped_mm(on_device, w.to(device), ends, tiles(**flags)), wanted, dtype)
+    transposed = w.transpose(1, 2).contiguous().to(device)
+    close(grouped_mm(on_device, transposed, ends, tiles(**flags), trans_w=True), wanted, dtype)
+
+
+@case
+def grouped_mm_with_widths_that_no_block_divides(device: str) -> None:
+    for dtype in matrix_dtypes(device):
+        check_mm(device, 40, 24, dtype)
+
+
+@case
+def grouped_mm_through_tensor_descriptors(device: str) -> None:
+    for dtype in matrix_dtypes(device):
+        check_mm(device, 32, 24, dtype, described=True)
+
+
+@case
+def grouped_mm_with_one_program_for_many_tiles(device: str) -> None:
+    check_mm(device, 40, 40, torch.float16, persistent=True)
+
+
+@case
+def grouped_mm_reads_no_neighbours(device: str) -> None:
+    """Infinite rows and weights of one group stay in that group."""
+    from fluid_npu.device.kernels.triton_grouped_gemm import grouped_mm
+
+    x, w = random(42, 32, dtype=torch.float16), random(4, 32, 24, dtype=torch.float16, seed=1)
+    x[17:22], w[2] = float("inf"), float("inf")
+    for flags in ({}, {"described": True}):
+        y = grouped_mm(x.to(device), w.to(device), ends_of(COUNTS, device), tiles(**flags)).cpu()
+        finite = torch.cat([y[:17], y[22:]])
+        close(finite, torch.cat([x[:17].double() @ w[0].double(), x[22:].double() @ w[3].double()]), torch.float16)
+
+
+@case
+def dw_is_added_to_main_grad_and_an_empty_group_is_not_touched(device: str) -> None:
+    from fluid_npu.device.kernels.triton_grouped_gemm import grouped_dw_
+
+    every = ({}, {"described": True}, {"persistent": True})
+    for dtype in matrix_dtypes(device):
+        for flags in every[:1] if dtype == torch.float32 else every[1:]:
+            x, dy = random(42, 40, dtype=dtype), random(42, 24, dtype=dtype, seed=1)
+            main_grad = torch.ones(4, 40, 24, device=device)
+            main_grad[1] = float("nan")
+            for _ in range(2):
+                grouped_dw_(main_grad, x.to(device), dy.to(device), ends_of(COUNTS, device), tiles(**flags))
+            wanted = 1 + 2 * reference.grouped_dw(x, dy, COUNTS)
+            assert main_grad[1].isnan().all()
+            close(main_grad[[0, 2, 3]], wanted[[0, 2, 3]], torch.float32)
+
+
+@case
+def dw_reads_no_rows_of_the_next_group(device: str) -> None:
+    from fluid_npu.device.kernels.triton_grouped_gemm import grouped_dw_
+
+    x, dy = random(42, 32, dtype=torch.float16), random(42, 24, dtype=torch.float16, seed=1)
+    x[22:], dy[22:] = float("inf"), float("nan")
+    for flags in ({}, {"described": True}):
+        dw = torch.zeros(4, 32, 24, device=device)
+        grouped_dw_(dw, x.to(device), dy.to(device), ends_of(COUNTS, device), tiles(**flags))
+        close(dw[:3], reference.grouped_dw(x[:22], dy[:22], COUNTS[:3]), torch.float32)
+
+
+@case
+def dw_is_written_with_zeros_for_an_empty_group(device: str) -> None:
+    from fluid_npu.device.kernels.triton_grouped_gemm import grouped_dw_
+
+    for dtype in matrix_dtypes(device):
+        x, dy = random(42, 40, dtype=dtype), random(42, 24, dtype=dtype, seed=1)
+        dw = torch.full((4, 40, 24), float("nan"), dtype=dtype, device=device)
+        grouped_dw_(dw, x.to(device), dy.to(device), ends_of(COUNTS, device), tiles(), accumulate=False)
+        close(dw, reference.grouped_dw(x, dy, COUNTS), dtype)
+        assert not dw[1].any()
+
+
+@case
+def row_blocks_cover_every_row_once(device: str) -> None:
+    from fluid_npu.device.kernels.triton_grouped_gemm import row_blocks
+
+    for counts in ([17, 0, 5, 20], [0, 0, 3], [5000, 1], [16]):
+        table = row_blocks(ends_of(counts, device), sum(counts) // 16 + 1 + len(counts), 16).cpu()
+        ends = torch.tensor(counts).cumsum(0).tolist()
+        wanted = [(g, row) for g, n in enumerate(counts) for row in range(ends[g] - n, ends[g], 16)]
+        assert [tuple(entry) for entry in table[: len(wanted)].tolist()] == wanted
+        assert (table[len(wanted) :, 0] == -1).all()
+
+
+@case
+def permute_and_unpermute(device: str) -> None:
+    """Uniform and varying numbers of rows, a token without rows, rows of a wider buffer; the same bits twice."""
+    from fluid_npu.device.kernels.triton_permute import gather_rows, sum_rows
+
+    uniform = torch.zeros(9, 6, dtype=torch.bool).scatter_(1, random(9, 6).topk(3).indices, True)
+    dropped = uniform.clone()
+    dropped[2], dropped[5, :4] = False, False
+    for routed, per_token in ((uniform, 3), (uniform, None), (dropped, None)):
+        layout = PermuteLayout.from_routing_map(routed, per_token)
+        rows = reference.routed_rows(routed)
+        token_of_row, pairs, bags = (
+            t.to(device) for t in (layout.token_of_row, layout.row_of_pair, layout.bag_offsets)
+        )
+        for dtype in TOLERANCE:
+            x = random(9, 40, dtype=dtype)[:, :36]
+            assert torch.equal(gather_rows(x.to(device), token_of_row).cpu().double(), reference.permute(x, rows))
+            y = random(len(rows), 48, dtype=dtype)[:, :36]
+            sums = [sum_rows(y.to(device), pairs, bags, layout.pairs_per_token) for _ in range(2)]
+            close(sums[0], reference.unpermute(y, rows, 9), dtype)
+            assert torch.equal(sums[0], sums[1])
+
+
+@case
+def swiglu_and_its_gradients(device: str) -> None:
+    from fluid_npu.device.kernels.triton_swiglu import swiglu_probs, swiglu_probs_grad
+
+    for dtype in TOLERANCE:
+        for p_dtype in {dtype, torch.float32}:
+            h, da = random(7, 2 * 36 + 8, dtype=dtype)[:, :72], random(7, 36, dtype=dtype, seed=1)
+            p = random(7, seed=2).abs().to(p_dtype)
+            h64, p64 = h.double().requires_grad_(), p.double().requires_grad_()
+            a64 = reference.swiglu_probs(h64, p64)
+            a64.backward(da.double())
+            close(swiglu_probs(h.to(device), p.to(device)), a64.detach(), dtype)
+            dh, dp = swiglu_probs_grad(da.to(device), h.to(device), p.to(device))
+            assert (dh.dtype, dp.dtype) == (dtype, p_dtype)
+            close(dh, h64.grad, dtype)
+            close(dp, p64.grad, p_dtype)
+
+
+@case
+def rms_norm_and_its_gradients(device: str) -> None:
+    from fluid_npu.device.kernels.triton_rms_norm import rms_norm, rms_norm_grad
+
+    for dtype in TOLERANCE:
+        x, dy = random(3, 5, 40, dtype=dtype), random(3, 5, 40, dtype=dtype, seed=1)
+        gamma = random(40, dtype=dtype, seed=2)
+        x64, gamma64 = x.double().requires_grad_(), gamma.double().requires_grad_()
+        y64 = reference.rms_norm(x64, gamma64, 1e-5)
+        y64.backward(dy.double())
+        y, rstd = rms_norm(x.to(device), gamma.to(device), 1e-5)
+        assert rstd.shape == (3, 5, 1) and rstd.dtype == torch.float32
+        dx, dgamma = rms_norm_grad(dy.to(device), x.to(device), gamma.to(device), rstd)
+        for got, wanted in ((y, y64.detach()), (dx, x64.grad), (dgamma, gamma64.grad)):
+            close(got, wanted, dtype)
+
+
+@case
+def nothing_to_do(device: str) -> None:
+    from fluid_npu.device.kernels import triton_grouped_gemm, triton_permute, triton_swiglu
+
+    empty, ends = torch.empty(0, 32, device=device), torch.zeros(3, dtype=torch.int64, device=device)
+    assert triton_grouped_gemm.grouped_mm(empty, torch.ones(3, 32, 8, device=device), ends, tiles()).shape == (0, 8)
+    dw = torch.ones(3, 32, 32, device=device)
+    triton_grouped_gemm.grouped_dw_(dw, empty, empty, ends, tiles())
+    assert (dw == 1).all()
+    triton_grouped_gemm.grouped_dw_(dw, empty, empty, ends, tiles(), accumulate=False)
+    assert not dw.any()
+    assert triton_permute.gather_rows(empty, ends[:0]).shape == (0, 32)
+    assert not triton_permute.sum_rows(empty, ends[:0], ends, None).any()
+    assert [t.shape[0] for t in triton_swiglu.swiglu_probs_grad(empty[:, :16], empty, empty[:, 0])] == [0, 0]
+
+
+@case
+def experts_through_the_seam(device: str) -> None:
+    """``expert_mlp`` on CudaKernels that may use nothing but Triton, with uneven and empty groups."""
+    import fluid_npu.device as seam
+    from fluid_npu.device.kernels.cuda_kernels import CudaKernels
+    from fluid_npu.device.kernels.gemm_chooser import GemmChooser
+    from fluid_npu.device.kernels.gemm_forms import TritonForm
+    from fluid_npu.ops.expert_mlp import ExpertMLP, WeightGradTarget, expert_mlp
+
+    form = TritonForm(16, 16, 16, 4, 2)
+    kept = seam._kernels.get(device)
+    seam._kernels[device] = CudaKernels(GemmChooser(forms={form.name: form}))
+    try:
+        counts = [3, 0, 5, 1]
+        tensors = [random(9, 20)[:, :12], random(9, seed=1), random(4, 12, 32, seed=2), random(4, 16, 12, seed=3)]
+        x, p, w1, w2 = (t.clone().to(device).requires_grad_() for t in tensors)
+        for w in (w1, w2):
+            w.main_grad = torch.zeros(w.shape, device=device)  # type: ignore[attr-defined]
+        fused = (WeightGradTarget(fuse_into=w) for w in (w1, w2))
+        mlp = ExpertMLP(counts=counts, activation=None, fc1=next(fused), fc2=next(fused))
+        y = expert_mlp(x, p, w1, w2, mlp)
+        y.backward(random(9, 12, seed=4).to(device))
+    finally:
+        seam._kernels.pop(device) if kept is None else seam._kernels.update({device: kept})
+    x64, p64, w164, w264 = (t.double().requires_grad_() for t in tensors)
+    hidden = reference.swiglu_probs(reference.grouped_matmul(x64, w164, counts), p64)
+    y64 = reference.grouped_matmul(hidden, w264, counts)
+    y64.backward(random(9, 12, seed=4).double())
+    got = (y.detach(), x.grad, p.grad, w1.main_grad, w2.main_grad)  # type: ignore[attr-defined]
+    for value, wanted in zip(got, (y64.detach(), x64.grad, p64.grad, w164.grad, w264.grad), strict=True):
+        assert relative_error(value.cpu(), wanted) <= 2e-6
+
+
+def main() -> int:
+    """Runs every case on the CPU; returns 1 when one failed."""
+    failed = 0
+    for name, check in CASES.items():
+        try:
+            start = time.process_time()
+            check("cpu")
+            print(json.dumps({"case": name, "failure": None, "seconds": time.process_time() - start}), flush=True)
+        except Exception:
+            failed = 1
+            print(json.dumps({"case": name, "failure": traceback.format_exc()[-3000:]}), flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
