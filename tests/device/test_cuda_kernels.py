@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fluid_npu.device import get_device, kernels_of
-from fluid_npu.device.kernels import cuda_kernels
+from fluid_npu.device.kernels.gemm_forms import fuses_dw_add
 from fluid_npu.ops import reference
 from fluid_npu.ops.grouped_matmul import npu_gmm
 from fluid_npu.ops.permute import PermuteLayout, permute_tokens, permuted_probs, unpermute_tokens
@@ -22,9 +22,9 @@ SPLITS = [[16, 8, 3, 5], [0, 7, 0, 1], [0, 0, 0], [9], [0]]
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("counts", SPLITS, ids=str)
-@pytest.mark.parametrize("width, floor", [(32, 0), (5, 0), (32, 4e9)])
-def test_grouped_matmul_and_its_dw_in_main_grad(counts, dtype, width, floor, monkeypatch):
-    monkeypatch.setattr(cuda_kernels, "_LOOP_FLOOR", floor)
+@pytest.mark.parametrize("width, form", [(32, "loop"), (5, "loop"), (32, "rule"), (32, "triton"), (5, "triton")])
+def test_grouped_matmul_and_its_dw_in_main_grad(counts, dtype, width, form, monkeypatch):
+    monkeypatch.setenv("FLUID_GROUPED_GEMM", form)
     torch.manual_seed(0)
     x, weight = torch.randn(sum(counts), 16).to(dtype), torch.randn(len(counts), 16, width).to(dtype)
     dy = torch.randn(sum(counts), width).to(dtype)
@@ -42,7 +42,7 @@ def test_grouped_matmul_and_its_dw_in_main_grad(counts, dtype, width, floor, mon
     assert relative_error(y.detach().cpu(), y64.detach()) <= TOLERANCE[dtype]
     assert relative_error(x_gpu.grad.cpu(), 2 * x64.grad) <= TOLERANCE[dtype]
     assert relative_error(plain.grad.cpu(), w64.grad) <= TOLERANCE[dtype]
-    fused = (kernels_of(x_gpu)._fuses_add.value and floor == 0) or dtype == torch.float32
+    fused = dtype == torch.float32 or form == "triton" or (form == "loop" and fuses_dw_add().value)
     assert relative_error(parameter.main_grad.cpu(), 2 * w64.grad) <= (1e-6 if fused else TOLERANCE[dtype])
 
 

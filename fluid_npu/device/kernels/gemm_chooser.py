@@ -129,6 +129,8 @@ def class_of(call: GemmCall) -> str:
 
 def _fastest(rule: Choice[str], trials: Mapping[str, Trial], names: list[str]) -> Choice[str]:
     right = {name: trial.ms for name, trial in trials.items() if trial.ms is not None}
+    if not trials:
+        return Choice(rule.value, f"{rule.reason}; no time for {', '.join(names)}")
     if not right:
         wrong = "; ".join(f"{name}: {trial.failure}" for name, trial in trials.items())
         raise RuntimeError(f"no form of this grouped matmul works here: {wrong}")

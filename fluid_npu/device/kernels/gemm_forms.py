@@ -25,6 +25,7 @@ from fluid_npu.device.kernels.torch_kernels import (
 from fluid_npu.device.kernels.triton_support import load, triton_on
 
 _HALVES = (torch.bfloat16, torch.float16)
+_MAX_FP32_TILE = 64 * 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +149,10 @@ class TritonForm:
             return found.reason
         if call.a.dtype not in (*_HALVES, torch.float32) or call.b.dtype != call.a.dtype:
             return f"the Triton kernel multiplies bf16, fp16 or fp32, not {call.a.dtype} and {call.b.dtype}"
+        if call.a.dtype == torch.float32 and self._sizes[0] * self._sizes[1] > _MAX_FP32_TILE:
+            return (
+                f"tiles of more than {_MAX_FP32_TILE} entries are for bf16 and fp16: fp32 is multiplied entry by entry"
+            )
         if call.out is not None and (call.out.dtype != torch.float32 or not call.out.is_contiguous()):
             return "the Triton kernel adds to a contiguous fp32 main_grad"
         rows = (call.a, call.b) if call.op.startswith("dw") else (call.a,)
@@ -190,6 +195,7 @@ _TILES = (
     TritonForm(128, 128, 64, 4, 3, described=True),
     TritonForm(64, 256, 64, 4, 4, described=True),
     TritonForm(128, 128, 64, 8, 3),
+    TritonForm(64, 64, 32, 4, 3),
 )
 FORMS: dict[str, Form] = {form.name: form for form in (Loop(), Native(), Batched(), *_TILES)}
 
