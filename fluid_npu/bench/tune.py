@@ -32,9 +32,11 @@ _BATCHES = 4
 
 #: Name and settings; the first is the reference.
 CANDIDATES: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("plain", {"overlap": "off", "carry_over": False}),
-    ("dW beside the dispatch's backward", {"overlap": "dw", "carry_over": False}),
-    ("dW beside dispatch and combine", {"overlap": "dw", "carry_over": True}),
+    ("plain", {"overlap": "off", "carry_over": False, "dispatch": "plain"}),
+    ("dW beside the dispatch's backward", {"overlap": "dw", "carry_over": False, "dispatch": "plain"}),
+    ("dW beside dispatch and combine", {"overlap": "dw", "carry_over": True, "dispatch": "plain"}),
+    ("tokens once per rank", {"overlap": "off", "carry_over": False, "dispatch": "once-per-rank"}),
+    ("tokens once per rank, dW beside both", {"overlap": "dw", "carry_over": True, "dispatch": "once-per-rank"}),
 )
 
 

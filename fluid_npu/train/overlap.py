@@ -46,7 +46,8 @@ def settle(config: TrainConfig, place: Place) -> tuple[TrainConfig, Choice[str]]
         return config, Choice(value, f"{reason}; --profile {config.profile} is not used: {differs}")
     settings = profile.settings
     reason = f"--profile {config.profile}: {profile.reason}"
-    return replace(config, carry_over=settings["carry_over"]), Choice(settings["overlap"], reason)
+    own = {name: settings[name] for name in ("carry_over", "dispatch")}
+    return replace(config, **own), Choice(settings["overlap"], reason)
 
 
 def _shared_profile(config: TrainConfig, place: Place) -> Profile | None:

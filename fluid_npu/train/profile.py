@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 #: Fields of TrainConfig that a profile may set.
-SETTINGS = ("overlap", "carry_over")
+SETTINGS = ("overlap", "carry_over", "dispatch")
 _SIZES = ("hidden", "moe_ffn", "experts", "topk", "seq_length", "micro_batch_size")
 
 

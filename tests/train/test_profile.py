@@ -15,11 +15,11 @@ from fluid_npu.train.profile import Profile, key_of
 from tests.support.ranks import run_ranks
 from tests.support.training import store, tiny
 
-SETTINGS = {"overlap": "dw", "carry_over": True}
+SETTINGS = {"overlap": "dw", "carry_over": True, "dispatch": "once-per-rank"}
 
 
-def settled(config_text: str, change: dict[str, Any]) -> tuple[bool, str, str]:
-    """carry_over, overlap and its reason under a profile with a changed key, a file that rank 0 alone has."""
+def settled(config_text: str, change: dict[str, Any]) -> tuple[bool, str, str, str]:
+    """carry_over, dispatch, overlap and its reason under a profile with a changed key, a file that rank 0 alone has."""
     from fluid_npu.train.overlap import settle
     from fluid_npu.train.parallel import join
 
@@ -30,19 +30,19 @@ def settled(config_text: str, change: dict[str, Any]) -> tuple[bool, str, str]:
     if place.first:
         path.write_text(json.dumps(Profile(key=key, settings=SETTINGS, reason="1.2 times plain").as_dict()))
     config, (value, reason) = settle(dataclasses.replace(config, profile=str(path)), place)
-    return config.carry_over, value, reason
+    return config.carry_over, config.dispatch, value, reason
 
 
 def test_a_profile_of_this_place_decides_on_all_ranks(tmp_path: Path) -> None:
     first, second = run_ranks(2, settled, tiny(tmp_path).to_json(), {})
-    assert first[:2] == second[:2] == (True, "dw")
-    assert first[2].endswith("0.json: 1.2 times plain")
+    assert first[:3] == second[:3] == (True, "once-per-rank", "dw")
+    assert first[3].endswith("0.json: 1.2 times plain")
 
 
 def test_a_profile_of_another_place_is_named_and_not_used(tmp_path: Path) -> None:
     first, second = run_ranks(2, settled, tiny(tmp_path).to_json(), {"hidden": 128})
-    assert first[:2] == second[:2] == (False, "off")
-    assert "is not used: hidden is 64 here and was 128 when it was measured" in first[2]
+    assert first[:3] == second[:3] == (False, "plain", "off")
+    assert "is not used: hidden is 64 here and was 128 when it was measured" in first[3]
 
 
 def unreadable(config_text: str) -> str:
