@@ -164,28 +164,37 @@ def _check_choices(c: TrainConfig) -> None:
         raise ConfigError(f"--overlap {c.overlap!r}: allowed are {', '.join(OVERLAPS)}")
     if c.carry_over and c.overlap == "off":
         raise ConfigError("--carry-over: with --overlap off no AllToAll is in flight; use --overlap dw or auto")
-    if c.carry_over and c.impl == "stock":
-        raise ConfigError("--carry-over: stock Megatron (--impl stock) has none; leave it out or use --impl fluid")
+    if c.impl == "stock":
+        _check_stock(c)
+    if c.profile is not None:
+        _check_profile(c, c.profile)
+
+
+def _check_stock(c: TrainConfig) -> None:
+    """What stock Megatron does not have."""
+    missing = (
+        (c.carry_over, "--carry-over", "has none; leave it out, or use --impl fluid"),
+        (c.dispatch != "plain", f"--dispatch {c.dispatch}", "has none; use --dispatch plain or --impl fluid"),
+        (c.profile is not None, f"--profile {c.profile}", "has nothing to choose; leave it out, or use --impl fluid"),
+        (c.cp > 1, f"--cp {c.cp}", "has no context parallelism without Transformer Engine; use --cp 1 or --impl fluid"),
+        (c.plant_delay_ms > 0, "--plant-delay-ms", "cannot be delayed; leave it out, or use --impl fluid"),
+        (c.overlap == "dw", "--overlap dw", "has none; use --overlap off or --impl fluid"),
+    )
+    for given, flag, fix in missing:
+        if given:
+            raise ConfigError(f"{flag}: stock Megatron (--impl stock) {fix}")
+
+
+def _check_profile(c: TrainConfig, path: str) -> None:
+    """What a profile decides is not asked for beside it."""
     decided = (
         (c.overlap != "auto", f"--overlap {c.overlap}"),
         (c.carry_over, "--carry-over"),
         (c.dispatch != "plain", f"--dispatch {c.dispatch}"),
     )
     for given, text in decided:
-        if c.profile is not None and given:
-            raise ConfigError(f"--profile {c.profile}: it decides what {text} asks for; drop one of the two")
-    if c.profile is not None and c.impl == "stock":
-        raise ConfigError(f"--profile {c.profile}: stock Megatron (--impl stock) has nothing to choose; drop one")
-    if c.dispatch != "plain" and c.impl == "stock":
-        raise ConfigError(
-            f"--dispatch {c.dispatch}: stock Megatron (--impl stock) has none; use --dispatch plain or --impl fluid"
-        )
-    if c.cp > 1:
-        raise ConfigError(f"--cp {c.cp}: context parallelism is not built yet; use --cp 1")
-    if c.impl == "stock" and c.plant_delay_ms:
-        raise ConfigError("--plant-delay-ms: stock Megatron's AllToAll cannot be delayed; use --impl fluid")
-    if c.impl == "stock" and c.overlap == "dw":
-        raise ConfigError("--overlap dw: stock Megatron (--impl stock) has none; use --overlap off or --impl fluid")
+        if given:
+            raise ConfigError(f"--profile {path}: it decides what {text} asks for; drop one of the two")
 
 
 def _check_numbers(c: TrainConfig) -> None:
@@ -249,11 +258,24 @@ def _check_sizes(c: TrainConfig, p: Preset) -> None:
             raise ConfigError(
                 f"--{name} {parts}: must divide {flag_of(figure)} {size} of preset {p.name}; use --{name} {fit}"
             )
+    _check_context(c, p)
     chunks = c.pp * c.vpp
     if p.layers % chunks:
         raise ConfigError(
             f"--vpp {c.vpp}: pp*vpp = {c.pp}*{c.vpp} = {chunks} must divide --layers {p.layers} of preset {p.name}; "
             f"use --layers {_round_up(p.layers, chunks)} or leave --vpp out"
+        )
+
+
+def _check_context(c: TrainConfig, p: Preset) -> None:
+    """With context parallelism each rank holds two chunks of every sequence."""
+    if c.cp == 1:
+        return
+    parts = 2 * c.cp * c.tp
+    if p.seq_length % parts:
+        raise ConfigError(
+            f"--seq-length {p.seq_length}: must be a multiple of 2*cp*tp = 2*{c.cp}*{c.tp} = {parts}, because each "
+            f"rank holds two chunks of a sequence; use --seq-length {_round_up(p.seq_length, parts)}"
         )
 
 
