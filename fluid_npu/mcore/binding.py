@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -19,6 +19,9 @@ from fluid_npu.comm.transports import Transport
 from fluid_npu.mcore.dispatch_choice import check_dispatch
 from fluid_npu.schedule.live import register
 from fluid_npu.schedule.scheduler import BackwardScheduler
+
+if TYPE_CHECKING:
+    from fluid_npu.mcore.transformer_layer import FluidTransformerLayer
 
 _NUMBERS = itertools.count(1)
 
@@ -42,10 +45,11 @@ class SchedulerBinder:
         self.gemm_fusion = gemm_fusion
         self.dispatch = check_dispatch(dispatch)
         self._settings: dict[str, Any] = {"overlap": overlap, "carry_over": carry_over, "transport": transport}
+        self.carry_over = carry_over and overlap != "off"
         # Checked here so that a wrong value is refused where it was written.
         BackwardScheduler(**self._settings)
+        #: By kind and number: MoE layers, attentions, and whole layers whose linears were bound.
         self._layers: dict[tuple[str, int], weakref.ref[Any]] = {}
-        self._lowest: dict[int, int] = {}
         self._config: Any = None
         self._scheduler: weakref.ref[BackwardScheduler] | None = None
 
@@ -62,25 +66,36 @@ class SchedulerBinder:
         """
         if number is None:
             return getattr(layer, "backward_scheduler", None) or self._new(layer, "a layer alone")
+        current = self._of_model(layer, (kind, number))
+        if kind == "moe":
+            chunk = chunk_offset(layer.config, number, pp_rank)
+            current.lowest[chunk] = min(number, current.lowest.get(chunk, number))
+        return current
+
+    def bind_linears(self, layer: FluidTransformerLayer, pp_rank: int | None = None) -> tuple[BackwardScheduler, int]:
+        """The scheduler of the model that a whole layer belongs to, and its chunk; called after the layer is built."""
+        number = layer.layer_number
+        return self._of_model(layer, ("linears", number)), chunk_offset(layer.config, number, pp_rank)
+
+    def _of_model(self, layer: Any, key: tuple[str, int]) -> BackwardScheduler:
+        """The current model's scheduler, or a new model's if ``key`` is another live layer's."""
         current = self._scheduler() if self._scheduler is not None else None
-        key = (kind, number)
         holder = self._layers[key]() if key in self._layers else None
         taken = holder is not None and holder is not layer
         if current is None or taken or layer.config is not self._config:
-            self._layers, self._lowest = {}, {}
+            self._layers = {}
             self._config = layer.config
             current = self._new(layer, f"model {next(_NUMBERS)}")
             self._scheduler = weakref.ref(current)
         self._layers[key] = weakref.ref(layer)
-        if kind == "moe":
-            chunk = chunk_offset(layer.config, number, pp_rank)
-            self._lowest[chunk] = min(number, self._lowest.get(chunk, number))
-            current.lowest_layers = frozenset(self._lowest.values())
         return current
 
     def _new(self, layer: Any, whose: str) -> BackwardScheduler:
         config = layer.config
-        sizes = f"hidden {config.hidden_size}, {config.num_moe_experts} experts, top-{config.moe_router_topk}"
+        experts = (
+            f"{config.num_moe_experts} experts, top-{config.moe_router_topk}" if config.num_moe_experts else "dense"
+        )
+        sizes = f"hidden {config.hidden_size}, {experts}"
         return register(BackwardScheduler(**self._settings, name=f"{whose}: {sizes}"))
 
 

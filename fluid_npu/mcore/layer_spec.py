@@ -12,6 +12,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
@@ -26,6 +27,7 @@ from fluid_npu.device.choice import Choice
 from fluid_npu.mcore.attention import FluidDotProductAttention
 from fluid_npu.mcore.binding import SchedulerBinder
 from fluid_npu.mcore.experts import FluidGroupedMLP
+from fluid_npu.mcore.linear import FluidColumnParallelLinear, FluidRowParallelLinear
 from fluid_npu.mcore.lines.moe_layer import ROUTER_IN_SPEC
 from fluid_npu.mcore.lines.specs import hides_groups, module_of, rebuilt, submodules_of
 from fluid_npu.mcore.moe_layer import FluidMoELayer
@@ -35,6 +37,7 @@ from fluid_npu.mcore.self_attention import FLUID_ATTENTION
 from fluid_npu.mcore.transformer_layer import FluidTransformerLayer
 from fluid_npu.probes import installed
 
+_LINEARS: dict[Any, type] = {ColumnParallelLinear: FluidColumnParallelLinear, RowParallelLinear: FluidRowParallelLinear}
 _ANY_EXPERTS = 2  # Megatron's helper only asks whether there are experts; their number comes from the config.
 
 
@@ -52,8 +55,9 @@ def get_fluid_moe_layer_spec(
     Args:
         config: read for the norm, QK norm and multi-latent attention; None means RMSNorm without QK norm.
         overlap: 'dw' runs weight gradients beside the backward's AllToAlls; 'off' overlaps nothing.
-        carry_over: FC2's weight gradient may run beside the combine of the layer below (needs a DDP with
-            ``delay_wgrad_compute``).
+        carry_over: weight gradients may run beside the combine of the layer below: those of attention's linears, of
+            dense layers and shared experts, which become Fluid linears (local backend), and with a DDP that has
+            ``delay_wgrad_compute`` those of FC2 and the router.
         transport: moves the bytes; None takes torch.distributed's collective.
         backend: 'local' or 'te' for the modules around the MoE layer; 'auto' takes te where it is installed.
         dispatch: 'plain' sends a token once for each of its experts, 'once-per-rank' once to each rank that holds some,
@@ -107,17 +111,24 @@ def with_fluid_block(block: TransformerBlockSubmodules, binder: SchedulerBinder)
 
 
 def with_fluid_moe(layer: ModuleSpec, binder: SchedulerBinder) -> ModuleSpec:
-    """A copy of a layer's spec with our MoE layer, where it has one, our self-attention and core, and our norms.
+    """A copy of a layer's spec with our MoE layer, where it has one, our self-attention and core, our norms, and with
+    carry-over our linears.
 
     Every door into fluid_npu builds its modules with this function. Layers of one model share a ``binder``.
     """
     layer = copy.copy(layer)
     layer.submodules = copy.copy(layer.submodules)
     mlp = layer.submodules.mlp
+    linears = _takes_linears(layer, binder)
     if module_of(mlp) is MoELayer:
-        layer.submodules.mlp = fluid_moe_spec(mlp, binder)
+        layer.submodules.mlp = fluid_moe_spec(mlp, binder, linears)
         if layer.module is TransformerLayer and hides_groups(mlp):
             layer.module = FluidTransformerLayer
+    elif linears and module_of(mlp) is not None and _has_linears(submodules_of(mlp)):
+        layer.submodules.mlp = _with_linears(mlp)
+    if linears:
+        layer.module = FluidTransformerLayer
+        layer.params = {**layer.params, "binder": binder}
     _replace_norms(layer.submodules)
     attention = layer.submodules.self_attention
     inside = submodules_of(attention)
@@ -126,6 +137,8 @@ def with_fluid_moe(layer: ModuleSpec, binder: SchedulerBinder) -> ModuleSpec:
         _replace_norms(inside)
         if getattr(inside, "core_attention", None) is DotProductAttention:
             inside.core_attention = FluidDotProductAttention
+        if linears:
+            _replace_linears(inside)
         ours = FLUID_ATTENTION.get(module_of(attention))
         if ours is not None and getattr(inside, "core_attention", None) is FluidDotProductAttention:
             layer.submodules.self_attention = rebuilt(attention, ours, inside, binder=binder)
@@ -141,8 +154,46 @@ def _replace_norms(submodules: Any) -> None:
             setattr(submodules, name, FluidNorm)
 
 
-def fluid_moe_spec(moe: Any, binder: SchedulerBinder) -> Any:
+def _takes_linears(layer: ModuleSpec, binder: SchedulerBinder) -> bool:
+    """Whether a layer's linears become ours: with carry-over alone is there a flight that their dW could fill."""
+    if not binder.carry_over:
+        return False
+    what = "linear layers under carry_over"
+    if layer.module is not TransformerLayer:
+        reason = f"{getattr(layer.module, '__name__', layer.module)} is not Megatron's TransformerLayer"
+        Choice("left as they are", reason).announce(what)
+        return False
+    if not _has_linears(submodules_of(layer.submodules.self_attention)):
+        Choice("left as they are", "attention has none of Megatron's local linears").announce(what)
+        return False
+    Choice("Fluid", "their dW may run beside the combine of the layer below").announce(what)
+    return True
+
+
+def _has_linears(submodules: Any) -> bool:
+    """Whether Megatron's parallel linears are among them."""
+    values = vars(submodules).values() if submodules is not None else ()
+    return any(isinstance(value, type) and value in _LINEARS for value in values)
+
+
+def _with_linears(spec: Any) -> Any:
+    """A copy of the spec of a module with linears, such as MLP, with ours."""
+    inside = copy.copy(submodules_of(spec))
+    _replace_linears(inside)
+    return rebuilt(spec, module_of(spec), inside)
+
+
+def _replace_linears(submodules: Any) -> None:
+    """In place: Megatron's parallel linears become ours."""
+    for name, module in vars(submodules).items():
+        if isinstance(module, type) and module in _LINEARS:
+            setattr(submodules, name, _LINEARS[module])
+
+
+def fluid_moe_spec(moe: Any, binder: SchedulerBinder, linears: bool = False) -> Any:
     """Megatron's spec of an MoE layer with our layer, experts and router in it; shared experts stay.
+
+    With ``linears`` the linears of shared experts are ours too.
 
     A ModuleSpec gives a ModuleSpec, a functools.partial (0.17 and later) a partial. A router that a user put there
     stays too. Whatever experts the spec had are replaced: from 0.17 on Megatron's local spec ignores
@@ -152,6 +203,8 @@ def fluid_moe_spec(moe: Any, binder: SchedulerBinder) -> Any:
     if ROUTER_IN_SPEC and submodules.router is TopKRouter:
         submodules.router = FluidRouter
     submodules.experts = ModuleSpec(module=FluidGroupedMLP)
+    if linears and submodules.shared_experts is not None:
+        submodules.shared_experts = _with_linears(submodules.shared_experts)
     return rebuilt(moe, FluidMoELayer, submodules, binder=binder)
 
 
