@@ -24,17 +24,14 @@ from fluid_npu.bench.kernels_experts import time_experts
 from fluid_npu.bench.kernels_rows import time_rows
 from fluid_npu.device.kernels.gemm_chooser import GemmChooser, class_of
 from fluid_npu.device.kernels.gemm_forms import FORMS, Form, GemmCall, TritonForm
-from fluid_npu.device.kernels.gemm_timing import try_form
+from fluid_npu.device.kernels.gemm_timing import Trial, try_forms
 from fluid_npu.device.kernels.groups import GroupRows
 
 #: Forms that are timed beside those that the chooser knows.
 EXTRA = (
     TritonForm(128, 256, 64, 8, 3, described=True),
     TritonForm(128, 256, 64, 8, 4, described=True, swizzle=16),
-    TritonForm(256, 128, 64, 8, 4, described=True),
-    TritonForm(128, 128, 64, 8, 4, described=True),
     TritonForm(128, 256, 64, 8, 3, described=True, persistent=True),
-    TritonForm(128, 256, 64, 8, 3),
 )
 EVERY: dict[str, Form] = {**FORMS, **{form.name: form for form in EXTRA}}
 OPS = ("mm", "mm_t", "dw_add")
@@ -94,22 +91,16 @@ def time_matmuls(shape: Shape, forms: dict[str, Form], late: Callable[[], bool])
     """One record for each matmul, operation and form."""
     for matmul, (inner, outer) in shape.matmuls.items():
         for op in OPS:
+            if late():
+                return
             call = call_of(op, inner, outer, shape.counts)
-            for name, form in forms.items():
-                if late():
-                    return
-                reason = form.why_not(call)
-                trial = try_form(form, call) if reason is None else None
-                failure = reason if trial is None else trial.failure
-                record: dict[str, Any] = {
-                    "shape": shape.name,
-                    "matmul": matmul,
-                    "op": op,
-                    "form": name,
-                    "failure": failure,
-                }
-                record["class"] = class_of(call)
-                if trial is not None and trial.ms is not None:
+            reasons = {name: form.why_not(call) for name, form in forms.items()}
+            trials = {name: Trial(None, reason) for name, reason in reasons.items() if reason is not None}
+            trials |= try_forms({name: form for name, form in forms.items() if name not in trials}, call, late)
+            for name, trial in trials.items():
+                record: dict[str, Any] = {"shape": shape.name, "matmul": matmul, "op": op, "form": name}
+                record |= {"class": class_of(call), "failure": trial.failure}
+                if trial.ms is not None:
                     record |= {"ms": trial.ms, "tflops": 2 * call.multiply_adds / trial.ms / 1e9}
                 yield record
 
@@ -140,10 +131,11 @@ def warm(part: str) -> None:
     for form in triton_forms[index::parts]:
         for op in OPS:
             call = call_of(op, *TINY.matmuls["fc1"], TINY.counts)
-            trial = try_form(form, call)
-            print(f"compiled {form.name} {op}: {trial.failure or f'{trial.ms:.3f} ms'}", flush=True)
+            trial = try_forms({form.name: form}, call, lambda: False)[form.name]
+            print(f"compiled {form.name} {op}: {trial.failure[:200] or 'ok'}", flush=True)
     if index == 0:
-        print(json.dumps(list(time_rows(TINY))), flush=True)
+        for record in time_rows(TINY):
+            print(f"compiled {record['kernel']} {record['form']}: {record['failure'] or 'ok'}", flush=True)
 
 
 def main() -> int:
@@ -174,7 +166,9 @@ def run(out: Path, budget_s: float) -> int:
 
     def part(name: str, work: Callable[[], None]) -> None:
         try:
-            if not late():
+            if late():
+                result["errors"].append(f"{name}: no time left")
+            else:
                 work()
         except Exception as error:  # one part's failure must not take the others' figures with it
             result["errors"].append(f"{name}: {type(error).__name__}: {str(error)[:500]}")
@@ -200,7 +194,8 @@ def run(out: Path, budget_s: float) -> int:
 def _rows(shape: Shape, result: dict[str, Any]) -> None:
     for record in time_rows(shape):
         result["rows"].append(record)
-        print("{shape:13s} {kernel:16s} {form:7s} {ms:8.3f} ms {gbps:6.0f} GB/s {failure}".format(**record), flush=True)
+        text = "{shape:8s} {kernel:17s} {form:7s} {ms:7.3f} ms {gbps:5.0f} GB/s; with launch {cold_ms:.3f} ms {failure}"
+        print(text.format(**record), flush=True)
 
 
 def _matmuls(shape: Shape, result: dict[str, Any], late: Callable[[], bool]) -> None:

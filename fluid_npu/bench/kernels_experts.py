@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from fluid_npu.device.kernels.gemm_timing import median_ms
 from fluid_npu.device.kernels.groups import GroupRows
 from fluid_npu.device.kernels.triton_support import GROUPED_GEMM, ROW_KERNELS
 from fluid_npu.ops.expert_mlp import ExpertMLP, WeightGradTarget, expert_mlp
+
+Result = TypeVar("Result")
 
 VARIANTS = {
     "torch's kernels, grouped_mm": {ROW_KERNELS: "torch", GROUPED_GEMM: "grouped_mm"},
@@ -27,27 +30,39 @@ VARIANTS = {
 
 
 def time_experts(shape: Any) -> Iterator[dict[str, Any]]:
-    """One record a variant: milliseconds, and how far output and gradients are from the first variant's."""
-    wanted: list[Tensor] | None = None
+    """One record a variant: milliseconds, and how far output and gradients are from the first variant's.
+
+    The variants take turns: a GPU at its power limit gets slower over seconds.
+    """
     kept = {name: os.environ.get(name) for name in (ROW_KERNELS, GROUPED_GEMM)}
     work = _Experts(shape)
-    for variant, settings in VARIANTS.items():
-        record = {"shape": shape.name, "variant": variant, "ms": 0.0, "failure": ""}
-        os.environ.update(settings)
-        seam._kernels["cuda"] = CudaKernels()
-        try:
-            got = work.results()
-            wanted = wanted if wanted is not None else got
-            off = max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(got, wanted, strict=True))
-            record["off"] = off
-            record["failure"] = "" if off <= 2e-2 else f"off by {off:.1e} from the first"
-            record["ms"] = median_ms(work.step, got[0])
-        except Exception as error:  # reported, and the next variant goes on
-            record["failure"] = f"{type(error).__name__}: {str(error)[:300]}"
-        yield record
-    for name, value in kept.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
-    del seam._kernels["cuda"]
+    variants = {name: partial(_in_variant, CudaKernels(), settings) for name, settings in VARIANTS.items()}
+    failures: dict[str, str] = {}
+    try:
+        wanted: list[Tensor] | None = None
+        for name, variant in variants.items():
+            try:
+                got = variant(work.results)
+                wanted = wanted if wanted is not None else got
+                off = max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(got, wanted, strict=True))
+                failures[name] = "" if off <= 2e-2 else f"off by {off:.1e} from the first"
+            except Exception as error:  # reported, and the next variant goes on
+                failures[name] = f"{type(error).__name__}: {str(error)[:300]}"
+        right = {name: partial(variants[name], work.step) for name, failure in failures.items() if not failure}
+        times = median_ms(right, work.dy)
+    finally:
+        for name, value in kept.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+        seam._kernels.pop("cuda", None)
+    for name, failure in failures.items():
+        yield {"shape": shape.name, "variant": name, "ms": times.get(name, 0.0), "failure": failure}
+
+
+def _in_variant(kernels: CudaKernels, settings: dict[str, str], work: Callable[[], Result]) -> Result:
+    """What ``work`` returns with these kernels behind the seam."""
+    os.environ.update(settings)
+    seam._kernels["cuda"] = kernels
+    return work()
 
 
 class _Experts:

@@ -15,7 +15,7 @@ from fluid_npu.device.kernels import gemm_chooser, gemm_timing, triton_support
 from fluid_npu.device.kernels.agreement import StoreAgreement, alone
 from fluid_npu.device.kernels.gemm_chooser import GemmChooser, class_of
 from fluid_npu.device.kernels.gemm_forms import FORMS, GemmCall, Loop, TritonForm
-from fluid_npu.device.kernels.gemm_timing import Trial, try_form
+from fluid_npu.device.kernels.gemm_timing import Trial, try_forms
 from fluid_npu.ops import reference
 from fluid_npu.ops.reference import relative_error
 
@@ -63,17 +63,21 @@ class Never(Loop):
 
 
 def timed(monkeypatch: pytest.MonkeyPatch, milliseconds: dict[str, float]) -> list[str]:
-    """Trials take these times; returns the list of forms that were tried."""
+    """Forms that are right take these times; returns the list of forms that were tried."""
     tried: list[str] = []
 
-    def trial(form: Any, call: GemmCall) -> Trial:
-        tried.append(form.name)
-        real = try_form(form, call)
-        return real if real.ms is None else Trial(milliseconds[form.name])
+    def trials(forms: dict[str, Any], call: GemmCall, late: Callable[[], bool]) -> dict[str, Trial]:
+        real = try_forms(forms, call, late)
+        tried.extend(real)
+        return {name: t if t.ms is None else Trial(milliseconds[name]) for name, t in real.items()}
 
-    monkeypatch.setattr(gemm_chooser, "try_form", trial)
+    monkeypatch.setattr(gemm_chooser, "try_forms", trials)
     monkeypatch.setattr(gemm_chooser, "_SMALL", 0)
     return tried
+
+
+def try_form(form: Loop, call: GemmCall) -> Trial:
+    return try_forms({form.name: form}, call, lambda: False)[form.name]
 
 
 def forms(*extra: Loop) -> dict[str, Any]:
@@ -158,6 +162,12 @@ def test_one_wrong_entry_is_found(op: str) -> None:
     assert "off by" in try_form(Wrong(), call_of(op)).failure
 
 
+def test_forms_are_timed_in_turns() -> None:
+    order: list[str] = []
+    gemm_timing.median_ms({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, torch.zeros(1))
+    assert order == ["a", "b"] * (len(order) // 2) and len(order) > 4
+
+
 def test_a_result_that_is_no_number_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     class NotANumber(Loop):
         def run(self, call: GemmCall) -> Tensor | None:
@@ -237,8 +247,8 @@ def test_tensor_descriptors_refuse_weights_whose_last_step_would_read_the_next_g
     assert reason is None if refused is None else refused in str(reason)
 
 
-def slow_here(fast: str) -> Callable[[Any, GemmCall], Trial]:
-    return lambda form, call: Trial(1.0 if form.name == fast else 9.0)
+def slow_here(fast: str) -> Callable[..., dict[str, Trial]]:
+    return lambda forms, call, late: {name: Trial(1.0 if name == fast else 9.0) for name in forms}
 
 
 def decide_on_a_rank(classes: list[list[str]]) -> dict[str, str]:
@@ -246,7 +256,7 @@ def decide_on_a_rank(classes: list[list[str]]) -> dict[str, str]:
     import torch.distributed as dist
 
     rank = dist.get_rank()
-    gemm_chooser.try_form = slow_here(("loop", "other")[rank])
+    gemm_chooser.try_forms = slow_here(("loop", "other")[rank])
     gemm_chooser._SMALL = 0
     chooser = GemmChooser(forms=forms(Other()))
     for op in classes[rank]:

@@ -21,7 +21,7 @@ from fluid_npu.device.base import DeviceUnavailable
 from fluid_npu.device.choice import Choice
 from fluid_npu.device.kernels.agreement import Agreement, of_this_job
 from fluid_npu.device.kernels.gemm_forms import FORMS, Form, GemmCall
-from fluid_npu.device.kernels.gemm_timing import Trial, room_to_measure, try_form
+from fluid_npu.device.kernels.gemm_timing import Trial, room_to_measure, try_forms
 from fluid_npu.device.kernels.triton_support import GEMM_PROFILE, GROUPED_GEMM, setting
 
 _SMALL = 5e8  # multiply-adds: below, launches decide and measuring costs more than it gives
@@ -91,11 +91,8 @@ class GemmChooser:
         if no_room is not None:
             return Choice(rule.value, f"{rule.reason}; not measured: {no_room}")
         names = [rule.value, *(n for n, form in self._forms.items() if n != rule.value and form.why_not(call) is None)]
-        start, trials = time.monotonic(), dict[str, Trial]()
-        for name in names:
-            if time.monotonic() - start > self._budget_s:
-                break
-            trials[name] = try_form(self._forms[name], call)
+        end = time.monotonic() + self._budget_s
+        trials = try_forms({name: self._forms[name] for name in names}, call, lambda: time.monotonic() > end)
         return _fastest(rule, trials, names)
 
     def _by_rule(self, call: GemmCall) -> Choice[str]:

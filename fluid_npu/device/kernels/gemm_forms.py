@@ -193,7 +193,6 @@ Form = Loop | Native | Batched | TritonForm
 _TILES = (
     TritonForm(128, 256, 64, 8, 4, described=True),
     TritonForm(128, 128, 64, 4, 3, described=True),
-    TritonForm(64, 256, 64, 4, 4, described=True),
     TritonForm(128, 128, 64, 8, 3),
     TritonForm(64, 64, 32, 4, 3),
 )

@@ -1,14 +1,15 @@
-"""Runs one form of a grouped matmul on real operands: is its result right, and how long does it take.
+"""Runs the forms of a grouped matmul on real operands: is each result right, and how long does it take.
 
 The reference is a product of each group by itself in cuBLAS or, on a CPU, in BLAS. A dW is added to a scratch buffer,
-never to the main_grad of the call.
+never to the main_grad of the call. Forms are timed in turns: a GPU at its power limit gets slower over seconds.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from fluid_npu.device.kernels.gemm_forms import FORMS, Form, GemmCall
 
 _TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # of the largest entry; tf32 may be on
 _ROWS = 2048  # compared at a time
-_TIMED = 5
+_TIMED = 7
+_AHEAD_CYCLES = 500_000  # a quarter of a millisecond
 
 
 @dataclass(frozen=True)
@@ -28,16 +30,30 @@ class Trial:
     failure: str = ""
 
 
-def try_form(form: Form, call: GemmCall) -> Trial:
-    """Checks ``form`` against one product a group, then times it."""
+def try_forms(forms: Mapping[str, Form], call: GemmCall, late: Callable[[], bool]) -> dict[str, Trial]:
+    """Checks each form against one product a group, then times those that are right, one after another in turns.
+
+    No further form is begun once ``late()``; those are missing from the result.
+    """
+    work = replace(call, out=torch.zeros_like(call.out)) if call.out is not None else call
+    trials: dict[str, Trial] = {}
+    for name, form in forms.items():
+        if late():
+            break
+        trials[name] = Trial(None, _failure(form, work))
+    right = {name: partial(forms[name].run, work) for name, trial in trials.items() if not trial.failure}
+    return {**trials, **{name: Trial(ms) for name, ms in median_ms(right, call.a).items()}}
+
+
+def _failure(form: Form, call: GemmCall) -> str:
+    """Why ``form`` cannot be used for this call; empty if it can."""
     try:
-        trial = replace(call, out=torch.zeros_like(call.out)) if call.out is not None else call
-        off = _error(form, trial)
-        if not off <= _TOLERANCE.get(call.a.dtype, 1e-6):
-            return Trial(None, f"off by {off:.1e} of the largest entry")
-        return Trial(median_ms(lambda: form.run(trial), call.a))
+        if call.out is not None:
+            call.out.zero_()
+        off = _error(form, call)
     except Exception as error:  # a form that does not compile or does not fit into memory is no candidate
-        return Trial(None, f"{type(error).__name__}: {str(error)[:200]}")
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    return "" if off <= _TOLERANCE.get(call.a.dtype, 1e-6) else f"off by {off:.1e} of the largest entry"
 
 
 def room_to_measure(call: GemmCall) -> str | None:
@@ -78,19 +94,26 @@ def _worst(got: Tensor, wanted: Tensor) -> float:
     return worst / size
 
 
-def median_ms(run: Callable[[], object], where: Tensor) -> float:
-    """Median of a few runs after one that is not counted, in milliseconds; by events on the device of ``where``."""
-    run()
-    times = sorted(_once_ms(run, where) for _ in range(_TIMED))
-    return times[_TIMED // 2]
+def median_ms(runs: Mapping[str, Callable[[], object]], where: Tensor, ahead: bool = False) -> dict[str, float]:
+    """Median milliseconds of each run, all run in turns; by events on the device of ``where``.
+
+    With ``ahead`` the host gets a start, so that its time to launch does not count.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(_TIMED):
+        for name, run in runs.items():
+            times[name].append(_once_ms(run, where, ahead))
+    return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
 
 
-def _once_ms(run: Callable[[], object], where: Tensor) -> float:
+def _once_ms(run: Callable[[], object], where: Tensor, ahead: bool) -> float:
     if not where.is_cuda:
         start = time.perf_counter()
         run()
         return (time.perf_counter() - start) * 1e3
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if ahead:
+        torch.cuda._sleep(_AHEAD_CYCLES)
     begin.record()
     run()
     end.record()
