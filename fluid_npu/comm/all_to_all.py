@@ -50,20 +50,23 @@ class Route:
     input_splits: Sequence[int] | None
     comm_type: str
     label: str = ""
+    plain_bytes: tuple[int, int] | None = None
+    """Bytes to other ranks, there and back, if every (token, expert) had a row; None where every one has."""
 
     @property
     def name(self) -> str:
         """For messages and records: "moe_dispatch AllToAll of layer 3"."""
         return f"{self.comm_type} AllToAll{f' of {self.label}' if self.label else ''}"
 
-    def reversed(self) -> Route:
-        """The way of the gradient."""
+    def reversed(self, comm_type: str = "") -> Route:
+        """The way back, under another name; without one the way of the gradient."""
         return Route(
             peers=self.peers,
             output_splits=self.input_splits,
             input_splits=self.output_splits,
-            comm_type=f"{self.comm_type}_backward",
+            comm_type=comm_type or f"{self.comm_type}_backward",
             label=self.label,
+            plain_bytes=None if self.plain_bytes is None else (self.plain_bytes[1], self.plain_bytes[0]),
         )
 
 
@@ -80,7 +83,8 @@ class Flight:
         self.output = source.new_empty((rows, *source.shape[1:]))
         device = device_of(source)
         self._launched, self._reached, self._passed = device.event(), device.event(), device.event()
-        sink.comm.count(route.comm_type, _bytes_to_peers(source, route))
+        sent = _bytes_to_peers(source, route)
+        sink.comm.count(route.comm_type, sent, route.plain_bytes[0] if route.plain_bytes is not None else None)
         sink.recorder.add("launch", name)
         self._launched.record()
         with collective(name, self._ranks):

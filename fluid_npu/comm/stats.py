@@ -3,7 +3,8 @@
 ``a2a_ms`` is the duration of exchanges that were waited for at once (every one with overlap off, those of the
 serialised twin otherwise): from launch to completion, so waiting for a late peer is part of it. The duration of
 an exchange that compute ran beside is not observable from the host and is not guessed. ``exposed_ms`` is the
-time between reaching a wait and passing it.
+time between reaching a wait and passing it. ``a2a_plain_bytes`` is what the same exchanges would send with a row for
+every (token, expert): as much as ``a2a_bytes``, unless tokens are sent once per rank.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ class CommStats:
         self._counts: Counter[str] = Counter()
         self._ms: Counter[str] = Counter()
 
-    def count(self, comm_type: str, bytes_to_peers: int) -> None:
-        """One exchange was launched that sends so many bytes to other ranks."""
+    def count(self, comm_type: str, bytes_to_peers: int, plain_bytes: int | None = None) -> None:
+        """One exchange was launched: bytes to other ranks, and what they would be in plain form (None: the same)."""
         self._counts["a2a_count"] += 1
         self._counts["a2a_bytes"] += bytes_to_peers
+        self._counts["a2a_plain_bytes"] += bytes_to_peers if plain_bytes is None else plain_bytes
         self._counts[f"{comm_type}_bytes"] += bytes_to_peers
 
     def timed(
@@ -61,7 +63,8 @@ class CommStats:
         self._timings.clear()
 
     def as_dict(self) -> dict[str, float]:
-        """``a2a_count``, ``a2a_bytes``, ``a2a_ms``, ``exposed_ms``, and bytes and ms per comm_type."""
+        """``a2a_count``, ``a2a_bytes``, ``a2a_plain_bytes``, ``a2a_ms``, ``exposed_ms``; bytes and ms per comm_type."""
         self._fold()
-        zeros: dict[str, float] = {"a2a_count": 0, "a2a_bytes": 0, "a2a_ms": 0.0, "exposed_ms": 0.0}
+        whole = {"a2a_count": 0, "a2a_bytes": 0, "a2a_plain_bytes": 0}
+        zeros: dict[str, float] = {**whole, "a2a_ms": 0.0, "exposed_ms": 0.0}
         return {**zeros, **self._counts, **self._ms}

@@ -49,6 +49,10 @@ class Device(ABC):
         """A new event that can be timed."""
 
     @abstractmethod
+    def from_host(self, values: torch.Tensor, where: torch.device) -> torch.Tensor:
+        """What ``values``, a CPU tensor, holds, on ``where``; the host does not wait for a copy."""
+
+    @abstractmethod
     def manual_seed(self, seed: int) -> None:
         """Seed torch's generators of the CPU and of this device."""
 
@@ -108,6 +112,10 @@ class AcceleratorDevice(Device):
 
     def event(self) -> TimingEvent:
         return AcceleratorEvent(self._module.Event(enable_timing=True))
+
+    def from_host(self, values: torch.Tensor, where: torch.device) -> torch.Tensor:
+        """A copy through pinned memory, which torch's host allocator keeps until the copy has run."""
+        return values.pin_memory().to(where, non_blocking=True)
 
     def manual_seed(self, seed: int) -> None:
         torch.manual_seed(seed)

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from fluid_npu.comm.transports import Transport
+from fluid_npu.mcore.dispatch_choice import check_dispatch
 from fluid_npu.schedule.live import register
 from fluid_npu.schedule.scheduler import BackwardScheduler
 
@@ -29,6 +30,7 @@ class SchedulerBinder:
     """Hands out schedulers; one binder per Layer Spec. Arguments as ``BackwardScheduler``.
 
     ``gemm_fusion``: the experts' weight gradients go straight into ``main_grad``, whatever the configuration says.
+    ``dispatch``: how often a token is sent to a rank, as ``FluidTokenDispatcher``.
     """
 
     def __init__(
@@ -38,8 +40,10 @@ class SchedulerBinder:
         carry_over: bool = False,
         transport: Transport | None = None,
         gemm_fusion: bool = False,
+        dispatch: str = "plain",
     ) -> None:
         self.gemm_fusion = gemm_fusion
+        self.dispatch = check_dispatch(dispatch)
         self._settings: dict[str, Any] = {"overlap": overlap, "carry_over": carry_over, "transport": transport}
         # Checked here so that a wrong value is refused where it was written.
         BackwardScheduler(**self._settings)

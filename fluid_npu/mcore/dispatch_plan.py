@@ -1,8 +1,8 @@
 """What one dispatch decides and its combine must know: row order, split sizes, rows of each local expert.
 
 T tokens, E experts, L local experts, P expert-parallel ranks, Q expert-tensor-parallel ranks, N rows of this
-rank before dispatch, R rows after it. Received rows come by (tp rank, source rank, local expert); experts want them by
-(local expert, tp rank, source rank).
+rank before dispatch, R rows of its experts. Plain rows arrive by (tp rank, source rank, local expert), those of a token
+sent once by (tp rank, source rank, token); experts want them by (local expert, tp rank, source rank, token).
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from torch import Tensor
 
 from fluid_npu.comm.all_to_all import Peers
 from fluid_npu.comm.guard import collective
+from fluid_npu.device import device_of
 from fluid_npu.device.kernels.groups import GroupRows
+from fluid_npu.mcore.dispatch_rows import OnceRows, PlainRows, RowForm
+from fluid_npu.ops.once import OnceLayout
+from fluid_npu.ops.payload_once import Arrival
 from fluid_npu.ops.permute import PermuteLayout
 
 
@@ -25,7 +29,7 @@ from fluid_npu.ops.permute import PermuteLayout
 class DispatchPlan:
     """Everything that the steps after routing share. Index tensors are int64 on the tokens' device."""
 
-    layout: PermuteLayout
+    rows: RowForm
     tokens_shape: torch.Size
     input_splits: list[int]
     """[P] rows sent to each expert-parallel rank."""
@@ -35,12 +39,34 @@ class DispatchPlan:
     """[Q] rows that each expert-tensor-parallel rank contributes; one entry without expert tensor parallelism."""
     tokens_per_expert: GroupRows
     """[L] rows of each local expert."""
-    order: tuple[Tensor, Tensor] | None
-    """[R] which received row comes at each place of the experts' order, and the inverse; None when in order already."""
+    plain: PlainCounts | None = None
+    """What the plain form would move; None when this is the plain form."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainCounts:
+    """Rows of (token, expert) to and from other ranks, to compare bytes with."""
+
+    sent: int
+    received: int
+    gathered_sent: int
+    gathered_received: int
+    """Between expert-tensor-parallel ranks."""
+
+    def bytes(self, row_bytes: int) -> tuple[int, int]:
+        """Sent and received by a dispatch with rows of that many bytes."""
+        return self.sent * row_bytes, self.received * row_bytes
+
+    def gathered_bytes(self, row_bytes: int) -> tuple[int, int]:
+        """The same between expert-tensor-parallel ranks."""
+        return self.gathered_sent * row_bytes, self.gathered_received * row_bytes
 
 
 def exchange_counts(counts_E: Tensor, groups: ExpertGroups) -> Any:
-    """Starts telling the other ranks how many rows they get; returns what ``finish_counts`` takes."""
+    """Starts telling the other ranks how many rows they get; returns what ``finish_counts`` takes.
+
+    As many numbers for each rank: rows of each of its experts and, where tokens are sent once, before them its rows.
+    """
     if groups.etp_size > 1:
         received = counts_E.new_empty(groups.etp_size * groups.ep_size * counts_E.shape[0])
         work = dist.all_gather_into_tensor(received, counts_E, group=groups.tp_ep.group, async_op=True)
@@ -84,19 +110,19 @@ class ExpertGroups:
         return self.ep_size * self.etp_size == 1
 
 
-def finish_counts(pending: Any, groups: ExpertGroups, local_experts: int, name: str) -> tuple[Tensor, Tensor]:
-    """``[Q, P, L]`` on the device and on the host: rows from each (tp rank, source rank) for each local expert."""
+def finish_counts(pending: Any, groups: ExpertGroups, numbers: int, name: str) -> tuple[Tensor, Tensor]:
+    """``[Q, P, numbers]`` on the device and on the host: what each (tp rank, source rank) told this rank."""
     received, work = pending
     with collective(f"token counts of {name}", groups.tp_ep.ranks):
         work.wait()
         host = received.cpu()
-    return _by_source(received, groups, local_experts), _by_source(host, groups, local_experts)
+    return _by_source(received, groups, numbers), _by_source(host, groups, numbers)
 
 
-def _by_source(received: Tensor, groups: ExpertGroups, local_experts: int) -> Tensor:
+def _by_source(received: Tensor, groups: ExpertGroups, numbers: int) -> Tensor:
     if groups.etp_size == 1:
-        return received.view(1, groups.ep_size, local_experts)
-    by_rank = received.view(groups.ep_size, groups.etp_size, groups.ep_size, local_experts)
+        return received.view(1, groups.ep_size, numbers)
+    by_rank = received.view(groups.ep_size, groups.etp_size, groups.ep_size, numbers)
     return by_rank[:, :, groups.ep_rank].transpose(0, 1)
 
 
@@ -113,18 +139,50 @@ def make_plan(
     _, ep_size, local_experts = by_source.shape
     order = None
     if local_experts > 1 and not groups.alone:
-        device = layout.token_of_row.device
-        rows, inverse = _chunk_order(by_source.reshape(-1, local_experts))
-        order = torch.from_numpy(rows).to(device), torch.from_numpy(inverse).to(device)
+        where = layout.token_of_row
+        both = torch.from_numpy(np.stack(_chunk_order(by_source.reshape(-1, local_experts))))
+        rows, inverse = device_of(where).from_host(both, where.device)
+        order = rows, inverse
     from_rank = by_source.sum(2)
     return DispatchPlan(
-        layout=layout,
+        rows=PlainRows(layout=layout, order=order),
         tokens_shape=tokens_shape,
         input_splits=counts_E.numpy().reshape(ep_size, local_experts).sum(1).tolist(),
         output_splits=from_rank[groups.etp_rank].tolist(),
         gather_splits=from_rank.sum(1).tolist(),
         tokens_per_expert=GroupRows(by_source.sum((0, 1)).tolist(), on_device_QPL.sum((0, 1))),
-        order=order,
+    )
+
+
+def make_once_plan(
+    layout: OnceLayout,
+    tokens_shape: torch.Size,
+    sent_PC: Tensor,
+    counts_QPC: Tensor,
+    on_device_QPC: Tensor,
+    groups: ExpertGroups,
+) -> DispatchPlan:
+    """The plan of a dispatch that sends a token once to each rank; C is 1 + L: rows, then rows of each local expert.
+
+    ``sent_PC``: of this rank to each. Both counts are on the host.
+    """
+    here, rows_QP = groups.etp_rank, counts_QPC[:, :, 0]
+    experts_L = counts_QPC[:, :, 1:].sum((0, 1))
+    pairs_Q = counts_QPC[:, :, 1:].sum((1, 2))
+    sent_P, received_P = sent_PC[:, 1:].sum(1), counts_QPC[here, :, 1:].sum(1)
+    return DispatchPlan(
+        rows=OnceRows(layout=layout, arrival=Arrival(expert_rows=int(experts_L.sum()))),
+        tokens_shape=tokens_shape,
+        input_splits=sent_PC[:, 0].tolist(),
+        output_splits=rows_QP[here].tolist(),
+        gather_splits=rows_QP.sum(1).tolist(),
+        tokens_per_expert=GroupRows(experts_L.tolist(), on_device_QPC[:, :, 1:].sum((0, 1))),
+        plain=PlainCounts(
+            sent=int(sent_P.sum() - sent_P[groups.ep_rank]),
+            received=int(received_P.sum() - received_P[groups.ep_rank]),
+            gathered_sent=int(pairs_Q[here]) * (groups.etp_size - 1),
+            gathered_received=int(pairs_Q.sum() - pairs_Q[here]),
+        ),
     )
 
 

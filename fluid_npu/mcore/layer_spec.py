@@ -44,6 +44,7 @@ def get_fluid_moe_layer_spec(
     carry_over: bool = False,
     transport: Transport | None = None,
     backend: str = "auto",
+    dispatch: str = "plain",
 ) -> ModuleSpec:
     """The spec of a transformer layer with a FluidMoELayer, for ``GPTModel(transformer_layer_spec=...)``.
 
@@ -54,14 +55,16 @@ def get_fluid_moe_layer_spec(
             ``delay_wgrad_compute``).
         transport: moves the bytes; None takes torch.distributed's collective.
         backend: 'local' or 'te' for the modules around the MoE layer; 'auto' takes te where it is installed.
+        dispatch: 'plain' sends a token once for each of its experts, 'once-per-rank' once to each rank that holds some,
+            'auto' what has clearly fewer rows.
 
     For Megatron's multi-token prediction take ``get_fluid_moe_block_spec``: its helper accepts Megatron's own
     TransformerLayer alone as a layer's spec.
 
     Raises:
-        ValueError: an unknown overlap or backend.
+        ValueError: an unknown overlap, dispatch or backend.
     """
-    binder = SchedulerBinder(overlap, carry_over=carry_over, transport=transport)
+    binder = SchedulerBinder(overlap, carry_over=carry_over, transport=transport, dispatch=dispatch)
     return with_fluid_moe(_layer_spec(config, choose_backend(backend).value), binder)
 
 
@@ -72,19 +75,22 @@ def get_fluid_moe_block_spec(
     carry_over: bool = False,
     transport: Transport | None = None,
     backend: str = "auto",
+    dispatch: str = "plain",
     vp_stage: int | None = None,
     binder: SchedulerBinder | None = None,
 ) -> TransformerBlockSubmodules:
     """The specs of all layers of a pipeline stage, for models with dense layers too (``moe_layer_freq``).
 
     Arguments as ``get_fluid_moe_layer_spec``; ``vp_stage`` is the chunk of an interleaved pipeline. Chunks whose specs
-    are made with one ``binder`` share a scheduler; it then stands for overlap, carry_over and transport, which must not
-    be given beside it (ValueError).
+    are made with one ``binder`` share a scheduler; it then stands for overlap, carry_over, transport and dispatch, none
+    of which may be given beside it (ValueError).
     """
-    if binder is not None and (overlap, carry_over, transport) != ("dw", False, None):
-        raise ValueError("binder: it has overlap, carry_over and transport of its own; give them to SchedulerBinder")
+    if binder is not None and (overlap, carry_over, transport, dispatch) != ("dw", False, None, "plain"):
+        raise ValueError(
+            "binder: overlap, carry_over, transport and dispatch are its own; give them to SchedulerBinder"
+        )
     if binder is None:
-        binder = SchedulerBinder(overlap, carry_over=carry_over, transport=transport)
+        binder = SchedulerBinder(overlap, carry_over=carry_over, transport=transport, dispatch=dispatch)
     use_te = choose_backend(backend).value == "te"
     block = get_gpt_decoder_block_spec(config, use_te, normalization=config.normalization, **_chunk(vp_stage))
     return with_fluid_block(block, binder)

@@ -80,7 +80,8 @@ class FluidMoELayer(MoELayerInSteps):
         *,
         binder: SchedulerBinder | None = None,
     ) -> None:
-        self.steps = _overlaps(config)
+        self._binder = binder if binder is not None else SchedulerBinder()
+        self.steps = _overlaps(config, self._binder.dispatch)
         groups = pg_collection if pg_collection is not None else default_groups()
         optional = taken(MoELayer.__init__, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer, name=name)
         super().__init__(config, submodules, layer_number, **optional)
@@ -90,14 +91,17 @@ class FluidMoELayer(MoELayerInSteps):
             self.router: Any = FluidRouter.taking_over(self.router)
         pipeline = getattr(groups, "pp", None)
         self._pp_rank = None if pipeline is None else pipeline.rank()
-        self._binder = binder if binder is not None else SchedulerBinder()
         if self._binder.gemm_fusion and isinstance(self.experts, FluidGroupedMLP):
             self.experts.fuse_dw = True
         self._bind(layer_number)
 
     def _take_our_dispatcher(self, groups: ProcessGroups) -> None:
         self.token_dispatcher = FluidTokenDispatcher(
-            self.num_local_experts, self.local_expert_indices, config=self.config, pg_collection=groups
+            self.num_local_experts,
+            self.local_expert_indices,
+            config=self.config,
+            pg_collection=groups,
+            dispatch=self._binder.dispatch,
         )
         # Megatron's overlap of shared experts needs its own dispatcher and CUDA streams; ours is in the steps below.
         self.shared_expert_overlap = False
@@ -193,12 +197,17 @@ class FluidMoELayer(MoELayerInSteps):
         return merged if combined.shared_output is None else merged + combined.shared_output
 
 
-def _overlaps(config: TransformerConfig) -> bool:
+def _overlaps(config: TransformerConfig, dispatch: str) -> bool:
     """Whether the dispatcher is ours. Raises ValueError for one that cannot run with grouped experts here."""
     kind = config.moe_token_dispatcher_type
     if kind == "alltoall":
         return True
     if kind in MEGATRON_DISPATCHERS:
+        if dispatch == "once-per-rank":
+            raise ValueError(
+                f"dispatch='once-per-rank': moe_token_dispatcher_type={kind!r} is Megatron's dispatcher, which has no "
+                "such form; set --moe-token-dispatcher-type alltoall or use dispatch='plain'"
+            )
         reason = f"moe_token_dispatcher_type={kind!r} is Megatron's dispatcher: grouped experts, nothing overlapped"
         Choice("Megatron's steps", reason).announce("FluidMoELayer")
         return False

@@ -18,11 +18,20 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from fluid_npu.comm.all_to_all import AllToAllHandle, Peers, Route, start_exchange
-from fluid_npu.comm.cargo import AS_IS, Loading
+from fluid_npu.comm.cargo import AS_IS
 from fluid_npu.comm.sink import OverlapSink, Passengers
-from fluid_npu.mcore.dispatch_plan import DispatchPlan, ExpertGroups, exchange_counts, finish_counts, make_plan
+from fluid_npu.mcore.dispatch_choice import choose_dispatch
+from fluid_npu.mcore.dispatch_plan import (
+    DispatchPlan,
+    ExpertGroups,
+    exchange_counts,
+    finish_counts,
+    make_once_plan,
+    make_plan,
+)
 from fluid_npu.mcore.lines.groups import ProcessGroups, default_groups
-from fluid_npu.ops.payload import Merge, Pack, Reorder, Replicate, SumParts, Unpack, wire_dtype
+from fluid_npu.ops.once import experts_of_tokens, groups_of_tokens, once_layout
+from fluid_npu.ops.payload import SumParts, payload_width, wire_dtype
 from fluid_npu.ops.permute import PermuteLayout
 
 
@@ -36,6 +45,8 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         local_expert_indices: global numbers of the local experts, consecutive.
         config: Megatron's TransformerConfig.
         pg_collection: process groups ``ep``, ``expt_tp`` and ``tp_ep``; None takes Megatron's global ones.
+        dispatch: 'plain' sends a token once for each of its experts, 'once-per-rank' once to each rank that holds some;
+            'auto' takes what has clearly fewer rows. ``dispatch_form`` says which, and why.
 
     Raises:
         ValueError: a configuration that this dispatcher does not implement, naming the option and the fix.
@@ -47,6 +58,7 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         local_expert_indices: list[int],
         config: TransformerConfig,
         pg_collection: ProcessGroups | None = None,
+        dispatch: str = "plain",
     ) -> None:
         groups = pg_collection if pg_collection is not None else default_groups()
         _refuse_unsupported(config)
@@ -57,12 +69,17 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         self.sink: OverlapSink | None = None
         self.label = ""
         self.groups = ExpertGroups(ep=Peers.of(groups.ep), etp=Peers.of(groups.expt_tp), tp_ep=Peers.of(groups.tp_ep))
+        self.dispatch_form = choose_dispatch(dispatch, config, self.groups.ep_size, self.groups.etp_size)
+        if dispatch != "plain":
+            self.dispatch_form.announce("dispatch")
         self._current: DispatchPlan | None = None
 
     # ---- the steps of a layer, plan in hand
 
     def plan(self, routing_map_TE: Tensor, tokens_shape: torch.Size) -> DispatchPlan:
         """Decides rows and splits for a bool routing map; tells the other ranks how many rows they get."""
+        if self.dispatch_form.value == "once-per-rank":
+            return self._plan_once(routing_map_TE, tokens_shape)
         capacity = self._capacity(routing_map_TE.shape[0])
         if capacity is not None:
             layout = PermuteLayout.from_capacity(routing_map_TE, capacity)
@@ -83,17 +100,28 @@ class FluidTokenDispatcher(MoETokenDispatcher):
             on_device, counts_QPL = finish_counts(pending, self.groups, self.num_local_experts, where)
         return make_plan(layout, tokens_shape, host_E, counts_QPL, on_device, self.groups)
 
+    def _plan_once(self, routing_map_TE: Tensor, tokens_shape: torch.Size) -> DispatchPlan:
+        """One row for each (token, rank); what a rank is told is its rows, then the rows of each of its experts."""
+        ranks = self.groups.ep_size
+        expert_TK = experts_of_tokens(routing_map_TE, self.config.moe_router_topk)
+        map_TP = groups_of_tokens(expert_TK, self.num_experts, ranks)
+        counts_PC = torch.cat([map_TP.sum(0).unsqueeze(1), routing_map_TE.sum(0).view(ranks, -1)], dim=1)
+        pending = exchange_counts(counts_PC.view(-1), self.groups)
+        host_PC = counts_PC.cpu()
+        layout = once_layout(expert_TK, map_TP, self.num_experts, int(host_PC[:, 0].sum()))
+        on_device, counts_QPC = finish_counts(pending, self.groups, self.num_local_experts + 1, self._where("dispatch"))
+        return make_once_plan(layout, tokens_shape, host_PC, counts_QPC, on_device, self.groups)
+
     def send(
         self, x_TH: Tensor, probs_TE: Tensor, plan: DispatchPlan, passengers: Passengers | None = None
     ) -> AllToAllHandle:
         """Starts the dispatch of tokens and probabilities; ``receive`` completes it."""
-        wire = wire_dtype(x_TH.dtype, probs_TE.dtype)
-        unpack = Unpack(x_TH.shape[1], wire, plan.order[0] if plan.order is not None else None)
+        hidden, wire = x_TH.shape[1], wire_dtype(x_TH.dtype, probs_TE.dtype)
         return start_exchange(
-            self._route(plan.output_splits, plan.input_splits, "moe_dispatch"),
+            self._route(plan, "moe_dispatch", payload_width(hidden, x_TH.dtype) * x_TH.element_size()),
             [x_TH, probs_TE.to(wire)],
-            loading=Pack(plan.layout, x_TH.shape[1], wire),
-            unloading=unpack if self.groups.etp_size == 1 else AS_IS,
+            loading=plan.rows.pack(hidden, wire),
+            unloading=plan.rows.unpack(hidden, wire) if self.groups.etp_size == 1 else AS_IS,
             sink=self.sink,
             passengers=passengers,
         )
@@ -107,23 +135,21 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         """
         if self.groups.etp_size == 1:
             return handle.wait()
-        hidden = plan.tokens_shape[-1]
-        own = plan.gather_splits[self.groups.etp_rank]
+        hidden, payload = plan.tokens_shape[-1], handle.wait()
         return start_exchange(
-            self._route(plan.gather_splits, [own] * self.groups.etp_size, "moe_expert_tp", self.groups.etp),
-            [handle.wait()],
-            loading=Replicate(self.groups.etp_size, hidden, wire),
-            unloading=Unpack(hidden, wire, plan.order[0] if plan.order is not None else None),
+            self._route_etp(plan, payload_width(hidden, payload.dtype) * payload.element_size()),
+            [payload],
+            loading=plan.rows.replicate(self.groups.etp_size, hidden, wire),
+            unloading=plan.rows.unpack(hidden, wire),
             sink=self.sink,
         ).wait()
 
     def send_back(self, out_RH: Tensor, plan: DispatchPlan) -> AllToAllHandle:
         """Starts the combine of the experts' outputs; its ``wait()`` gives the sum of each token's rows."""
-        loading: Loading = AS_IS if plan.order is None else Reorder(plan.order[1], plan.order[0])
+        loading, row_bytes = plan.rows.collect(), out_RH.shape[1] * out_RH.element_size()
         if self.groups.etp_size > 1:
-            own = plan.gather_splits[self.groups.etp_rank]
             out_RH = start_exchange(
-                self._route([own] * self.groups.etp_size, plan.gather_splits, "moe_expert_tp", self.groups.etp),
+                self._route_etp(plan, row_bytes, back=True),
                 [out_RH],
                 loading=loading,
                 unloading=SumParts(self.groups.etp_size),
@@ -131,23 +157,37 @@ class FluidTokenDispatcher(MoETokenDispatcher):
             ).wait()
             loading = AS_IS
         return start_exchange(
-            self._route(plan.input_splits, plan.output_splits, "moe_combine"),
+            self._route(plan, "moe_combine", row_bytes),
             [out_RH],
             loading=loading,
-            unloading=Merge(plan.layout, plan.tokens_shape),
+            unloading=plan.rows.merge(plan.tokens_shape),
             sink=self.sink,
         )
 
-    def _route(
-        self, output_splits: list[int], input_splits: list[int], comm_type: str, peers: Peers | None = None
-    ) -> Route:
-        return Route(
-            peers=peers if peers is not None else self.groups.ep,
-            output_splits=output_splits,
-            input_splits=input_splits,
+    def _route(self, plan: DispatchPlan, comm_type: str, row_bytes: int) -> Route:
+        """Of a dispatch or, the other way, of a combine; ``row_bytes`` of a row in plain form."""
+        dispatch = Route(
+            peers=self.groups.ep,
+            output_splits=plan.output_splits,
+            input_splits=plan.input_splits,
             comm_type=comm_type,
             label=self.label,
+            plain_bytes=plan.plain.bytes(row_bytes) if plan.plain is not None else None,
         )
+        return dispatch if comm_type == "moe_dispatch" else dispatch.reversed(comm_type)
+
+    def _route_etp(self, plan: DispatchPlan, row_bytes: int, back: bool = False) -> Route:
+        """To every expert-tensor-parallel rank the same rows, or back from every one its part of them."""
+        own, name = plan.gather_splits[self.groups.etp_rank], "moe_expert_tp"
+        there = Route(
+            peers=self.groups.etp,
+            output_splits=plan.gather_splits,
+            input_splits=[own] * self.groups.etp_size,
+            comm_type=name,
+            label=self.label,
+            plain_bytes=plan.plain.gathered_bytes(row_bytes) if plan.plain is not None else None,
+        )
+        return there.reversed(name) if back else there
 
     def _capacity(self, num_tokens: int) -> int | None:
         """Rows of each expert when they are padded to a fixed number, else None."""

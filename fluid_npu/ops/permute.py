@@ -49,14 +49,17 @@ class PermuteLayout:
         return experts.view(self.num_tokens, self.pairs_per_token)
 
     @staticmethod
-    def from_routing_map(map_TE: Tensor, uniform_topk: int | None = None) -> PermuteLayout:
+    def from_routing_map(map_TE: Tensor, uniform_topk: int | None = None, num_rows: int | None = None) -> PermuteLayout:
         """Layout of a bool map [T, E]: one row for each True.
 
         ``uniform_topk`` is K when each token is known to have exactly K experts (not checked): fewer operators,
-        and no host synchronisation on an accelerator. Leave it None when tokens were dropped.
+        and no host synchronisation on an accelerator. Leave it None when tokens were dropped. ``num_rows`` is N
+        where the host knows it, which spares the synchronisation too.
         """
         num_tokens, num_experts = map_TE.shape
-        expert_of_row, token_of_row = _true_positions(map_TE.t(), uniform_topk)
+        if uniform_topk is not None:
+            num_rows = num_tokens * uniform_topk
+        expert_of_row, token_of_row = _true_positions(map_TE.t(), num_rows)
         sorted_tokens, row_of_pair = torch.sort(token_of_row, stable=True)
         return PermuteLayout(
             num_tokens=num_tokens,
@@ -98,6 +101,28 @@ class PermuteLayout:
             pair_index=torch.add(experts_E1, tokens_EC, alpha=num_experts).reshape(-1),
         )
 
+    @staticmethod
+    def from_slots(expert_TS: Tensor, num_rows: int) -> PermuteLayout:
+        """Layout of integer slots [T, S]: each token's experts in ascending order, then numbers above every expert's.
+
+        Only the ``num_rows`` slots of experts get rows; the host must know how many there are. Here ``pair_index``
+        is a position in a flattened [T, S] tensor, and ``num_experts`` is S.
+        """
+        num_tokens, slots = expert_TS.shape
+        slot_of_row = torch.sort(expert_TS.reshape(-1), stable=True)[1][:num_rows]
+        token_of_row = torch.div(slot_of_row, slots, rounding_mode="floor")
+        sorted_tokens, row_of_pair = torch.sort(token_of_row, stable=True)
+        return PermuteLayout(
+            num_tokens=num_tokens,
+            num_experts=slots,
+            pairs_per_token=None,
+            padded=False,
+            token_of_row=token_of_row,
+            row_of_pair=row_of_pair,
+            bag_offsets=_bag_offsets(sorted_tokens, num_tokens, None),
+            pair_index=slot_of_row,
+        )
+
 
 def permute_tokens(x_TH: Tensor, layout: PermuteLayout) -> Tensor:
     """[N, H]: the token of each row; the gradient of a token is the sum over its rows."""
@@ -115,10 +140,10 @@ def permuted_probs(probs_TE: Tensor, layout: PermuteLayout) -> Tensor:
     return probs_TE.reshape(-1).index_select(0, layout.pair_index)
 
 
-def _true_positions(map_ET: Tensor, uniform_topk: int | None) -> tuple[Tensor, Tensor]:
-    """(expert, token) of every True, by expert and then token."""
-    if map_ET.device.type != "cpu" and uniform_topk is not None:
-        return _first_positions_by_sort(map_ET, map_ET.shape[1] * uniform_topk)
+def _true_positions(map_ET: Tensor, rows: int | None) -> tuple[Tensor, Tensor]:
+    """(expert, token) of every True, by expert and then token; ``rows`` is how many, if known."""
+    if map_ET.device.type != "cpu" and rows is not None:
+        return _first_positions_by_sort(map_ET, rows)
     expert, token = map_ET.nonzero().unbind(1)
     return expert, token.contiguous()
 

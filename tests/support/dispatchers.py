@@ -65,7 +65,9 @@ def make_dispatcher(case: Case) -> Any:
 
     local = case.experts // case.ep
     first = parallel_state.get_expert_model_parallel_rank() * local
-    return FluidTokenDispatcher(local, list(range(first, first + local)), config=make_config(case))
+    return FluidTokenDispatcher(
+        local, list(range(first, first + local)), config=make_config(case), dispatch=case.dispatch
+    )
 
 
 def in_stock_layer(case: Case) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class Case:
     empty_experts: int = 0
     dtype: torch.dtype = torch.float32
     etp: int = 1
+    dispatch: str = "plain"
     config: dict[str, Any] = field(default_factory=dict)
     seed: int = 5
 
@@ -75,7 +76,8 @@ def fluid_layer(case: Case) -> Any:
     from fluid_npu.mcore.layer_spec import get_fluid_moe_layer_spec
 
     config = make_config(case)
-    layer = here(_built(get_fluid_moe_layer_spec(config, overlap=case.overlap).submodules.mlp, config))
+    spec = get_fluid_moe_layer_spec(config, overlap=case.overlap, dispatch=case.dispatch)
+    layer = here(_built(spec.submodules.mlp, config))
     layer.set_layer_number(1)
     return layer
 
