@@ -11,7 +11,7 @@ from typing import Any
 from fluid_npu.bench.job import Job
 from fluid_npu.link import LinkError, parse_link, why_unavailable
 from fluid_npu.train import exit_codes
-from fluid_npu.train.config import DTYPES, ConfigError, TrainConfig, validate
+from fluid_npu.train.config import DISPATCHES, DTYPES, ConfigError, TrainConfig, validate
 from fluid_npu.train.presets import CUT_FIELDS, PRESETS, PresetError, flag_of
 
 _DEFAULTS = TrainConfig()
@@ -23,6 +23,12 @@ def add_common_flags(parser: argparse.ArgumentParser, *, nproc: int = 2, ep: int
         parser.add_argument(flag_of(name), type=int, default=value, metavar="N", help=f"{text} ({value})")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or npu (auto)")
     parser.add_argument("--dtype", default="fp32", metavar="NAME", help=f"{', '.join(DTYPES)} (fp32)")
+    parser.add_argument(
+        "--dispatch",
+        default=_DEFAULTS.dispatch,
+        metavar="NAME",
+        help=f"ours sends a token to a rank with several of its experts: {', '.join(DISPATCHES)} (plain)",
+    )
     parser.add_argument("--seed", type=int, default=_DEFAULTS.seed, metavar="N", help="of weights and data")
     parser.add_argument("--timeout", type=float, default=_DEFAULTS.timeout, metavar="SECONDS", help="of a collective")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -57,7 +63,7 @@ def add_model_flags(parser: argparse.ArgumentParser, preset: str) -> None:
 def make_config(args: argparse.Namespace, **values: Any) -> TrainConfig:
     """The configuration of the ranks. Raises ConfigError or PresetError."""
     given = {name: getattr(args, f"cut_{name}", None) for name in CUT_FIELDS}
-    shared = {name: getattr(args, name) for name in ("nproc", "ep", "device", "dtype", "seed", "timeout")}
+    shared = {name: getattr(args, name) for name in ("nproc", "ep", "device", "dtype", "dispatch", "seed", "timeout")}
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         shared["nproc"] = int(os.environ["WORLD_SIZE"])
     cut = {**values.pop("cut", {}), **{name: value for name, value in given.items() if value is not None}}

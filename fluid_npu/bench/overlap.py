@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ def measure(config: TrainConfig, options: dict[str, Any], place: Place) -> dict[
     result = envelope("overlap", config, options, place, machine, rows, steps=steps, lanes=lanes)
     judged = all(row["judged"] for row in steps)
     more = {"preset": config.model().name, "cut": dict(config.cut), "carry_over": config.carry_over}
+    more["dispatch"] = config.dispatch
     return {**result, **more, "agreement": bench.agreement, "judged": judged}
 
 
@@ -124,6 +126,7 @@ class Bench:
         alone = alone_ms(clocks[0].cargo(), scheduler.transport, self.place)
         peaks = [self._peak(lambda step=step: step(0)) for step in (steps[0], steps[2])]
         everyone = self._every_rank([*spans["twin"], *spans["overlapped"]])
+        sent, plain = self._bytes(lambda: steps[2](0))
         return Run(
             times=times,
             twin=twin,
@@ -135,6 +138,8 @@ class Bench:
                 "peak_memory_mb": peaks[1],
                 "extra_peak_memory_mb": peaks[1] - peaks[0],
                 "rounds": rounds,
+                "a2a_bytes": sent,
+                "a2a_plain_bytes": plain,
             },
             lanes=[{"workload": name, **span} for rank in everyone for span in rank],
         )
@@ -162,6 +167,17 @@ class Bench:
         most = torch.tensor([peak], device=self.place.device.torch_device(self.place.local_rank))
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return float(most)
+
+    def _bytes(self, call: Callable[[], Any]) -> tuple[float, float]:
+        """Bytes that a rank sends to others in a step, and what a row for every (token, expert) would be: means."""
+        scheduler = self.overlapped.scheduler
+        assert scheduler is not None
+        scheduler.reset_stats()
+        call()
+        stats = scheduler.get_stats()
+        every = self._every_rank((stats["a2a_bytes"], stats["a2a_plain_bytes"]))
+        sent, plain = (fmean(values) for values in zip(*every, strict=True))
+        return sent, plain
 
     def _every_rank(self, mine: Any) -> list[Any]:
         every: list[Any] = [None] * self.place.world

@@ -43,11 +43,18 @@ def overlap_text(result: Row) -> str:
         f"{', '.join(map(str, rounds))}, interleaved; times of a step: slowest rank, of an AllToAll: mean over ranks; "
         "medians"
     )
+    parts += [_fewer_bytes(row) for row in result["steps"] if row.get("a2a_plain_bytes", 0) != row.get("a2a_bytes", 0)]
     if result["link"]:
         parts.append(f"link: {result['link']['rate']}, {result['link']['description']}")
     worst = max((entry["error"] for entry in result["agreement"].values()), default=0.0)
     parts.append(f"checked before timing: loss and gradients agree with stock within {worst:.1e}, twin bitwise equal")
     return "\n".join([*parts, "", *overlap_verdict(result)])
+
+
+def _fewer_bytes(row: Row) -> str:
+    sent, plain = row["a2a_bytes"], row["a2a_plain_bytes"]
+    text = f"{row['workload']}: {sent / 2**20:.2f} MiB per step and rank to other ranks"
+    return f"{text}; a row for every (token, expert) would be {plain / 2**20:.2f} MiB, {plain / sent:.2f} times as much"
 
 
 def overlap_verdict(result: Row) -> list[str]:

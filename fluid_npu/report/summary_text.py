@@ -12,15 +12,16 @@ def format_summary(summary: Mapping[str, Any]) -> str:
     """Plain text from the keys of summary.json.
 
     Reads loss_first, loss_last, unigram_entropy (nats per token), steps, step_ms_median, tokens_per_s, a2a_ms,
-    hidden_ms (ms per step; a signed difference), hidden_fraction (of what dW could cover, or None where nothing was
-    overlapped), peak_memory_mb, device, versions (mapping), overlap (mapping or pair of value and reason), generated,
-    out.
+    a2a_bytes and a2a_plain_bytes (of a step and rank), hidden_ms (ms per step; a signed difference), hidden_fraction (of
+    what dW could cover, or None where nothing was overlapped), peak_memory_mb, device, versions (mapping), overlap
+    (mapping or pair of value and reason), generated, out.
     """
     lines = ["Training finished" if summary.get("loss_last") is not None else "Training ended without a loss"]
     for label, text in (
         ("loss", _loss(summary)),
         ("speed", _speed(summary)),
         ("AllToAll", _alltoall(summary)),
+        ("bytes", _bytes(summary)),
         ("overlap", _overlap(summary)),
         ("peak memory", _figure(summary, "peak_memory_mb", "{:,.0f} MB on the fullest rank")),
         ("device", _text(summary, "device")),
@@ -66,6 +67,16 @@ def _alltoall(summary: Mapping[str, Any]) -> str | None:
     if fraction is None:
         return text if hidden else text + " (nothing ran beside it)"
     return text + f" ({100 * fraction:.0f} % of what could be covered)"
+
+
+def _bytes(summary: Mapping[str, Any]) -> str | None:
+    sent, plain = summary.get("a2a_bytes"), summary.get("a2a_plain_bytes")
+    if not sent:
+        return None
+    text = f"{sent / 2**20:.2f} MiB per step and rank to other ranks"
+    if plain in (None, sent):
+        return text
+    return f"{text}, {plain / sent:.2f} times fewer than a row for every (token, expert)"
 
 
 def _overlap(summary: Mapping[str, Any]) -> str | None:

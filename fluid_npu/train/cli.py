@@ -12,7 +12,7 @@ from typing import Any
 
 from fluid_npu.adaptor.versions import installed_version
 from fluid_npu.train import exit_codes
-from fluid_npu.train.config import DTYPES, IMPLS, OVERLAPS, ConfigError, TrainConfig, validate
+from fluid_npu.train.config import DISPATCHES, DTYPES, IMPLS, OVERLAPS, ConfigError, TrainConfig, validate
 from fluid_npu.train.launch import launch, write_config
 from fluid_npu.train.presets import CUT_FIELDS, PRESETS, PresetError, flag_of
 from fluid_npu.train.profile import Profile
@@ -94,6 +94,8 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--carry-over", action="store_true", help="FC2's dW may wait for the combine of the layer below")
     group.add_argument("--trace", action="store_true", help="record the AllToAlls of the last steps in lanes.json")
     group.add_argument("--profile", metavar="FILE", help="overlap as 'fluid-npu tune' found best here")
+    text = f"how often a token is sent to a rank with several of its experts: {', '.join(DISPATCHES)} (plain)"
+    group.add_argument("--dispatch", default=_DEFAULTS.dispatch, metavar="NAME", help=text)
     impl = _DEFAULTS.impl
     group.add_argument("--impl", default=impl, metavar="NAME", help=f"MoE layers: {' or '.join(IMPLS)} ({impl})")
 

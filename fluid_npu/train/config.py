@@ -18,12 +18,13 @@ DEVICES = ("auto", "cpu", "cuda", "npu")
 DTYPES = ("fp32", "bf16", "fp16")
 OVERLAPS = ("off", "dw", "auto")
 IMPLS = ("fluid", "stock")
+DISPATCHES = ("plain", "once-per-rank", "auto")
 NOT_BUILT = {"full": "the pipelined schedule behind --overlap full"}
 
 #: Fields that may differ between a checkpoint and the run that resumes it; all others must be equal.
 RESUME_MAY_DIFFER = frozenset(
     ("device", "data", "steps", "overlap", "timeout", "out", "resume", "checkpoint_every", "twin_every")
-    + ("plant_delay_ms", "carry_over", "trace", "profile")
+    + ("plant_delay_ms", "carry_over", "trace", "profile", "dispatch")
 )
 
 
@@ -37,7 +38,8 @@ class TrainConfig:
 
     ``dtype`` None is the device's own; ``data`` None the default corpus; ``lr_decay_steps`` None is ``steps``.
     ``plant_delay_ms`` delays every AllToAll, for tests and demonstrations. ``carry_over`` lets dW of FC2 and of the
-    router wait for the combine of the layer below. ``vpp`` is the number of model chunks per pipeline stage.
+    router wait for the combine of the layer below. ``dispatch`` 'once-per-rank' sends a token once to each rank that
+    holds some of its experts. ``vpp`` is the number of model chunks per pipeline stage.
     """
 
     preset: str = "mixtral-tiny"
@@ -71,6 +73,7 @@ class TrainConfig:
     carry_over: bool = False
     trace: bool = False
     profile: str | None = None
+    dispatch: str = "plain"
     impl: str = "fluid"
 
     def model(self) -> Preset:
@@ -150,7 +153,7 @@ def _differing_cut(theirs: Mapping[str, int], ours: Mapping[str, int]) -> str:
 
 
 def _check_choices(c: TrainConfig) -> None:
-    for name, allowed in (("device", DEVICES), ("impl", IMPLS)):
+    for name, allowed in (("device", DEVICES), ("impl", IMPLS), ("dispatch", DISPATCHES)):
         if getattr(c, name) not in allowed:
             raise ConfigError(f"{flag_of(name)} {getattr(c, name)!r}: allowed are {', '.join(allowed)}")
     if c.dtype is not None and c.dtype not in DTYPES:
@@ -168,6 +171,10 @@ def _check_choices(c: TrainConfig) -> None:
             raise ConfigError(f"--profile {c.profile}: it decides what {text} asks for; drop one of the two")
     if c.profile is not None and c.impl == "stock":
         raise ConfigError(f"--profile {c.profile}: stock Megatron (--impl stock) has nothing to choose; drop one")
+    if c.dispatch != "plain" and c.impl == "stock":
+        raise ConfigError(
+            f"--dispatch {c.dispatch}: stock Megatron (--impl stock) has none; use --dispatch plain or --impl fluid"
+        )
     if c.cp > 1:
         raise ConfigError(f"--cp {c.cp}: context parallelism is not built yet; use --cp 1")
     if c.impl == "stock" and c.plant_delay_ms:

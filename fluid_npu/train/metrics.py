@@ -45,6 +45,7 @@ class MetricsWriter:
             "lr": result.lr,
             "step_ms": round(result.step_ms, 3),
             "a2a_ms": result.a2a_ms,
+            **{name: result.counters.get(name) for name in ("a2a_bytes", "a2a_plain_bytes")},
             "twin": result.twin,
             "tokens_per_s": round(tokens_per_s, 1),
             "host_memory_mb": round(self._process.memory_info().rss / 2**20, 1),  # of rank 0, now

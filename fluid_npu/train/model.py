@@ -101,7 +101,9 @@ def _fluid_spec(config: TrainConfig, overlap: str) -> Callable[..., Any]:
     from fluid_npu.mcore.binding import SchedulerBinder
     from fluid_npu.mcore.layer_spec import get_fluid_moe_block_spec
 
-    binder = SchedulerBinder(overlap, carry_over=config.carry_over, transport=_transport(config))
+    binder = SchedulerBinder(
+        overlap, carry_over=config.carry_over, transport=_transport(config), dispatch=config.dispatch
+    )
     return partial(get_fluid_moe_block_spec, backend="local", binder=binder)
 
 

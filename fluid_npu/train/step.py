@@ -31,7 +31,7 @@ from fluid_npu.train.config import TrainConfig
 from fluid_npu.train.model import shared_experts
 from fluid_npu.train.parallel import Place
 
-COUNTERS = ("a2a_ms", "a2a_count", "a2a_bytes", "exposed_ms", "dw_ms")
+COUNTERS = ("a2a_ms", "a2a_count", "a2a_bytes", "a2a_plain_bytes", "exposed_ms", "dw_ms")
 
 
 class TrainingDiverged(RuntimeError):

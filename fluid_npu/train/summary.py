@@ -40,7 +40,15 @@ def step_figures(rows: list[dict[str, Any]], tokens_per_step: int) -> dict[str, 
         "step_ms_median": step_ms,
         "tokens_per_s": tokens_per_step / step_ms * 1e3,
         "a2a_ms": median(a2a) if a2a else None,
+        **_bytes(rows),
     }
+
+
+def _bytes(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Of a step, to other ranks, mean over ranks and steps; and what a row for every (token, expert) would be."""
+    names = ("a2a_bytes", "a2a_plain_bytes")
+    known = [row for row in rows if all(row.get(name) is not None for name in names)]
+    return {name: sum(row[name] for row in known) / len(known) for name in names} if known else {}
 
 
 def write_summary(out: str | Path, summary: dict[str, Any]) -> None:

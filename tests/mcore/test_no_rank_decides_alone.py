@@ -42,20 +42,23 @@ class _CollectiveLog:
         return call
 
 
-def log_of(load: str, slow_rank: int, carry_over: bool) -> dict[str, Any]:
+def log_of(load: str, slow_rank: int, spec: dict[str, Any]) -> dict[str, Any]:
     """Trains two steps in which all tokens go to experts of one rank; one rank sleeps before every launch and dW."""
     import torch.distributed as dist
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
     from fluid_npu.schedule.live import get_backward_scheduler
 
-    run = Run(config={"num_layers": 3}, spec={"carry_over": carry_over})
+    run = Run(config={"num_layers": 3}, spec=spec)
     config = make_config(run)
     model = make_model(run, config)
     fill(model, run)
     _force_routing(model, load)
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, overlap_grad_reduce=True, bucket_size=2000, delay_wgrad_compute=carry_over
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=True,
+        bucket_size=2000,
+        delay_wgrad_compute=spec.get("carry_over", False),
     )
     ddp = DistributedDataParallel(config, ddp_config, model)
     scheduler = get_backward_scheduler(ddp)
@@ -88,12 +91,11 @@ def _slow_down(scheduler: Any) -> None:
     scheduler.transport.start = lambda *a: (time.sleep(0.01), start(*a))[1]
 
 
-@pytest.mark.parametrize("carry_over", [False, True])
-def test_collectives_do_not_depend_on_load_or_clock(carry_over: bool, run_ranks: Ranks) -> None:
+@pytest.mark.parametrize("spec", [{}, {"carry_over": True}, {"dispatch": "once-per-rank"}], ids=str)
+def test_collectives_do_not_depend_on_load_or_clock(spec: dict[str, Any], run_ranks: Ranks) -> None:
     sizes = {"expert_model_parallel_size": 2}
     runs = [
-        run_ranks(2, log_of, load, slow, carry_over, sizes=sizes)
-        for load, slow in (("first", 0), ("last", 0), ("even", 1))
+        run_ranks(2, log_of, load, slow, spec, sizes=sizes) for load, slow in (("first", 0), ("last", 0), ("even", 1))
     ]
     first = runs[0][0]
     assert len(first["calls"]) > 20

@@ -80,3 +80,10 @@ def test_missing_keys_are_left_out() -> None:
 def test_report_loads_no_torch() -> None:
     code = "import sys, fluid_npu.report.summary_text, fluid_npu.report.loss_plot; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_bytes_are_compared_with_the_plain_form_only_where_they_differ() -> None:
+    sent = {"a2a_bytes": 2.0 * 2**20, "a2a_plain_bytes": 6.0 * 2**20}
+    assert "2.00 MiB per step and rank to other ranks, 3.00 times fewer than" in format_summary(sent)
+    assert "times fewer" not in format_summary({**sent, "a2a_plain_bytes": 2.0 * 2**20})
+    assert "bytes" not in format_summary({"a2a_bytes": 0.0, "a2a_plain_bytes": 0.0})

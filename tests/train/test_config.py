@@ -12,7 +12,7 @@ import pytest
 from fluid_npu import cli
 from fluid_npu.train import cli as cli_train
 from fluid_npu.train import exit_codes
-from fluid_npu.train.config import ConfigError, TrainConfig, dense_stages, differing_flag, validate
+from fluid_npu.train.config import DISPATCHES, ConfigError, TrainConfig, dense_stages, differing_flag, validate
 from fluid_npu.train.presets import PresetError
 
 pytestmark = pytest.mark.host
@@ -54,6 +54,8 @@ REFUSED = [
     (["--profile", "p.json", "--overlap", "dw"], r"--profile p.json: it decides what --overlap dw asks for; drop one"),
     (["--profile", "p.json", "--carry-over"], r"--profile p.json: it decides what --carry-over asks for"),
     (["--profile", "p.json", "--impl", "stock"], r"--profile p.json: stock Megatron"),
+    (["--dispatch", "twice"], r"--dispatch 'twice': allowed are plain, once-per-rank, auto"),
+    (["--dispatch", "auto", "--impl", "stock"], r"--dispatch auto: stock Megatron .* use --dispatch plain"),
     (["--topk", "9"], r"--topk 9: must be at most --experts 8"),
     (["--hidden", "257"], r"--heads 8: must divide --hidden 257"),
     (["--resume"], r"--resume: there is no run of mixtral-tiny"),
@@ -165,3 +167,9 @@ def test_a_line_of_megatron_without_checkpoints_is_refused(version: str | None) 
     with pytest.raises(ConfigError, match=rf"megatron-core {version or 'is not'}.*needs 0\.16; pip install"):
         cli_train.check_megatron(version)
     cli_train.check_megatron("0.16.1")
+
+
+def test_the_words_of_dispatch_are_those_of_the_layer() -> None:
+    from fluid_npu.mcore import dispatch_choice
+
+    assert dispatch_choice.DISPATCHES == DISPATCHES
