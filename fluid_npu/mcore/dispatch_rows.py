@@ -16,7 +16,7 @@ from torch import Tensor
 from fluid_npu.comm.cargo import AS_IS, Loading, Unloading
 from fluid_npu.ops.once import OnceLayout
 from fluid_npu.ops.payload import Merge, Pack, Reorder, Replicate, Unpack
-from fluid_npu.ops.payload_once import Arrival, Expand, PackOnce, Reduce, ReplicateOnce, SlotRow
+from fluid_npu.ops.payload_once import Arrival, Expand, MergeOnce, PackOnce, Reduce, ReplicateOnce, SlotRow
 from fluid_npu.ops.permute import PermuteLayout
 
 
@@ -83,7 +83,7 @@ class OnceRows:
         return Reduce(self.arrival)
 
     def merge(self, shape: torch.Size) -> Unloading:
-        return Merge(self.layout.rows, shape)
+        return MergeOnce(self.layout, shape)
 
     def _row(self, hidden: int, wire: torch.dtype) -> SlotRow:
         return SlotRow(hidden=hidden, slots=self.layout.num_slots, wire=wire)

@@ -55,7 +55,7 @@ def once_layout(expert_TK: Tensor, map_TG: Tensor, num_experts: int, num_rows: i
     """The rows of slots [T, K] and the ``map_TG`` that ``groups_of_tokens`` gives; the host knows their number."""
     (num_tokens, topk), groups = expert_TK.shape, map_TG.shape[1]
     size = num_experts // groups
-    rows = PermuteLayout.from_routing_map(map_TG, num_rows=num_rows)
+    rows = PermuteLayout.from_routing_map(map_TG, num_rows=num_rows, most_rows=min(topk, groups))
     expert_NK = expert_TK.index_select(0, rows.token_of_row)
     group_N1 = (rows.pair_index % groups).unsqueeze(1)
     group_NK = torch.div(expert_NK, size, rounding_mode="floor")

@@ -4,9 +4,8 @@ A payload row is ``[H token columns | S probabilities | S expert numbers | filli
 probabilities' dtype, in multiples of 16 bytes. It tells the receiver which of its experts want the row: ``Arrival``
 holds the layout that follows. Gradients come back in rows of the same width, in which the numbers mean nothing.
 
-The receiver adds the outputs (and in the backward dX) of a token's local experts by ``Kernels.unpermute``: in ascending
-expert order, rounded as that kernel rounds (CUDA: once, from an fp32 sum; a CPU in half precision: after every row).
-The sender then adds the ranks' sums likewise, in rank order.
+The receiver adds the outputs (and in the backward dX) of a token's local experts in ascending expert order, the sender
+the ranks' sums in rank order, both by ``Kernels.sum_rows``: half precision is added in fp32 and rounded once.
 
 N rows before dispatch, M rows received, R rows of the experts, S slots, H hidden, Q expert-tensor-parallel ranks.
 """
@@ -110,7 +109,7 @@ class PackOnce:
 
     def unload_grad(self, rows: Tensor) -> tuple[Tensor | None, ...]:
         tokens, experts = self.layout.rows.num_tokens, self.layout.num_experts
-        dx_TH = kernels_of(rows).unpermute(rows[:, : self.row.hidden].contiguous(), self.layout.rows)
+        dx_TH = kernels_of(rows).sum_rows(rows[:, : self.row.hidden].contiguous(), self.layout.rows)
         dp_NS = self.row.read_probs(rows)
         # Every (token, expert) has at most one slot; empty slots write behind the end.
         dprobs = dp_NS.new_zeros(tokens * experts + 1)
@@ -135,7 +134,7 @@ class Expand:
         dx_RH, dp_R = grads
         layout = self.arrival.layout
         payload = dx_RH.new_empty(layout.num_tokens, self.row.width(dx_RH.dtype))
-        payload[:, : self.row.hidden] = kernels_of(dx_RH).unpermute(dx_RH.contiguous(), layout)
+        payload[:, : self.row.hidden] = kernels_of(dx_RH).sum_rows(dx_RH.contiguous(), layout)
         dp_MS = dp_R.new_zeros(layout.num_tokens * self.row.slots).scatter_(0, layout.pair_index, dp_R)
         self.row.write(payload, dp_MS.view(-1, self.row.slots), None)
         return payload
@@ -148,10 +147,24 @@ class Reduce:
     arrival: Arrival
 
     def load(self, *tensors: Tensor) -> Tensor:
-        return kernels_of(tensors[0]).unpermute(tensors[0].contiguous(), self.arrival.layout)
+        return kernels_of(tensors[0]).sum_rows(tensors[0].contiguous(), self.arrival.layout)
 
     def unload_grad(self, rows: Tensor) -> tuple[Tensor | None, ...]:
         return (kernels_of(rows).permute(rows, self.arrival.layout),)
+
+
+@dataclass(frozen=True)
+class MergeOnce:
+    """Unloads ``[N, H]`` rows as the sum of each token's rows, in ``shape``."""
+
+    layout: OnceLayout
+    shape: torch.Size
+
+    def unload(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return (kernels_of(rows).sum_rows(rows, self.layout.rows).view(self.shape),)
+
+    def load_grad(self, *grads: Tensor) -> Tensor:
+        return kernels_of(grads[0]).permute(grads[0].reshape(-1, self.shape[-1]), self.layout.rows)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ class PermuteLayout:
     """[T]: where each token's rows start in ``row_of_pair``."""
     pair_index: Tensor
     """[N]: position of each row's (token, expert) in a flattened [T, E] tensor."""
+    most_rows: int | None = None
+    """No token has more rows than this; None where the host does not know."""
 
     @property
     def num_rows(self) -> int:
@@ -49,12 +51,14 @@ class PermuteLayout:
         return experts.view(self.num_tokens, self.pairs_per_token)
 
     @staticmethod
-    def from_routing_map(map_TE: Tensor, uniform_topk: int | None = None, num_rows: int | None = None) -> PermuteLayout:
+    def from_routing_map(
+        map_TE: Tensor, uniform_topk: int | None = None, num_rows: int | None = None, most_rows: int | None = None
+    ) -> PermuteLayout:
         """Layout of a bool map [T, E]: one row for each True.
 
         ``uniform_topk`` is K when each token is known to have exactly K experts (not checked): fewer operators,
         and no host synchronisation on an accelerator. Leave it None when tokens were dropped. ``num_rows`` is N
-        where the host knows it, which spares the synchronisation too.
+        where the host knows it, which spares the synchronisation too; ``most_rows`` as the field.
         """
         num_tokens, num_experts = map_TE.shape
         if uniform_topk is not None:
@@ -70,6 +74,7 @@ class PermuteLayout:
             row_of_pair=row_of_pair,
             bag_offsets=_bag_offsets(sorted_tokens, num_tokens, uniform_topk),
             pair_index=torch.add(expert_of_row, token_of_row, alpha=num_experts),
+            most_rows=most_rows,
         )
 
     @staticmethod
@@ -121,6 +126,7 @@ class PermuteLayout:
             row_of_pair=row_of_pair,
             bag_offsets=_bag_offsets(sorted_tokens, num_tokens, None),
             pair_index=slot_of_row,
+            most_rows=slots,
         )
 
 

@@ -12,8 +12,8 @@ def format_summary(summary: Mapping[str, Any]) -> str:
     """Plain text from the keys of summary.json.
 
     Reads loss_first, loss_last, unigram_entropy (nats per token), steps, step_ms_median, tokens_per_s, a2a_ms,
-    a2a_bytes and a2a_plain_bytes (of a step and rank), hidden_ms (ms per step; a signed difference), hidden_fraction (of
-    what dW could cover, or None where nothing was overlapped), peak_memory_mb, device, versions (mapping), overlap
+    a2a_bytes and a2a_plain_bytes (of a step and rank), hidden_ms (ms per step; a signed difference), hidden_fraction
+    (of what dW could cover, or None where nothing was overlapped), peak_memory_mb, device, versions (mapping), overlap
     (mapping or pair of value and reason), generated, out.
     """
     lines = ["Training finished" if summary.get("loss_last") is not None else "Training ended without a loss"]

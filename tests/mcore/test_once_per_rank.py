@@ -14,6 +14,7 @@ from fluid_npu.mcore.dispatch_choice import WORTH_IT, choose_dispatch, expected_
 from fluid_npu.order.checker import check as check_order
 from fluid_npu.order.records import numbered
 from tests.support import moe
+from tests.support.device import here
 from tests.support.dispatchers import make_dispatcher
 from tests.support.gpt import Run, far_apart, same_bits, train_all
 from tests.support.moe import Case, make_config, reference, relative, run_layer, worst_error
@@ -127,8 +128,8 @@ def routed_bytes(experts: int, topk: int, tokens: int) -> dict[str, float]:
     generator = torch.Generator().manual_seed(dist.get_rank())
     scores = torch.rand(tokens, experts, generator=generator)
     routing_map = torch.zeros_like(scores).scatter_(1, scores.topk(topk)[1], 1.0).bool()
-    x = torch.randn(tokens, 512, generator=generator).bfloat16().requires_grad_()
-    rows, _, _ = dispatcher.dispatch(x, routing_map, (scores * routing_map).requires_grad_())
+    x = here(torch.randn(tokens, 512, generator=generator).bfloat16()).requires_grad_()
+    rows, _, _ = dispatcher.dispatch(x, here(routing_map), here(scores * routing_map).requires_grad_())
     dispatcher.combine(rows).sum().backward()
     return dispatcher.sink.comm.as_dict()
 

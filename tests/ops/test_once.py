@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fluid_npu.device import kernels_of
 from fluid_npu.ops.once import OnceLayout, experts_of_tokens, groups_of_tokens, once_layout
-from fluid_npu.ops.payload import Merge, wire_dtype
-from fluid_npu.ops.payload_once import Arrival, Expand, PackOnce, Reduce, ReplicateOnce, SlotRow
+from fluid_npu.ops.payload import wire_dtype
+from fluid_npu.ops.payload_once import Arrival, Expand, MergeOnce, PackOnce, Reduce, ReplicateOnce, SlotRow
 from fluid_npu.ops.permute import PermuteLayout
 from tests.support.device import here, wide
 
@@ -87,7 +88,7 @@ def check_exchange(maps: list[torch.Tensor], most: int, ranks: int, dtype: torch
         assert torch.equal(dp, p * m)
     reduced = [Reduce(arrival).load(x) for arrival, (x, _) in zip(once.arrivals, unloaded, strict=True)]
     for x, m, layout, rows in zip(xs, maps, once.layouts, once.back(reduced), strict=True):
-        (out,) = Merge(layout.rows, x.shape).unload(rows)
+        (out,) = MergeOnce(layout, x.shape).unload(rows)
         close(out, wide(x) * m.cpu().sum(1, keepdim=True), dtype)
 
 
@@ -182,6 +183,18 @@ def test_replicas_sum_probabilities_as_numbers_and_not_as_bits() -> None:
     assert total is not None and total.shape == payload.shape
     assert torch.equal(row.read_probs(total), ps[0] + ps[1])
     assert torch.equal(total[:, :HIDDEN], torch.full_like(total[:, :HIDDEN], 2.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_are_added_in_fp32_and_rounded_once(dtype: torch.dtype) -> None:
+    map_TE = torch.ones(40, 8, dtype=torch.bool)
+    layout = PermuteLayout.from_slots(here(experts_of_tokens(map_TE, 8)), 320)
+    rows = here(torch.randn(320, HIDDEN).to(dtype))
+    by_token = rows.view(8, 40, HIDDEN).float()
+    want = by_token[0]
+    for expert in range(1, 8):
+        want = want + by_token[expert]
+    assert torch.equal(kernels_of(rows).sum_rows(rows, layout), want.to(dtype))
 
 
 def test_combine_before_the_dispatch_arrived_is_said() -> None:
