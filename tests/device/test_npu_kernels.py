@@ -121,6 +121,17 @@ def test_other_layouts_are_summed_row_by_row_without_the_fused_operators(kernels
     assert fake.calls == []
 
 
+@pytest.mark.parametrize("tokens", [9, 0])
+def test_a_known_bound_of_rows_gives_the_same_sums(kernels, fake, tokens):
+    mask = routing_map(9, 5, 3)[:tokens]
+    mask[2:4, :3] = False
+    bounded = PermuteLayout.from_routing_map(mask, num_rows=int(mask.sum()), most_rows=3)
+    rows = torch.randn(bounded.num_rows, 8)
+    unbounded = kernels.unpermute(rows, PermuteLayout.from_routing_map(mask))
+    assert torch.equal(kernels.unpermute(rows, bounded), unbounded)
+    assert fake.calls == []
+
+
 @pytest.mark.parametrize("rows", [0, 6])
 def test_swiglu_is_scaled_by_the_probabilities_and_avoids_empty_tensors(kernels, fake, rows):
     h, p, da = torch.randn(rows, 16), torch.rand(rows), torch.randn(rows, 8)
