@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fluid_npu.device.choice import Choice
-from fluid_npu.device.kernels.base import RowLayout
 from fluid_npu.device.kernels.torch_kernels import TorchKernels, _groups
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -32,9 +31,6 @@ class CudaKernels(TorchKernels):
         if not self._fusible(main_grad_NK, x_RK, dy_RN):
             return super().dense_dw_add_(main_grad_NK, x_RK, dy_RN)
         torch.addmm(main_grad_NK, dy_RN.t(), x_RK, out_dtype=torch.float32, out=main_grad_NK)
-
-    def sum_rows(self, x_NH: Tensor, layout: RowLayout) -> Tensor:
-        return self.unpermute(x_NH, layout)  # a bag's sum is fp32 there
 
     def _fusible(self, main_grad: Tensor, x: Tensor, dy: Tensor) -> bool:
         halves = x.dtype in _HALVES and dy.dtype == x.dtype
