@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from fluid_npu.device.choice import Choice
@@ -38,10 +37,6 @@ class RowLayout(Protocol):
     @property
     def bag_offsets(self) -> Tensor:
         """int64 [T]: where each token's rows start in ``row_of_pair``."""
-
-    @property
-    def most_rows(self) -> int | None:
-        """No token has more rows than this; None where only the device could tell."""
 
     @property
     def experts_TK(self) -> Tensor | None:
@@ -84,11 +79,9 @@ class Kernels(ABC):
     def unpermute(self, x_NH: Tensor, layout: RowLayout) -> Tensor:
         """[T, H]: the sum of each token's rows in ascending row order, without atomics."""
 
+    @abstractmethod
     def sum_rows(self, x_NH: Tensor, layout: RowLayout) -> Tensor:
-        """As ``unpermute``, but half precision is added up in fp32 and rounded once."""
-        if x_NH.dtype in (torch.bfloat16, torch.float16):
-            return self.unpermute(x_NH.float(), layout).to(x_NH.dtype)
-        return self.unpermute(x_NH, layout)
+        """As ``unpermute``, with half precision added up in fp32 and rounded once."""
 
     @abstractmethod
     def swiglu_probs(self, h_R2F: Tensor, p_R: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fluid_npu.device.choice import Choice
 from fluid_npu.device.kernels.base import RowLayout
-from fluid_npu.device.kernels.torch_kernels import TorchKernels
+from fluid_npu.device.kernels.torch_kernels import TorchKernels, sum_widened
 
 _HALVES = (torch.bfloat16, torch.float16)
 _SWIGLU_BLOCK = 2**17  # elements; smaller blocks pay more for calls than they save in cache misses
@@ -37,6 +37,9 @@ class CpuKernels(TorchKernels):
         # The CPU's bags round ties of bf16 away from zero; index_add_ walks the rows in order and rounds to even.
         out_TH = x_NH.new_zeros(layout.num_tokens, x_NH.shape[1])
         return out_TH.index_add_(0, layout.token_of_row, x_NH)
+
+    def sum_rows(self, x_NH: Tensor, layout: RowLayout) -> Tensor:
+        return sum_widened(self, x_NH, layout)
 
     def _swiglu_rows_at_once(self, rows: int, width: int) -> int:
         return max(1, _SWIGLU_BLOCK // max(width, 1))

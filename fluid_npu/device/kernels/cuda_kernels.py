@@ -86,9 +86,6 @@ class CudaKernels(TorchKernels):
         fits = x.is_contiguous() and gamma.is_contiguous() and 0 < x.shape[-1] <= 16384 and gamma.dtype in _DTYPES
         return fits and self._rows.takes("rms_norm", x)
 
-    def sum_rows(self, x_NH: Tensor, layout: RowLayout) -> Tensor:
-        return self.unpermute(x_NH, layout)  # sums are fp32 there
-
 
 def _has_work(call: GemmCall) -> bool:
     """Whether there is anything to multiply, of one dtype; the rest is torch's own and takes no choice."""

@@ -24,7 +24,7 @@ from fluid_npu.device.choice import Choice
 from fluid_npu.device.kernels.base import RowLayout
 from fluid_npu.device.kernels.groups import ends_of
 from fluid_npu.device.kernels.npu_attention import NpuAttention, NpuRotary
-from fluid_npu.device.kernels.torch_kernels import TorchKernels, _loop_grouped_dw, _loop_grouped_mm
+from fluid_npu.device.kernels.torch_kernels import TorchKernels, _loop_grouped_dw, _loop_grouped_mm, sum_widened
 from fluid_npu.device.npu import load_torch_npu
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -85,6 +85,9 @@ class NpuKernels(TorchKernels):
             return x_NH.index_select(0, rows)  # without probs the operator cannot tell K from the indices
         ones_TK = x_NH.new_ones(experts_TK.shape)
         return self._npu.npu_moe_token_unpermute(x_NH, rows, probs=ones_TK)
+
+    def sum_rows(self, x_NH: Tensor, layout: RowLayout) -> Tensor:
+        return sum_widened(self, x_NH, layout)
 
     def swiglu_probs(self, h_R2F: Tensor, p_R: Tensor) -> Tensor:
         if h_R2F.numel() == 0:
@@ -156,8 +159,9 @@ def _sum_rows_in_order(x_NH: Tensor, layout: RowLayout) -> Tensor:
     """Each token's rows by a difference-free, atomic-free sum: one pass for every row a token may have."""
     sorted_NH = x_NH.index_select(0, layout.row_of_pair)
     starts_T = layout.bag_offsets
-    if layout.most_rows is not None:
-        return _sum_bounded(sorted_NH, starts_T, layout.most_rows)
+    most = getattr(layout, "most_rows", None)  # a layout need not know it
+    if most is not None:
+        return _sum_bounded(sorted_NH, starts_T, most)
     ends_T = torch.cat([starts_T[1:], starts_T.new_full((1,), x_NH.shape[0])]) if len(starts_T) else starts_T
     longest = int((ends_T - starts_T).max()) if len(starts_T) else 0
     out_TH = x_NH.new_zeros(layout.num_tokens, x_NH.shape[1])

@@ -105,7 +105,6 @@ class _Layout:
         self.token_of_row = torch.cat([tokens.flip(0), tokens])
         self.row_of_pair = torch.sort(self.token_of_row, stable=True)[1]
         self.bag_offsets = 2 * tokens
-        self.most_rows = 2
         self.experts_TK = None
 
 

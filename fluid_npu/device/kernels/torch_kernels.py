@@ -59,6 +59,9 @@ class TorchKernels(Kernels):
         # One bag a token; it walks its rows in order. detach: the forward-only variant is faster.
         return torch.embedding_bag(x_NH.detach(), layout.row_of_pair, layout.bag_offsets, False, 0)[0]
 
+    def sum_rows(self, x_NH: Tensor, layout: RowLayout) -> Tensor:
+        return self.unpermute(x_NH, layout)  # a GPU's bags, and fused sums, add in fp32 already
+
     def swiglu_probs(self, h_R2F: Tensor, p_R: Tensor) -> Tensor:
         h0, h1 = h_R2F.chunk(2, dim=-1)
         return F.silu(h0).mul_(h1).mul_(p_R.unsqueeze(-1))  # a wider p is not rounded: mul_ promotes inside
@@ -105,6 +108,13 @@ def _swiglu_grad_into(dh: Tensor, dp: Tensor, da: Tensor, h: Tensor, p_R1: Tenso
     else:
         scratch.copy_(da).mul_(h1).mul_(p_R1)
         dh0.copy_(torch.ops.aten.silu_backward.grad_input(scratch, h0, grad_input=scratch))
+
+
+def sum_widened(kernels: Kernels, x_NH: Tensor, layout: RowLayout) -> Tensor:
+    """``sum_rows`` of a device whose ``unpermute`` rounds half precision after every row."""
+    if x_NH.dtype in _HALVES:
+        return kernels.unpermute(x_NH.float(), layout).to(x_NH.dtype)
+    return kernels.unpermute(x_NH, layout)
 
 
 def _wide(x: Tensor) -> Tensor:
