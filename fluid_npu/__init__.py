@@ -20,6 +20,8 @@ _PUBLIC = {
     "get_backward_scheduler": "fluid_npu.schedule.live",
     "FluidGroupedMLP": "fluid_npu.mcore.experts",
     "FluidTokenDispatcher": "fluid_npu.mcore.token_dispatcher",
+    "FluidColumnParallelLinear": "fluid_npu.mcore.linear",
+    "FluidRowParallelLinear": "fluid_npu.mcore.linear",
     "FluidMoELayer": "fluid_npu.mcore.moe_layer",
     "get_fluid_moe_layer_spec": "fluid_npu.mcore.layer_spec",
     "print_fluid_layer_info": "fluid_npu.mcore.info",

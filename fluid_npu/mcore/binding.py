@@ -12,6 +12,7 @@ import itertools
 import weakref
 from typing import TYPE_CHECKING, Any
 
+import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
@@ -21,6 +22,7 @@ from fluid_npu.schedule.scheduler import BackwardScheduler
 
 if TYPE_CHECKING:
     from fluid_npu.mcore.moe_layer import FluidMoELayer
+    from fluid_npu.mcore.transformer_layer import FluidTransformerLayer
 
 _NUMBERS = itertools.count(1)
 
@@ -41,10 +43,11 @@ class SchedulerBinder:
     ) -> None:
         self.gemm_fusion = gemm_fusion
         self._settings: dict[str, Any] = {"overlap": overlap, "carry_over": carry_over, "transport": transport}
+        self.carry_over = carry_over and overlap != "off"
         # Checked here so that a wrong value is refused where it was written.
         BackwardScheduler(**self._settings)
-        self._layers: dict[int, weakref.ref[FluidMoELayer]] = {}
-        self._lowest: dict[int, int] = {}
+        #: By number: the MoE layers, and under the negative number the whole layers whose linears were bound.
+        self._layers: dict[int, weakref.ref[torch.nn.Module]] = {}
         self._config: Any = None
         self._scheduler: weakref.ref[BackwardScheduler] | None = None
 
@@ -56,23 +59,35 @@ class SchedulerBinder:
         """The scheduler of the model that ``layer`` belongs to; ``pp_rank`` None asks Megatron's global state."""
         if number is None:
             return getattr(layer, "backward_scheduler", None) or self._new(layer, "a layer alone")
+        current = self._of_model(layer, number)
+        chunk = chunk_offset(layer.config, number, pp_rank)
+        current.lowest[chunk] = min(number, current.lowest.get(chunk, number))
+        return current
+
+    def bind_linears(self, layer: FluidTransformerLayer, pp_rank: int | None = None) -> tuple[BackwardScheduler, int]:
+        """The scheduler of the model that a whole layer belongs to, and its chunk; called after the layer is built."""
+        number = layer.layer_number
+        return self._of_model(layer, -number), chunk_offset(layer.config, number, pp_rank)
+
+    def _of_model(self, layer: Any, key: int) -> BackwardScheduler:
+        """The current model's scheduler, or a new model's if ``key`` is another live layer's."""
         current = self._scheduler() if self._scheduler is not None else None
-        holder = self._layers[number]() if number in self._layers else None
+        holder = self._layers[key]() if key in self._layers else None
         taken = holder is not None and holder is not layer
         if current is None or taken or layer.config is not self._config:
-            self._layers, self._lowest = {}, {}
+            self._layers = {}
             self._config = layer.config
             current = self._new(layer, f"model {next(_NUMBERS)}")
             self._scheduler = weakref.ref(current)
-        self._layers[number] = weakref.ref(layer)
-        chunk = chunk_offset(layer.config, number, pp_rank)
-        self._lowest[chunk] = min(number, self._lowest.get(chunk, number))
-        current.lowest_layers = frozenset(self._lowest.values())
+        self._layers[key] = weakref.ref(layer)
         return current
 
-    def _new(self, layer: FluidMoELayer, whose: str) -> BackwardScheduler:
+    def _new(self, layer: Any, whose: str) -> BackwardScheduler:
         config = layer.config
-        sizes = f"hidden {config.hidden_size}, {config.num_moe_experts} experts, top-{config.moe_router_topk}"
+        experts = (
+            f"{config.num_moe_experts} experts, top-{config.moe_router_topk}" if config.num_moe_experts else "dense"
+        )
+        sizes = f"hidden {config.hidden_size}, {experts}"
         return register(BackwardScheduler(**self._settings, name=f"{whose}: {sizes}"))
 
 

@@ -12,7 +12,9 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -26,6 +28,7 @@ from fluid_npu.device.choice import Choice
 from fluid_npu.mcore.attention import FluidDotProductAttention
 from fluid_npu.mcore.binding import SchedulerBinder
 from fluid_npu.mcore.experts import FluidGroupedMLP
+from fluid_npu.mcore.linear import FluidColumnParallelLinear, FluidRowParallelLinear
 from fluid_npu.mcore.lines.moe_layer import ROUTER_IN_SPEC
 from fluid_npu.mcore.lines.specs import hides_groups, module_of, rebuilt, submodules_of
 from fluid_npu.mcore.moe_layer import FluidMoELayer
@@ -34,6 +37,7 @@ from fluid_npu.mcore.router import FluidRouter
 from fluid_npu.mcore.transformer_layer import FluidTransformerLayer
 from fluid_npu.probes import installed
 
+_LINEARS: dict[Any, type] = {ColumnParallelLinear: FluidColumnParallelLinear, RowParallelLinear: FluidRowParallelLinear}
 _ANY_EXPERTS = 2  # Megatron's helper only asks whether there are experts; their number comes from the config.
 
 
@@ -50,8 +54,9 @@ def get_fluid_moe_layer_spec(
     Args:
         config: read for the norm, QK norm and multi-latent attention; None means RMSNorm without QK norm.
         overlap: 'dw' runs weight gradients beside the backward's AllToAlls; 'off' overlaps nothing.
-        carry_over: FC2's weight gradient may run beside the combine of the layer below (needs a DDP with
-            ``delay_wgrad_compute``).
+        carry_over: weight gradients may run beside the combine of the layer below: those of attention's linears, of
+            dense layers and shared experts, which become Fluid linears (local backend), and with a DDP that has
+            ``delay_wgrad_compute`` those of FC2 and the router.
         transport: moves the bytes; None takes torch.distributed's collective.
         backend: 'local' or 'te' for the modules around the MoE layer; 'auto' takes te where it is installed.
 
@@ -100,17 +105,24 @@ def with_fluid_block(block: TransformerBlockSubmodules, binder: SchedulerBinder)
 
 
 def with_fluid_moe(layer: ModuleSpec, binder: SchedulerBinder) -> ModuleSpec:
-    """A copy of a layer's spec with our MoE layer, where it has one, our core attention, and our norms.
+    """A copy of a layer's spec with our MoE layer, where it has one, our core attention, our norms, and with carry-over
+    our linears.
 
     Every door into fluid_npu builds its modules with this function. Layers of one model share a ``binder``.
     """
     layer = copy.copy(layer)
     layer.submodules = copy.copy(layer.submodules)
     mlp = layer.submodules.mlp
+    linears = _takes_linears(layer, binder)
     if module_of(mlp) is MoELayer:
-        layer.submodules.mlp = fluid_moe_spec(mlp, binder)
+        layer.submodules.mlp = fluid_moe_spec(mlp, binder, linears)
         if layer.module is TransformerLayer and hides_groups(mlp):
             layer.module = FluidTransformerLayer
+    elif linears and module_of(mlp) is MLP:
+        layer.submodules.mlp = _with_linears(mlp)
+    if linears:
+        layer.module = FluidTransformerLayer
+        layer.params = {**layer.params, "binder": binder}
     _replace_norms(layer.submodules)
     attention = layer.submodules.self_attention
     inside = submodules_of(attention)
@@ -119,6 +131,8 @@ def with_fluid_moe(layer: ModuleSpec, binder: SchedulerBinder) -> ModuleSpec:
         _replace_norms(inside)
         if getattr(inside, "core_attention", None) is DotProductAttention:
             inside.core_attention = FluidDotProductAttention
+        if linears:
+            _replace_linears(inside)
         layer.submodules.self_attention = rebuilt(attention, module_of(attention), inside)
     return layer
 
@@ -130,8 +144,41 @@ def _replace_norms(submodules: Any) -> None:
             setattr(submodules, name, FluidNorm)
 
 
-def fluid_moe_spec(moe: Any, binder: SchedulerBinder) -> Any:
+def _takes_linears(layer: ModuleSpec, binder: SchedulerBinder) -> bool:
+    """Whether a layer's linears become ours: with carry-over alone is there a flight that their dW could fill."""
+    if not binder.carry_over:
+        return False
+    what = "linear layers under carry_over"
+    if layer.module is not TransformerLayer:
+        reason = f"{getattr(layer.module, '__name__', layer.module)} is not Megatron's TransformerLayer"
+        Choice("left as they are", reason).announce(what)
+        return False
+    inside = submodules_of(layer.submodules.self_attention)
+    if not any(value in _LINEARS for value in vars(inside).values() if isinstance(value, type)):
+        Choice("left as they are", "attention has none of Megatron's local linears").announce(what)
+        return False
+    Choice("Fluid", "their dW may run beside the combine of the layer below").announce(what)
+    return True
+
+
+def _with_linears(spec: Any) -> Any:
+    """A copy of the spec of a module with linears, such as MLP, with ours."""
+    inside = copy.copy(submodules_of(spec))
+    _replace_linears(inside)
+    return rebuilt(spec, module_of(spec), inside)
+
+
+def _replace_linears(submodules: Any) -> None:
+    """In place: Megatron's parallel linears become ours."""
+    for name, module in vars(submodules).items():
+        if isinstance(module, type) and module in _LINEARS:
+            setattr(submodules, name, _LINEARS[module])
+
+
+def fluid_moe_spec(moe: Any, binder: SchedulerBinder, linears: bool = False) -> Any:
     """Megatron's spec of an MoE layer with our layer, experts and router in it; shared experts stay.
+
+    With ``linears`` the linears of shared experts are ours too.
 
     A ModuleSpec gives a ModuleSpec, a functools.partial (0.17 and later) a partial. A router that a user put there
     stays too. Whatever experts the spec had are replaced: from 0.17 on Megatron's local spec ignores
@@ -141,6 +188,8 @@ def fluid_moe_spec(moe: Any, binder: SchedulerBinder) -> Any:
     if ROUTER_IN_SPEC and submodules.router is TopKRouter:
         submodules.router = FluidRouter
     submodules.experts = ModuleSpec(module=FluidGroupedMLP)
+    if linears and submodules.shared_experts is not None:
+        submodules.shared_experts = _with_linears(submodules.shared_experts)
     return rebuilt(moe, FluidMoELayer, submodules, binder=binder)
 
 

@@ -1,8 +1,9 @@
-"""Megatron's TransformerLayer that hands its process groups to our MoE layer.
+"""Megatron's TransformerLayer that binds its Fluid linears, and hands its process groups to our MoE layer.
 
 megatron-core 0.16.1 passes ``pg_collection`` only to MoE classes of its own, by name; a model built with process groups
 of its own would otherwise get the global ones in its MoE layers, without a word. Lines that pass it to every MLP, or
-have none, keep their TransformerLayer (``lines.specs.hides_groups``).
+have none, do it themselves (``lines.specs.hides_groups``). No line tells a linear which layer it is in; that is
+done here, when the layer is whole.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from fluid_npu.mcore.binding import SchedulerBinder
+from fluid_npu.mcore.linear import FluidLinear
 from fluid_npu.mcore.lines.groups import ProcessGroups
+from fluid_npu.mcore.lines.specs import hides_groups
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,10 @@ class _Bound:
 
 
 class FluidTransformerLayer(TransformerLayer):
-    """TransformerLayer; only the construction of its MLP differs. Arguments as upstream's."""
+    """TransformerLayer; only its construction differs. Arguments as upstream's, and ``binder``.
+
+    ``binder`` gives the layer's Fluid linears their scheduler; without one they compute dW at once.
+    """
 
     def __init__(
         self,
@@ -36,10 +43,24 @@ class FluidTransformerLayer(TransformerLayer):
         submodules: TransformerLayerSubmodules,
         *args: Any,
         pg_collection: ProcessGroups | None = None,
+        binder: SchedulerBinder | None = None,
         **kwargs: Any,
     ) -> None:
         mlp = submodules.mlp
-        if pg_collection is not None and isinstance(mlp, ModuleSpec) and "binder" in mlp.params:
-            submodules = copy.copy(submodules)
-            submodules.mlp = _Bound(mlp.module, {**mlp.params, "pg_collection": pg_collection}, mlp.submodules)
-        super().__init__(config, submodules, *args, pg_collection=pg_collection, **kwargs)
+        if pg_collection is not None:
+            kwargs["pg_collection"] = pg_collection
+            if isinstance(mlp, ModuleSpec) and "binder" in mlp.params and hides_groups(mlp):
+                submodules = copy.copy(submodules)
+                submodules.mlp = _Bound(mlp.module, {**mlp.params, "pg_collection": pg_collection}, mlp.submodules)
+        super().__init__(config, submodules, *args, **kwargs)
+        if binder is not None:
+            pipeline = getattr(pg_collection, "pp", None)
+            self._bind_linears(binder, None if pipeline is None else pipeline.rank())
+
+    def _bind_linears(self, binder: SchedulerBinder, pp_rank: int | None) -> None:
+        linears = {name: module for name, module in self.named_modules() if isinstance(module, FluidLinear)}
+        if not linears:
+            return
+        scheduler, chunk = binder.bind_linears(self, pp_rank)
+        for name, linear in linears.items():
+            linear.join(scheduler, f"layer {self.layer_number} {name}", (chunk, self.layer_number))

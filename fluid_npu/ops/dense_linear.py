@@ -48,6 +48,15 @@ def add_dense_dw_(main_grad_NK: Tensor, x_RK: Tensor, dy_RN: Tensor) -> None:
     kernels_of(x_RK).dense_dw_add_(main_grad_NK, x_RK, dy_RN)
 
 
+def dense_weight_grad(weight_NK: Any, x_RK: Tensor, dy_RN: Tensor, fuse: bool) -> Tensor | None:
+    """dW of a parameter, or None after it was added to the parameter's ``main_grad``, if it has one and ``fuse``."""
+    if fuse and getattr(weight_NK, "main_grad", None) is not None:
+        add_dense_dw_(weight_NK.main_grad, x_RK, dy_RN)
+        weight_NK.grad_added_to_main_grad = True
+        return None
+    return dy_RN.t() @ x_RK
+
+
 class _DeferredLinear(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -83,6 +83,7 @@ class DeferredWeights:
                     shape=(x.shape[0], x.shape[1], dy.shape[1]),
                     device=device_of(x),
                     carry=self._carry and bool(weight.late_hooks),
+                    held_bytes=x.nbytes + dy.nbytes,
                 )
             )
 

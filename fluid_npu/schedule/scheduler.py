@@ -1,6 +1,7 @@
 """Runs weight gradients while an AllToAll is in flight.
 
-    combine-backward AllToAll    ||  dW that the layer above left over (only with carry_over)
+    combine-backward AllToAll    ||  dW that the layers above left over (only with carry_over): FC2, the router,
+                                     attention's linears, those of dense layers and shared experts
     dX of FC2, activation, dX of FC1: each hands its dW here
     dispatch-backward AllToAll   ||  dW of FC2, dW of FC1
 
@@ -25,6 +26,10 @@ from fluid_npu.schedule.task import DWTask
 
 _FOLD_AT = 2048
 
+#: A layer's carried tasks are at most ten (FC2, router, shared experts, five linears of latent attention), and between
+#: two MoE layers there may be one dense layer, of up to seven.
+QUEUE_LIMIT = 20
+
 #: What ``overlap`` may be. 'full' (pipelined forward) is not built yet.
 OVERLAP_MODES = ("off", "dw")
 
@@ -34,36 +39,56 @@ class BackwardScheduler:
 
     Args:
         overlap: 'off' runs each dW at once and waits for each AllToAll at once; 'dw' overlaps the two.
-        carry_over: lets FC2's dW wait for the combine of the layer below. Needs a DDP that takes gradients
-            late (``DistributedDataParallelConfig.delay_wgrad_compute``); without one it has no effect.
+        carry_over: lets dW wait for the combine of the layer below: that of the Fluid linears, and that of FC2 and the
+            router if the DDP takes gradients late (``DistributedDataParallelConfig.delay_wgrad_compute``).
+        queue_limit: tasks that may wait at a time, which bounds the activations that they keep alive; one more runs
+            the oldest at once. A number of tasks, not of bytes: all ranks must come to the same order, and their bytes
+            differ.
         transport: moves the bytes; None takes the collective of torch.distributed.
         name: how messages call this scheduler's model.
 
     Raises:
-        ValueError: an overlap mode that does not exist or is not built.
+        ValueError: an overlap mode that does not exist or is not built, or a limit below 1.
     """
+
+    _peak_tasks: int
+    _peak_bytes: int
 
     def __init__(
         self,
         overlap: str = "dw",
         *,
         carry_over: bool = False,
+        queue_limit: int = QUEUE_LIMIT,
         transport: Transport | None = None,
         name: str = "unnamed model",
     ) -> None:
         if overlap not in OVERLAP_MODES:
             raise ValueError(f"overlap={overlap!r}: allowed are {', '.join(OVERLAP_MODES)} ('full' is not built yet)")
+        if queue_limit < 1:
+            raise ValueError(f"queue_limit={queue_limit}: at least 1 task must be allowed to wait; use overlap='off'")
         self.overlap = overlap
+        self.queue_limit = queue_limit
         self.carry_over = carry_over and overlap != "off"
         self.transport: Transport = transport if transport is not None else CollectiveTransport()
         self.name = name
-        #: Numbers of the lowest layer of each pipeline chunk on this rank: below it there is no combine to wait for.
-        self.lowest_layers: frozenset[int] = frozenset()
+        #: The lowest MoE layer of each pipeline chunk on this rank, by the number of layers below the chunk.
+        self.lowest: dict[int, int] = {}
         self.comm = CommStats()
         self.recorder = Recorder()
         self._twin = False
         self._queue: deque[DWTask] = deque()
+        self._held_bytes = 0
         self.reset_stats()
+
+    @property
+    def lowest_layers(self) -> frozenset[int]:
+        """Numbers of the lowest MoE layer of each chunk: below it there is no combine to wait for."""
+        return frozenset(self.lowest.values())
+
+    def combine_below(self, chunk: int, number: int) -> bool:
+        """Whether the backward of a chunk's layer ``number`` is followed by that of another layer's combine."""
+        return number > self.lowest.get(chunk, number)
 
     @property
     def serialised(self) -> bool:
@@ -94,7 +119,24 @@ class BackwardScheduler:
         if not self._queue:
             # Nothing may be left when backward() returns, whatever part of the graph ran.
             torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
+        if len(self._queue) >= self.queue_limit:
+            self._queue_full += 1
+            self._run(self._take(), "queue full")
         self._queue.append(task)
+        self._held_bytes += task.held_bytes
+        self._peak_tasks = max(self._peak_tasks, len(self._queue))
+        self._peak_bytes = max(self._peak_bytes, self._held_bytes)
+
+    def run_now(self, task: DWTask, region: str = "at once") -> None:
+        """Counts and runs a task that shall not wait, such as one beside a collective of its own (``region``)."""
+        self._total += 1
+        self._flops += task.flops
+        self._run(task, region)
+
+    def _take(self) -> DWTask:
+        task = self._queue.popleft()
+        self._held_bytes -= task.held_bytes
+        return task
 
     def fill(self, comm_type: str, name: str) -> None:
         """Runs what may run beside the backward of this exchange, oldest first.
@@ -103,11 +145,10 @@ class BackwardScheduler:
         """
         kept: deque[DWTask] = deque()
         while self._queue:
-            task = self._queue.popleft()
-            if task.carry and comm_type == "moe_dispatch":
-                kept.append(task)
+            if self._queue[0].carry and comm_type == "moe_dispatch":
+                kept.append(self._queue.popleft())
             else:
-                self._run(task, f"backward of {name}")
+                self._run(self._take(), f"backward of {name}")
         self._queue = kept
 
     def _run(self, task: DWTask, region: str) -> None:
@@ -119,6 +160,7 @@ class BackwardScheduler:
         except BaseException:
             # A failed backward must not leave work behind for the next one.
             self._queue.clear()
+            self._held_bytes = 0
             raise
         end.record()
         self._completed += 1
@@ -132,22 +174,30 @@ class BackwardScheduler:
 
     def _end_of_backward(self) -> None:
         while self._queue:
-            self._run(self._queue.popleft(), "end of backward")
+            self._run(self._take(), "end of backward")
 
     def get_stats(self) -> dict[str, float]:
         """Counters since ``reset_stats``.
 
-        ``total_dw_tasks``, ``completed_dw_tasks``, ``dw_flops`` and ``dw_ms`` (this rank), and from the AllToAlls
+        ``total_dw_tasks``, ``completed_dw_tasks``, ``dw_flops`` and ``dw_ms`` (this rank); of the queue the most tasks
+        that waited at a time and the bytes that they held (``queue_peak_tasks``, ``queue_peak_bytes``), and
+        ``queue_full``, the tasks that ran early because of its limit; and from the AllToAlls
         ``a2a_count``, ``a2a_bytes`` (to other ranks), ``a2a_ms`` (those waited for at once), ``exposed_ms`` (time in
         waits), with bytes and ms per kind of exchange. Reading synchronises with the device's timing events.
         """
         self._fold()
         tasks = {"total_dw_tasks": self._total, "completed_dw_tasks": self._completed, "dw_flops": self._flops}
-        return {**tasks, "dw_ms": self._dw_ms, **self.comm.as_dict()}
+        queue = {
+            "queue_peak_tasks": self._peak_tasks,
+            "queue_peak_bytes": self._peak_bytes,
+            "queue_full": self._queue_full,
+        }
+        return {**tasks, **queue, "dw_ms": self._dw_ms, **self.comm.as_dict()}
 
     def reset_stats(self) -> None:
         """Starts counting from zero."""
         self._total = self._completed = self._flops = 0
+        self._peak_tasks = self._peak_bytes = self._queue_full = 0
         self._dw_ms = 0.0
         self._timed: list[tuple[TimingEvent, TimingEvent]] = []
         self.comm.reset()

@@ -14,7 +14,8 @@ class DWTask:
 
     ``run`` owns its inputs: they stay alive, and must stay unchanged, until it ran. ``shape`` is (rows, inputs,
     outputs) of this rank and ``flops`` its cost, 2 * rows * inputs * outputs. ``carry`` marks work that may be
-    left for the combine of the layer below. ``device`` is where it runs, for timing.
+    left for the combine of the layer below. ``device`` is where it runs, for timing. ``held_bytes`` is what the inputs
+    take while it waits, 0 where nobody counted.
     """
 
     name: str
@@ -22,6 +23,7 @@ class DWTask:
     shape: tuple[int, int, int]
     device: Device
     carry: bool = False
+    held_bytes: int = 0
 
     @property
     def flops(self) -> int:

@@ -1,0 +1,151 @@
+"""Megatron's column- and row-parallel linears with dX at once and dW as a task of the model's scheduler.
+
+Where dW runs is decided by the layer's place alone, so every rank decides alike:
+
+    * a column-parallel linear with several tensor ranks: beside the all-reduce or reduce-scatter of its dX;
+    * a linear above the chunk's lowest MoE layer, with carry-over: queued, for the combine of the layer below;
+    * else, and in a dense model: at once.
+
+A queued gradient reaches DDP when it has landed (``schedule.late_weight``), whatever DDP that is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor
+
+from fluid_npu.comm.all_to_all import Peers
+from fluid_npu.comm.sink import DirectSink
+from fluid_npu.comm.tensor_parallel import TensorRegion
+from fluid_npu.device import device_of
+from fluid_npu.device.choice import Choice
+from fluid_npu.mcore.lines.linears import only_stock_can, stock_product, tensor_group
+from fluid_npu.ops.dense_linear import dense_weight_grad
+from fluid_npu.ops.grouped_matmul import placeholder_grad
+from fluid_npu.ops.parallel_linear import LinearBackward, parallel_linear
+from fluid_npu.schedule.late_weight import LateWeight
+from fluid_npu.schedule.scheduler import BackwardScheduler
+from fluid_npu.schedule.task import DWTask
+
+
+class FluidLinear(torch.nn.Module):
+    """What the two linears share; a mixin in front of Megatron's class. Constructor arguments are Megatron's."""
+
+    gradient_accumulation_fusion: bool
+    backward_scheduler: BackwardScheduler | None = None
+    label = ""
+    _place: tuple[int, int] | None = None
+    _region: TensorRegion | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._late = LateWeight()
+
+    def join(self, scheduler: BackwardScheduler, label: str = "", place: tuple[int, int] | None = None) -> None:
+        """Gives the linear's dW to a scheduler.
+
+        Args:
+            scheduler: of the model that the linear is part of; the same on every rank.
+            label: how records and messages call the linear: "layer 3 self_attention.linear_qkv".
+            place: the pipeline chunk and the number of its layer; dW is queued only if another combine follows in the
+                backward. None: it is always queued, and what no AllToAll takes runs when the backward ends.
+        """
+        self.backward_scheduler, self.label, self._place = scheduler, label, place
+        self._region = None
+
+    @property
+    def dw_runs(self) -> str:
+        """Where dW runs, in words."""
+        if self._exchanges_dx():
+            return "beside the collective of dX"
+        return "queued" if self._queues(self.weight, None) else "at once"
+
+    @property
+    def _forward_impl(self) -> Any:
+        """What Megatron's forward calls for the product."""
+        return self._product
+
+    @_forward_impl.setter
+    def _forward_impl(self, stock: Any) -> None:
+        """Megatron 0.12 sets its own at each call."""
+
+    def _product(self, *, input: Tensor, weight: Any, bias: Tensor | None = None, **keywords: Any) -> Tensor:
+        why = only_stock_can(weight, keywords)
+        if torch.is_autocast_enabled(input.device.type):
+            why = "autocast chooses the dtypes"
+        if why:
+            Choice("Megatron's own product", why).announce(type(self).__name__)
+            return stock_product(input=input, weight=weight, bias=bias, **keywords)
+        region = self._region_of(keywords)
+        if self._queues(weight, region):
+            late = LinearBackward(take_dw=lambda x, dy: self._queue(weight, x, dy))
+            return parallel_linear(input, weight.detach(), bias, late, self._late.gate(weight.device))
+        at_once = LinearBackward(take_dw=lambda x, dy: self._run(weight, region, x, dy), region=region)
+        return parallel_linear(input, weight, bias, at_once)
+
+    def _exchanges_dx(self) -> bool:
+        """Whether tensor ranks sum this linear's dX."""
+        return False
+
+    def _queues(self, weight: Any, region: TensorRegion | None) -> bool:
+        """Whether dW waits for a later flight."""
+        scheduler = self.backward_scheduler
+        if region is not None or scheduler is None or scheduler.overlap == "off" or weight is not self.weight:
+            return False
+        return self._place is None or (scheduler.carry_over and scheduler.combine_below(*self._place))
+
+    def _region_of(self, keywords: dict[str, Any]) -> TensorRegion | None:
+        """The exchange of this call's dX; None where it is not exchanged."""
+        gathers = bool(keywords.get("sequence_parallel"))
+        if not gathers and not keywords.get("allreduce_dgrad"):
+            return None
+        group = tensor_group(keywords.get("tp_group"))
+        known = self._region
+        if known is None or known.peers.group is not group or known.gathers != gathers:
+            sink = self.backward_scheduler if self.backward_scheduler is not None else DirectSink()
+            known = TensorRegion(peers=Peers.of(group), gathers=gathers, sink=sink, label=self.label)
+            self._region = known
+        return known
+
+    def _queue(self, weight: Any, x: Tensor, dy: Tensor) -> None:
+        debt = self._late.owe(weight)
+        task = self._task(weight, x, dy, lambda: debt.pay(self._dw(weight, x, dy)))
+        assert self.backward_scheduler is not None
+        self.backward_scheduler.submit(task)
+
+    def _run(self, weight: Any, region: TensorRegion | None, x: Tensor, dy: Tensor) -> Tensor:
+        """dW now, counted by the scheduler if there is one; what autograd gets for the weight."""
+        found: list[Tensor | None] = []
+        if self.backward_scheduler is None:
+            found.append(self._dw(weight, x, dy))
+        else:
+            task = self._task(weight, x, dy, lambda: found.append(self._dw(weight, x, dy)))
+            self.backward_scheduler.run_now(task, "at once" if region is None else region.name)
+        return placeholder_grad(weight) if found[0] is None else found[0]
+
+    def _dw(self, weight: Any, x: Tensor, dy: Tensor) -> Tensor | None:
+        with torch.no_grad():
+            return dense_weight_grad(weight, x, dy, self.gradient_accumulation_fusion)
+
+    def _task(self, weight: Any, x: Tensor, dy: Tensor, run: Any) -> DWTask:
+        shape = (x.shape[0], x.shape[1], dy.shape[1])
+        name = self.label or type(self).__name__
+        return DWTask(name=name, run=run, shape=shape, device=device_of(x), carry=True, held_bytes=x.nbytes + dy.nbytes)
+
+
+class FluidColumnParallelLinear(FluidLinear, ColumnParallelLinear):
+    """Megatron's ColumnParallelLinear, same arguments and results; the backward as this module says.
+
+    Needs no Transformer Engine; without Apex ``gradient_accumulation_fusion`` needs ``fluid_npu.adapt()``, since
+    Megatron's constructor checks for the extension (on a CPU and an NPU ours stands in).
+    """
+
+    def _exchanges_dx(self) -> bool:
+        return bool((self.allreduce_dgrad or self.sequence_parallel) and not self.explicit_expert_comm)
+
+
+class FluidRowParallelLinear(FluidLinear, RowParallelLinear):
+    """Megatron's RowParallelLinear, same arguments and results. Its dX is not exchanged: the forward's output is."""
