@@ -14,7 +14,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -118,7 +117,7 @@ def with_fluid_moe(layer: ModuleSpec, binder: SchedulerBinder) -> ModuleSpec:
         layer.submodules.mlp = fluid_moe_spec(mlp, binder, linears)
         if layer.module is TransformerLayer and hides_groups(mlp):
             layer.module = FluidTransformerLayer
-    elif linears and module_of(mlp) is MLP:
+    elif linears and module_of(mlp) is not None and _has_linears(submodules_of(mlp)):
         layer.submodules.mlp = _with_linears(mlp)
     if linears:
         layer.module = FluidTransformerLayer
@@ -153,12 +152,17 @@ def _takes_linears(layer: ModuleSpec, binder: SchedulerBinder) -> bool:
         reason = f"{getattr(layer.module, '__name__', layer.module)} is not Megatron's TransformerLayer"
         Choice("left as they are", reason).announce(what)
         return False
-    inside = submodules_of(layer.submodules.self_attention)
-    if not any(value in _LINEARS for value in vars(inside).values() if isinstance(value, type)):
+    if not _has_linears(submodules_of(layer.submodules.self_attention)):
         Choice("left as they are", "attention has none of Megatron's local linears").announce(what)
         return False
     Choice("Fluid", "their dW may run beside the combine of the layer below").announce(what)
     return True
+
+
+def _has_linears(submodules: Any) -> bool:
+    """Whether Megatron's parallel linears are among them."""
+    values = vars(submodules).values() if submodules is not None else ()
+    return any(isinstance(value, type) and value in _LINEARS for value in values)
 
 
 def _with_linears(spec: Any) -> Any:

@@ -4,7 +4,9 @@ Where dW runs is decided by the layer's place alone, so every rank decides alike
 
     * a column-parallel linear with several tensor ranks: beside the all-reduce or reduce-scatter of its dX;
     * a linear above the chunk's lowest MoE layer, with carry-over: queued, for the combine of the layer below;
-    * else, and in a dense model: at once.
+    * a row-parallel linear with several tensor ranks elsewhere, and in a dense model: queued, for the collective of the
+      column-parallel linear below it;
+    * else at once.
 
 A queued gradient reaches DDP when it has landed (``schedule.late_weight``), whatever DDP that is.
 """
@@ -50,8 +52,8 @@ class FluidLinear(torch.nn.Module):
         Args:
             scheduler: of the model that the linear is part of; the same on every rank.
             label: how records and messages call the linear: "layer 3 self_attention.linear_qkv".
-            place: the pipeline chunk and the number of its layer; dW is queued only if another combine follows in the
-                backward. None: it is always queued, and what no AllToAll takes runs when the backward ends.
+            place: the pipeline chunk and the number of its layer; dW is queued only if a collective follows that it can
+                run beside. None: it is always queued, and what no collective takes runs when the backward ends.
         """
         self.backward_scheduler, self.label, self._place = scheduler, label, place
         self._region = None
@@ -95,7 +97,17 @@ class FluidLinear(torch.nn.Module):
         scheduler = self.backward_scheduler
         if region is not None or scheduler is None or scheduler.overlap == "off" or weight is not self.weight:
             return False
-        return self._place is None or (scheduler.carry_over and scheduler.combine_below(*self._place))
+        return self._place is None or self._combine_below() or self._column_below()
+
+    def _combine_below(self) -> bool:
+        scheduler = self.backward_scheduler
+        if scheduler is None or self._place is None:
+            return False
+        return scheduler.carry_over and scheduler.combine_below(*self._place)
+
+    def _column_below(self) -> bool:
+        """Whether a column-parallel linear whose dX is exchanged comes next in the backward."""
+        return False
 
     def _region_of(self, keywords: dict[str, Any]) -> TensorRegion | None:
         """The exchange of this call's dX; None where it is not exchanged."""
@@ -123,7 +135,10 @@ class FluidLinear(torch.nn.Module):
             found.append(self._dw(weight, x, dy))
         else:
             task = self._task(weight, x, dy, lambda: found.append(self._dw(weight, x, dy)))
-            self.backward_scheduler.run_now(task, "at once" if region is None else region.name)
+            beside = "at once" if region is None else region.name
+            if region is not None and not self._combine_below():  # else the queue is for the combine
+                self.backward_scheduler.run_queue(beside)
+            self.backward_scheduler.run_now(task, beside)
         return placeholder_grad(weight) if found[0] is None else found[0]
 
     def _dw(self, weight: Any, x: Tensor, dy: Tensor) -> Tensor | None:
@@ -149,3 +164,6 @@ class FluidColumnParallelLinear(FluidLinear, ColumnParallelLinear):
 
 class FluidRowParallelLinear(FluidLinear, RowParallelLinear):
     """Megatron's RowParallelLinear, same arguments and results. Its dX is not exchanged: the forward's output is."""
+
+    def _column_below(self) -> bool:
+        return self.input_size_per_partition < self.input_size and not self.explicit_expert_comm

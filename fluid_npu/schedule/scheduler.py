@@ -172,9 +172,13 @@ class BackwardScheduler:
         self._dw_ms += sum(end.elapsed_ms(start) for start, end in self._timed)
         self._timed.clear()
 
-    def _end_of_backward(self) -> None:
+    def run_queue(self, region: str) -> None:
+        """Runs all that waits, oldest first; ``region`` says beside what."""
         while self._queue:
-            self._run(self._take(), "end of backward")
+            self._run(self._take(), region)
+
+    def _end_of_backward(self) -> None:
+        self.run_queue("end of backward")
 
     def get_stats(self) -> dict[str, float]:
         """Counters since ``reset_stats``.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -96,6 +97,50 @@ def test_a_failing_task_leaves_no_work_for_the_next_backward() -> None:
     assert scheduler.pending == 0 and done == []
     _backward(lambda: scheduler.submit(_task("next", done)))
     assert done == ["next"]
+
+
+def test_a_full_queue_runs_its_oldest_task_and_says_so() -> None:
+    scheduler, done = BackwardScheduler(carry_over=True, queue_limit=2), []
+    states = []
+
+    def submit() -> None:
+        for name in "abc":
+            task = _task(name, done, carry=True)
+            scheduler.submit(replace(task, held_bytes=100))
+            states.append((scheduler.pending, list(done)))
+
+    _backward(submit)
+    assert states == [(1, []), (2, []), (2, ["a"])] and done == ["a", "b", "c"]
+    stats = scheduler.get_stats()
+    assert (stats["queue_peak_tasks"], stats["queue_peak_bytes"], stats["queue_full"]) == (2, 200, 1)
+    scheduler.reset_stats()
+    assert scheduler.get_stats()["queue_peak_bytes"] == 0
+    with pytest.raises(ValueError, match="queue_limit=0: at least 1"):
+        BackwardScheduler(queue_limit=0)
+
+
+def test_what_shall_not_wait_is_counted_and_overtakes_the_queue() -> None:
+    scheduler, done = BackwardScheduler(carry_over=True), []
+    scheduler.recorder.enabled = True
+
+    def submit() -> None:
+        scheduler.submit(_task("queued", done, carry=True))
+        scheduler.run_now(_task("now", done), "all-reduce of dX")
+
+    _backward(submit)
+    assert done == ["now", "queued"]
+    regions = [record.detail["region"] for record in scheduler.recorder.take()]
+    assert regions == ["all-reduce of dX", "end of backward"]
+    assert scheduler.get_stats()["completed_dw_tasks"] == 2
+
+
+def test_a_combine_follows_only_above_the_lowest_moe_layer_of_the_same_chunk() -> None:
+    scheduler = BackwardScheduler()
+    scheduler.lowest = {0: 2, 4: 6}
+    assert [scheduler.combine_below(0, number) for number in (1, 2, 3, 4)] == [False, False, True, True]
+    assert [scheduler.combine_below(4, number) for number in (5, 6, 7)] == [False, False, True]
+    assert not scheduler.combine_below(8, 9), "a chunk without MoE layers has no combine"
+    assert scheduler.lowest_layers == {2, 6}
 
 
 @pytest.mark.parametrize("overlap", ["full", "on", ""])
