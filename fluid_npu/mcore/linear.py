@@ -166,4 +166,4 @@ class FluidRowParallelLinear(FluidLinear, RowParallelLinear):
     """Megatron's RowParallelLinear, same arguments and results. Its dX is not exchanged: the forward's output is."""
 
     def _column_below(self) -> bool:
-        return self.input_size_per_partition < self.input_size and not self.explicit_expert_comm
+        return bool(self.input_size_per_partition != self.input_size) and not self.explicit_expert_comm

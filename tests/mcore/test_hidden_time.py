@@ -87,7 +87,7 @@ def test_the_dispatch_backward_hides_behind_planted_dw(run_ranks: Callable[..., 
         assert rank["twin"]["dw_ms"] == pytest.approx(2 * DW_MS, rel=0.1)
 
 
-def model_times(carry_over: bool) -> dict[str, Any]:
+def model_times() -> dict[str, Any]:
     """Steps of a GPT of two MoE layers with planted AllToAlls, in which dW of attention's linears sleeps."""
     import torch.distributed as dist
 
@@ -96,7 +96,7 @@ def model_times(carry_over: bool) -> dict[str, Any]:
     from tests.support.gpt import Run, batch, make_config, make_model
 
     transport = DelayedTransport(CollectiveTransport(), DELAY_MS)
-    run = Run(config={"gradient_accumulation_fusion": False}, spec={"transport": transport, "carry_over": carry_over})
+    run = Run(config={"gradient_accumulation_fusion": False}, spec={"transport": transport, "carry_over": True})
     model = make_model(run, make_config(run))
     scheduler = get_backward_scheduler(model)
     submit = scheduler.submit
@@ -116,8 +116,9 @@ def model_times(carry_over: bool) -> dict[str, Any]:
 
 def test_the_combine_backward_hides_behind_dw_of_qkv_and_proj(run_ranks: Callable[..., list[Any]]) -> None:
     """Of eight exchanges the upper layer's linears cover one, the combine of the layer below; 400 ms of dW for 300."""
-    for rank in run_ranks(2, model_times, True, sizes={"expert_model_parallel_size": 2}):
-        assert rank["hidden"] == pytest.approx(DELAY_MS, rel=0.1)
-        assert rank["twin"]["exposed_ms"] == pytest.approx(8 * DELAY_MS, rel=0.1)
-        assert rank["overlapped"]["exposed_ms"] == pytest.approx(7 * DELAY_MS, rel=0.1)
-        assert rank["twin"]["dw_ms"] == pytest.approx(2 * DW_MS, rel=0.15)
+    for rank in run_ranks(2, model_times, sizes={"expert_model_parallel_size": 2}):
+        # Whole exchanges are counted, so half of one is tolerance enough.
+        assert rank["hidden"] == pytest.approx(DELAY_MS, abs=DELAY_MS / 2)
+        assert rank["twin"]["exposed_ms"] == pytest.approx(8 * DELAY_MS, abs=DELAY_MS / 2)
+        assert rank["overlapped"]["exposed_ms"] == pytest.approx(7 * DELAY_MS, abs=DELAY_MS / 2)
+        assert rank["overlapped"]["dw_ms"] >= 2 * DW_MS
