@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -48,11 +47,6 @@ def step_times() -> dict[str, Any]:
             layer(x.requires_grad_())[0].sum().backward()
         return (time.perf_counter() - start) * 1e3, scheduler.get_stats()
 
-    return _measured(step)
-
-
-def _measured(step: Callable[[bool], tuple[float, dict[str, float]]]) -> dict[str, Any]:
-    """Medians of ``step``, as the twin and overlapped, in turn until the machine was quiet."""
     step(True)
     for _ in range(ATTEMPTS):
         steps = {twin: [step(twin) for _ in range(3)] for twin in (True, False)}
@@ -85,40 +79,3 @@ def test_the_dispatch_backward_hides_behind_planted_dw(run_ranks: Callable[..., 
         assert rank["twin"]["exposed_ms"] == pytest.approx(4 * DELAY_MS, rel=0.1)
         assert rank["overlapped"]["exposed_ms"] == pytest.approx(3 * DELAY_MS, rel=0.1)
         assert rank["twin"]["dw_ms"] == pytest.approx(2 * DW_MS, rel=0.1)
-
-
-def model_times() -> dict[str, Any]:
-    """Steps of a GPT of two MoE layers with planted AllToAlls, in which dW of attention's linears sleeps."""
-    import torch.distributed as dist
-
-    from fluid_npu.comm.transports import CollectiveTransport, DelayedTransport
-    from fluid_npu.schedule.live import get_backward_scheduler
-    from tests.support.gpt import Run, batch, make_config, make_model
-
-    transport = DelayedTransport(CollectiveTransport(), DELAY_MS)
-    run = Run(config={"gradient_accumulation_fusion": False}, spec={"transport": transport, "carry_over": True})
-    model = make_model(run, make_config(run))
-    scheduler = get_backward_scheduler(model)
-    submit = scheduler.submit
-    slow = lambda task: replace(task, run=lambda: (time.sleep(DW_MS / 1e3), task.run())[1])
-    scheduler.submit = lambda task: submit(slow(task) if ".linear_" in task.name else task)
-
-    def step(twin: bool) -> tuple[float, dict[str, float]]:
-        scheduler.reset_stats()
-        dist.barrier()
-        start = time.perf_counter()
-        with scheduler.serialise() if twin else nullcontext():
-            model(**batch(dist.get_rank(), 0, 0)).float().mean().backward()
-        return (time.perf_counter() - start) * 1e3, scheduler.get_stats()
-
-    return _measured(step)
-
-
-def test_the_combine_backward_hides_behind_dw_of_qkv_and_proj(run_ranks: Callable[..., list[Any]]) -> None:
-    """Of eight exchanges the upper layer's linears cover one, the combine of the layer below; 400 ms of dW for 300."""
-    for rank in run_ranks(2, model_times, sizes={"expert_model_parallel_size": 2}):
-        # Whole exchanges are counted, so half of one is tolerance enough.
-        assert rank["hidden"] == pytest.approx(DELAY_MS, abs=DELAY_MS / 2)
-        assert rank["twin"]["exposed_ms"] == pytest.approx(8 * DELAY_MS, abs=DELAY_MS / 2)
-        assert rank["overlapped"]["exposed_ms"] == pytest.approx(7 * DELAY_MS, abs=DELAY_MS / 2)
-        assert rank["overlapped"]["dw_ms"] >= 2 * DW_MS
