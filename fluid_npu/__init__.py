@@ -16,6 +16,8 @@ _PUBLIC = {
     "npu_gmm": "fluid_npu.ops.grouped_matmul",
     "npu_gmm_v2": "fluid_npu.ops.grouped_matmul",
     "fluid_all_to_all": "fluid_npu.comm.all_to_all",
+    "fluid_all_to_all_sp2hp": "fluid_npu.comm.ulysses",
+    "fluid_all_to_all_hp2sp": "fluid_npu.comm.ulysses",
     "BackwardScheduler": "fluid_npu.schedule.scheduler",
     "get_backward_scheduler": "fluid_npu.schedule.live",
     "FluidGroupedMLP": "fluid_npu.mcore.experts",
