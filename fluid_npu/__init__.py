@@ -23,6 +23,7 @@ _PUBLIC = {
     "FluidGroupedMLP": "fluid_npu.mcore.experts",
     "FluidTokenDispatcher": "fluid_npu.mcore.token_dispatcher",
     "FluidMoELayer": "fluid_npu.mcore.moe_layer",
+    "FluidSelfAttention": "fluid_npu.mcore.self_attention",
     "get_fluid_moe_layer_spec": "fluid_npu.mcore.layer_spec",
     "print_fluid_layer_info": "fluid_npu.mcore.info",
     "print_status": "fluid_npu.mcore.info",

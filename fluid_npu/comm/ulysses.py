@@ -4,8 +4,8 @@
     hp2sp   [S, B, n, D]                                             ->  [T, B, P * n, D]
 
 T rows of this rank, S of all ranks, B whatever lies between rows and heads (may be absent), N heads, n heads of this
-rank, D head size. The sender of sp2hp copies once, to order its heads by destination; what arrives is the sequence. hp2sp
-sends as is and copies once on arrival. Where Megatron's load-balanced split is undone, the other end copies too.
+rank, D head size. The sender of sp2hp copies once, to order its heads by destination; what arrives is the sequence.
+hp2sp sends as is and copies once on arrival. Where Megatron's load-balanced split is undone, the other end copies too.
 
 Where P does not divide N, each head is sent ``lcm(N, P) / N`` times, so that consecutive query heads still share their
 key head: with 2 key heads on 4 ranks, ranks 0 and 1 hold the first and ranks 2 and 3 the second. The gradient is the

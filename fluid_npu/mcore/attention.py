@@ -1,7 +1,7 @@
 """Megatron's DotProductAttention that uses the device's fused attention, where there is one and it takes the call.
 
 On a CPU and on CUDA it is Megatron's forward, unchanged. What the fused operator does not compute takes Megatron's
-forward too; the reason is printed once.
+forward too; the reason is printed once. With context parallelism it gets whole sequences (``mcore.context``).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from fluid_npu.device import kernels_of
 from fluid_npu.device.choice import Choice
 from fluid_npu.device.kernels.fused import AttentionCall
+from fluid_npu.mcore.context import UlyssesCore
 from fluid_npu.ops.attention import fused_attention, fuses_attention
 
 
@@ -66,5 +67,5 @@ class FusedCore:
         return fuses_attention(query, key, value, call)
 
 
-class FluidDotProductAttention(FusedCore, DotProductAttention):
-    """DotProductAttention of our layer specs; see ``FusedCore``."""
+class FluidDotProductAttention(UlyssesCore, FusedCore, DotProductAttention):
+    """DotProductAttention of our layer specs; see ``FusedCore`` and ``UlyssesCore``."""

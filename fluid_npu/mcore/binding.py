@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -18,9 +18,6 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from fluid_npu.comm.transports import Transport
 from fluid_npu.schedule.live import register
 from fluid_npu.schedule.scheduler import BackwardScheduler
-
-if TYPE_CHECKING:
-    from fluid_npu.mcore.moe_layer import FluidMoELayer
 
 _NUMBERS = itertools.count(1)
 
@@ -43,7 +40,7 @@ class SchedulerBinder:
         self._settings: dict[str, Any] = {"overlap": overlap, "carry_over": carry_over, "transport": transport}
         # Checked here so that a wrong value is refused where it was written.
         BackwardScheduler(**self._settings)
-        self._layers: dict[int, weakref.ref[FluidMoELayer]] = {}
+        self._layers: dict[tuple[str, int], weakref.ref[Any]] = {}
         self._lowest: dict[int, int] = {}
         self._config: Any = None
         self._scheduler: weakref.ref[BackwardScheduler] | None = None
@@ -52,25 +49,32 @@ class SchedulerBinder:
         # Megatron copies specs per layer; copies must still give one scheduler per model.
         return self
 
-    def bind(self, layer: FluidMoELayer, number: int | None, pp_rank: int | None = None) -> BackwardScheduler:
-        """The scheduler of the model that ``layer`` belongs to; ``pp_rank`` None asks Megatron's global state."""
+    def bind(
+        self, layer: Any, number: int | None, pp_rank: int | None = None, *, kind: str = "moe"
+    ) -> BackwardScheduler:
+        """The scheduler of the model that ``layer`` belongs to; ``pp_rank`` None asks Megatron's global state.
+
+        Layers of different ``kind`` may have one number; only a 'moe' layer has a combine to wait for.
+        """
         if number is None:
             return getattr(layer, "backward_scheduler", None) or self._new(layer, "a layer alone")
         current = self._scheduler() if self._scheduler is not None else None
-        holder = self._layers[number]() if number in self._layers else None
+        key = (kind, number)
+        holder = self._layers[key]() if key in self._layers else None
         taken = holder is not None and holder is not layer
         if current is None or taken or layer.config is not self._config:
             self._layers, self._lowest = {}, {}
             self._config = layer.config
             current = self._new(layer, f"model {next(_NUMBERS)}")
             self._scheduler = weakref.ref(current)
-        self._layers[number] = weakref.ref(layer)
-        chunk = chunk_offset(layer.config, number, pp_rank)
-        self._lowest[chunk] = min(number, self._lowest.get(chunk, number))
-        current.lowest_layers = frozenset(self._lowest.values())
+        self._layers[key] = weakref.ref(layer)
+        if kind == "moe":
+            chunk = chunk_offset(layer.config, number, pp_rank)
+            self._lowest[chunk] = min(number, self._lowest.get(chunk, number))
+            current.lowest_layers = frozenset(self._lowest.values())
         return current
 
-    def _new(self, layer: FluidMoELayer, whose: str) -> BackwardScheduler:
+    def _new(self, layer: Any, whose: str) -> BackwardScheduler:
         config = layer.config
         sizes = f"hidden {config.hidden_size}, {config.num_moe_experts} experts, top-{config.moe_router_topk}"
         return register(BackwardScheduler(**self._settings, name=f"{whose}: {sizes}"))

@@ -31,6 +31,7 @@ from fluid_npu.mcore.lines.specs import hides_groups, module_of, rebuilt, submod
 from fluid_npu.mcore.moe_layer import FluidMoELayer
 from fluid_npu.mcore.norm import FluidNorm
 from fluid_npu.mcore.router import FluidRouter
+from fluid_npu.mcore.self_attention import FLUID_ATTENTION
 from fluid_npu.mcore.transformer_layer import FluidTransformerLayer
 from fluid_npu.probes import installed
 
@@ -100,7 +101,7 @@ def with_fluid_block(block: TransformerBlockSubmodules, binder: SchedulerBinder)
 
 
 def with_fluid_moe(layer: ModuleSpec, binder: SchedulerBinder) -> ModuleSpec:
-    """A copy of a layer's spec with our MoE layer, where it has one, our core attention, and our norms.
+    """A copy of a layer's spec with our MoE layer, where it has one, our self-attention and core, and our norms.
 
     Every door into fluid_npu builds its modules with this function. Layers of one model share a ``binder``.
     """
@@ -119,7 +120,11 @@ def with_fluid_moe(layer: ModuleSpec, binder: SchedulerBinder) -> ModuleSpec:
         _replace_norms(inside)
         if getattr(inside, "core_attention", None) is DotProductAttention:
             inside.core_attention = FluidDotProductAttention
-        layer.submodules.self_attention = rebuilt(attention, module_of(attention), inside)
+        ours = FLUID_ATTENTION.get(module_of(attention))
+        if ours is not None and getattr(inside, "core_attention", None) is FluidDotProductAttention:
+            layer.submodules.self_attention = rebuilt(attention, ours, inside, binder=binder)
+        else:
+            layer.submodules.self_attention = rebuilt(attention, module_of(attention), inside)
     return layer
 
 

@@ -12,6 +12,7 @@ import torch
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
 from fluid_npu.mcore.attention import FusedCore
+from fluid_npu.mcore.context import UlyssesCore
 
 
 class LatentDotProductAttention(DotProductAttention):
@@ -35,5 +36,8 @@ class LatentDotProductAttention(DotProductAttention):
         return context
 
 
-class FluidLatentDotProductAttention(FusedCore, LatentDotProductAttention):
-    """The same, computed by the device's fused attention where it has one; see ``FusedCore``."""
+class FluidLatentDotProductAttention(UlyssesCore, FusedCore, LatentDotProductAttention):
+    """The same, computed by the device's fused attention where it has one, and with context parallelism.
+
+    See ``FusedCore`` and ``UlyssesCore``.
+    """

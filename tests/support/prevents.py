@@ -17,6 +17,9 @@ if str(ROOT) not in sys.path:
 # A CPU build of torch, a CUDA build without a driver, and the latter in a forked process.
 NO_CUDA = "AssertionError: Torch not compiled with CUDA enabled|RuntimeError: (Found no NVIDIA driver|Cannot re-init)"
 
+# Pinned memory without CUDA: with a CPU build, and with a CUDA build without a driver.
+PINNED = f"RuntimeError: .*(pin_memory|pinned|accelerator)|{NO_CUDA}"
+
 # Of every row: the part of stock Megatron that needs it (tests/support/stock.py, stock_extras.py), and what that part
 # does on a CPU when the row is left out.
 MOE, OPTIMIZER = "megatron.core.transformer.moe", "megatron.core.optimizer"
@@ -48,6 +51,7 @@ PREVENTS = {
     "megatron.core.transformer.utils.torch": ("causal_mask", NO_CUDA),
     "megatron.core.pipeline_parallel.schedules.torch": ("train_once", NO_CUDA),
     "megatron.core.tensor_parallel.data.torch": ("broadcast_batch", NO_CUDA),
+    "megatron.core.models.common.embeddings.rope_utils.torch": ("rotary_table_of_a_rank", PINNED),
     "megatron.core.utils.torch": ("train_once", NO_CUDA),
     f"{SAVING}.exchange_utils.torch": ("buffer_for_a_shard", NO_CUDA),
     f"{SAVING}.strategies.state_dict_saver.torch": ("save_with_known_structure", NO_CUDA),

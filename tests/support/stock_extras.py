@@ -111,6 +111,21 @@ def causal_mask() -> None:
     assert get_default_causal_mask(2).tolist() == [[False, True], [False, False]]
 
 
+def rotary_table_of_a_rank() -> None:
+    """The positions of a context-parallel rank's rows; of a group of one they are all."""
+    from megatron.core import parallel_state
+    from megatron.core.models.common.embeddings import rope_utils
+
+    cut = rope_utils.get_pos_emb_on_this_cp_rank
+    group = (
+        {"cp_group": parallel_state.get_context_parallel_group()}
+        if "cp_group" in inspect.signature(cut).parameters
+        else {}
+    )
+    table = torch.arange(8.0).view(4, 1, 1, 2)
+    assert torch.equal(cut(table, 0, **group), table)
+
+
 def model_in_checkpoint() -> tuple[Any, str]:
     """A stock model and a folder with its checkpoint."""
     from megatron.core import dist_checkpointing

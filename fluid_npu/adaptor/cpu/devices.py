@@ -66,13 +66,16 @@ def _on_host(factory: Callable[..., Any], mark: Callable[[], None]) -> Callable[
         if str(kwargs.get("device", "")).startswith("cuda"):
             mark()
             kwargs["device"] = "cpu"
+        if kwargs.get("pin_memory"):
+            mark()
+            kwargs["pin_memory"] = False
         return factory(*args, **kwargs)
 
     return make
 
 
 class _HostTorch(ModuleType):
-    """The torch module as one Megatron module sees it: ``device='cuda'`` literals mean the CPU there."""
+    """The torch module as one Megatron module sees it: ``device='cuda'`` literals mean the CPU, pinned memory any."""
 
     def __init__(self, mark: Callable[[], None] = lambda: None) -> None:
         super().__init__("torch")

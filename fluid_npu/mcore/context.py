@@ -1,0 +1,220 @@
+"""Core attention of one layer over a context-parallel group, by Ulysses.
+
+    q, k, v of this rank's rows, all heads -> sp2hp -> the whole sequence, this rank's heads -> attention -> hp2sp
+
+Megatron deals a sequence to the ranks in its load-balanced order and turns queries and keys by their true positions
+before it calls the core; here the rows are put in order again before anything is masked. S rows of the sequence, T of
+this rank, B batch, N query heads, M key heads, D head size, V of values; P ranks.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable
+from math import lcm
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from fluid_npu.comm.all_to_all import Peers
+from fluid_npu.comm.shards import SequenceShards
+from fluid_npu.comm.sink import DirectSink, OverlapSink
+from fluid_npu.comm.ulysses import start_hp2sp, start_sp2hp
+from fluid_npu.device import device_of
+from fluid_npu.device.choice import Choice
+
+_FIX = "use --context-parallel-size"
+
+
+class ContextParallel:
+    """One layer's place in its context-parallel group."""
+
+    def __init__(self, group: Any) -> None:
+        self.peers = Peers.of(group)
+        self.sink: OverlapSink = DirectSink()
+        self.label = ""
+        self._last: tuple[Any, SequenceShards, list[int]] | None = None
+
+    @property
+    def ranks(self) -> int:
+        """P."""
+        return len(self.peers.ranks)
+
+    def shards(self, rows: int, bounds: Tensor | None, device: torch.device) -> tuple[SequenceShards, list[int]]:
+        """How T ``rows`` of each rank make the sequence, and where its packed sequences begin and end.
+
+        The last answer is kept: reading ``bounds`` waits for the device.
+        """
+        if self._last is not None and (bounds is self._last[0] if bounds is not None else rows == self._last[0]):
+            return self._last[1], self._last[2]
+        whole = [0, rows * self.ranks] if bounds is None else bounds.tolist()
+        shards = SequenceShards.balanced(whole, self.ranks, device)
+        if shards.lengths[0] != rows:
+            raise ValueError(f"cu_seqlens={whole}: {self.ranks} ranks hold {shards.lengths[0]} rows each, not {rows}")
+        self._last = (rows if bounds is None else bounds, shards, whole)
+        return shards, whole
+
+
+class UlyssesCore:
+    """Goes before a DotProductAttention in a class's bases: without context parallelism it is that class, unchanged.
+
+    With it, ``forward`` exchanges heads for rows, and the class computes the whole sequence with its share of heads.
+    Key heads that P does not divide are held by several ranks (``comm.ulysses``). ``recompute`` computes attention
+    again in backward instead of keeping its scores; the exchanges are not repeated.
+
+    Raises:
+        ValueError: P does not divide the query heads of a tensor-parallel rank, or an option is not implemented with
+            context parallelism.
+    """
+
+    context: ContextParallel | None = None
+    recompute = False
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        if config.context_parallel_size == 1:
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+            return
+        alone = copy.copy(config)
+        alone.context_parallel_size = 1  # Megatron's core asserts it, and is right: it gets whole sequences
+        super().__init__(alone, *args, **kwargs)  # type: ignore[call-arg]
+        self.config = config
+        self.context = ContextParallel(_group(config, kwargs.get("pg_collection")))
+        _announce(kwargs.get("cp_comm_type"))
+        self._take_share(self.context)
+
+    def _take_share(self, context: ContextParallel) -> None:
+        """Megatron's forward reads from these how many heads there are."""
+        ranks, core = context.ranks, _fields(self)
+        heads, key_heads = core.num_attention_heads_per_partition, core.num_query_groups_per_partition
+        if heads % ranks:
+            fit = max(size for size in range(1, ranks) if heads % size == 0)
+            raise ValueError(
+                f"context_parallel_size={ranks}: must divide the {heads} attention heads of a tensor-parallel rank; "
+                f"{_FIX} {fit}"
+            )
+        if getattr(core, "softmax_offset", None) is not None:
+            raise ValueError(
+                f"softmax_type={core.config.softmax_type!r}: not implemented with context parallelism; {_FIX} 1"
+            )
+        core.num_attention_heads_per_partition = heads // ranks
+        core.num_query_groups_per_partition = lcm(key_heads, ranks) // ranks
+        core.hidden_size_per_partition //= ranks
+        core.attention_dropout = RankDropout(core.attention_dropout.p, context.peers.index)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """``[T, B, N * V]``. q ``[T, B, N, D]``, k ``[T, B, M, D]``, v ``[T, B, M, V]``; packed ones have no B.
+
+        ``attention_mask``, True where a key is hidden, is of the whole sequence: ``[B or 1, 1, S, S]``.
+        """
+        attend: Callable[..., Tensor] = super().forward
+        context = self.context
+        if context is None:
+            return attend(query, key, value, attention_mask, *args, **kwargs)
+        packed = kwargs.pop("packed_seq_params", None)
+        shards, bounds = context.shards(query.shape[0], _bounds(packed), query.device)
+        _check_mask(attention_mask, shards.total, packed)
+        how: dict[str, Any] = {"label": context.label, "sink": context.sink}
+        whole = start_sp2hp(context.peers, [query, key, value], shards, **how).wait()
+
+        def on_whole(*qkv: Tensor) -> Tensor:
+            if packed is None:
+                return attend(*qkv, attention_mask, *args, **kwargs)
+            return _one_by_one(attend, qkv, bounds, *args, **kwargs)
+
+        again = self.recompute and self.training  # type: ignore[attr-defined]
+        out = tensor_parallel.checkpoint(on_whole, False, *whole) if again else on_whole(*whole)
+        mine: Tensor = start_hp2sp(context.peers, out.unsqueeze(-2), shards, **how).wait()
+        return mine.flatten(-2)
+
+
+class RankDropout(torch.nn.Dropout):
+    """Dropout that differs between the ranks of a context-parallel group, which hold different heads.
+
+    Megatron gives them one random state. Each call takes the state as it is, and the rank, as the seed of its own
+    numbers; so recomputation, which restores the state, repeats them.
+    """
+
+    def __init__(self, p: float, rank: int) -> None:
+        super().__init__(p)
+        self._rank = rank
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The shape of ``input``."""
+        if not self.training or self.p == 0:
+            return input
+        device = device_of(input)
+        state = device.get_rng_state()
+        torch.rand(1, device=input.device)  # the next call finds another state
+        outer, host = device.get_rng_state(), torch.get_rng_state()
+        digest = hashlib.blake2b(state.numpy().tobytes(), digest_size=7, salt=self._rank.to_bytes(8, "little"))
+        device.manual_seed(int.from_bytes(digest.digest(), "little"))
+        try:
+            return super().forward(input)
+        finally:
+            torch.set_rng_state(host)
+            device.set_rng_state(outer)
+
+
+def _group(config: TransformerConfig, groups: Any) -> Any:
+    """The context-parallel group: of the model's own process groups, or Megatron's global one."""
+    group = getattr(groups, "cp", None)
+    if group is None:
+        group = parallel_state.get_context_parallel_group()
+    if group.size() != config.context_parallel_size:
+        raise ValueError(
+            f"context_parallel_size={config.context_parallel_size}: the context-parallel group has {group.size()} "
+            f"ranks; call initialize_model_parallel(context_parallel_size={config.context_parallel_size}) first"
+        )
+    return group
+
+
+def _announce(asked: Any) -> None:
+    reason = "heads are exchanged for rows by AllToAll"
+    if asked not in (None, "a2a"):
+        reason += f"; cp_comm_type={asked!r} is Transformer Engine's"
+    Choice("ulysses", reason).announce("context parallelism")
+
+
+def _bounds(packed: Any) -> Tensor | None:
+    """Where packed sequences begin and end, padding included."""
+    if packed is None:
+        return None
+    padded = getattr(packed, "cu_seqlens_q_padded", None)
+    bounds: Tensor = padded if padded is not None else packed.cu_seqlens_q
+    return bounds
+
+
+def _check_mask(mask: Tensor | None, total: int, packed: Any) -> None:
+    if mask is None:
+        return
+    if packed is not None:
+        raise ValueError("attention_mask beside packed sequences: they are causal by type; pass attention_mask=None")
+    if tuple(mask.shape[-2:]) != (total, total):
+        raise ValueError(
+            f"attention_mask of shape {tuple(mask.shape)}: with context parallelism a mask of the whole sequence is "
+            f"needed, [..., {total}, {total}]; pass None where the layers are causal by type "
+            "(Megatron-LM: --no-create-attention-mask-in-dataloader)"
+        )
+
+
+def _one_by_one(
+    attend: Callable[..., Tensor], qkv: tuple[Tensor, ...], bounds: list[int], *args: Any, **kwargs: Any
+) -> Tensor:
+    """Packed sequences ``[S, heads, size]``, each by itself -> ``[S, heads * V]``."""
+    outs = [
+        attend(*(x[start:end].unsqueeze(1) for x in qkv), None, *args, **kwargs).squeeze(1)
+        for start, end in zip(bounds, bounds[1:], strict=False)
+        if end > start
+    ]
+    return torch.cat(outs)
+
+
+def _fields(core: Any) -> Any:
+    """``core`` as what it is beside this class: a DotProductAttention."""
+    return core
