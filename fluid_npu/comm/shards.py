@@ -81,6 +81,14 @@ class SequenceShards:
         return rows.unflatten(0, (self.total // self.block, self.block))
 
 
+def balanced_part(x: Tensor, ranks: int, rank: int, dim: int) -> Tensor:
+    """What ``rank`` of P holds of one sequence in Megatron's load-balanced split; 2P must divide dimension ``dim``."""
+    if ranks == 1:
+        return x
+    chunks = x.chunk(2 * ranks, dim)
+    return torch.cat([chunks[rank], chunks[2 * ranks - 1 - rank]], dim)
+
+
 def _chunk_sizes(bounds: list[int], ranks: int) -> list[int]:
     """Rows of one of the 2P chunks of each sequence."""
     if len(bounds) < 2 or bounds[0] != 0 or any(end < start for start, end in pairwise(bounds)):

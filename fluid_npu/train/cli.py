@@ -52,7 +52,7 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         ("tp", "tensor parallel size"),
         ("pp", "pipeline stages"),
         ("vpp", "virtual pipeline stages: model chunks per stage, interleaved; needs --pp"),
-        ("cp", "context parallel size (only 1 so far)"),
+        ("cp", "context parallel size: ranks that share each sequence"),
         ("steps", "steps in all"),
         ("micro_batches", "micro-batches per step and rank"),
     ):

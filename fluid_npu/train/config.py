@@ -168,8 +168,11 @@ def _check_choices(c: TrainConfig) -> None:
             raise ConfigError(f"--profile {c.profile}: it decides what {text} asks for; drop one of the two")
     if c.profile is not None and c.impl == "stock":
         raise ConfigError(f"--profile {c.profile}: stock Megatron (--impl stock) has nothing to choose; drop one")
-    if c.cp > 1:
-        raise ConfigError(f"--cp {c.cp}: context parallelism is not built yet; use --cp 1")
+    if c.cp > 1 and c.impl == "stock":
+        raise ConfigError(
+            f"--cp {c.cp}: stock Megatron (--impl stock) has no context parallelism without Transformer Engine; "
+            "use --cp 1 or --impl fluid"
+        )
     if c.impl == "stock" and c.plant_delay_ms:
         raise ConfigError("--plant-delay-ms: stock Megatron's AllToAll cannot be delayed; use --impl fluid")
     if c.impl == "stock" and c.overlap == "dw":
@@ -237,11 +240,31 @@ def _check_sizes(c: TrainConfig, p: Preset) -> None:
             raise ConfigError(
                 f"--{name} {parts}: must divide {flag_of(figure)} {size} of preset {p.name}; use --{name} {fit}"
             )
+    _check_context(c, p)
     chunks = c.pp * c.vpp
     if p.layers % chunks:
         raise ConfigError(
             f"--vpp {c.vpp}: pp*vpp = {c.pp}*{c.vpp} = {chunks} must divide --layers {p.layers} of preset {p.name}; "
             f"use --layers {_round_up(p.layers, chunks)} or leave --vpp out"
+        )
+
+
+def _check_context(c: TrainConfig, p: Preset) -> None:
+    """With context parallelism each rank holds two chunks of every sequence, and a share of its heads."""
+    if c.cp == 1:
+        return
+    heads = p.heads // c.tp
+    if heads % c.cp:
+        fit = max(d for d in range(1, c.cp) if heads % d == 0)
+        raise ConfigError(
+            f"--cp {c.cp}: must divide the {heads} attention heads of a rank (heads / tp = {p.heads} / {c.tp}) of "
+            f"preset {p.name}; use --cp {fit}"
+        )
+    parts = 2 * c.cp * c.tp
+    if p.seq_length % parts:
+        raise ConfigError(
+            f"--seq-length {p.seq_length}: must be a multiple of 2*cp*tp = 2*{c.cp}*{c.tp} = {parts}, because each "
+            f"rank holds two chunks of a sequence; use --seq-length {_round_up(p.seq_length, parts)}"
         )
 
 

@@ -181,9 +181,9 @@ def _backward_scheduler(config: TrainConfig, chunks: Sequence[torch.nn.Module], 
     from fluid_npu.schedule.live import get_backward_scheduler
     from fluid_npu.schedule.scheduler import BackwardScheduler
 
-    if any(True for chunk in chunks for _ in moe_layers(chunk)):
+    if any(True for chunk in chunks for _ in moe_layers(chunk)) or config.cp > 1:
         return get_backward_scheduler(chunks)
-    # A stage of dense layers has an idle one, so that all ranks count and report alike.
+    # A stage of dense layers whose attention exchanges nothing has an idle one: all ranks count and report alike.
     return BackwardScheduler(overlap, carry_over=config.carry_over, name="a stage without MoE layers")
 
 

@@ -20,7 +20,7 @@ def choose_overlap(config: TrainConfig, place: Place) -> Choice[str]:
         return Choice("off", "stock Megatron has no overlap")
     if config.overlap != "auto":
         return Choice(config.overlap, "as asked")
-    if config.ep == 1:
+    if config.ep == 1 and config.cp == 1:
         return Choice("off", "with --ep 1 there is no AllToAll")
     hosts = _host_names(place)
     if place.device.name != "cpu":

@@ -21,13 +21,15 @@ from fluid_npu.train.config import TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where this process stands. ``dp`` counts ranks that see different samples."""
+    """Where this process stands. ``dp`` counts ranks that see different samples, ``cp`` those that share one."""
 
     rank: int
     world: int
     local_rank: int
     dp_rank: int
     dp_size: int
+    cp_rank: int
+    cp_size: int
     device: Device
     board: ProgressBoard
 
@@ -58,10 +60,7 @@ def join(config: TrainConfig, store: dist.Store | None = None) -> Place:
         bound = device.torch_device(local_rank) if device.name == "cuda" else None
         dist.init_process_group(device.backend, timeout=timedelta(seconds=config.timeout), device_id=bound)
     board = ProgressBoard(store or _own_store(config), rank, world, timeout_s=config.timeout).start()
-    dp_rank, dp_size = _init_megatron(config)
-    return Place(
-        rank=rank, world=world, local_rank=local_rank, dp_rank=dp_rank, dp_size=dp_size, device=device, board=board
-    )
+    return Place(rank=rank, world=world, local_rank=local_rank, device=device, board=board, **_init_megatron(config))
 
 
 def leave(place: Place) -> None:
@@ -82,7 +81,8 @@ def _own_store(config: TrainConfig) -> dist.TCPStore:
     )
 
 
-def _init_megatron(config: TrainConfig) -> tuple[int, int]:
+def _init_megatron(config: TrainConfig) -> dict[str, int]:
+    """Makes the process groups; this rank's place in those that matter to the data."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -100,4 +100,9 @@ def _init_megatron(config: TrainConfig) -> tuple[int, int]:
     np.random.seed(seed)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
-    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    return {
+        "dp_rank": parallel_state.get_data_parallel_rank(),
+        "dp_size": parallel_state.get_data_parallel_world_size(),
+        "cp_rank": parallel_state.get_context_parallel_rank(),
+        "cp_size": parallel_state.get_context_parallel_world_size(),
+    }

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
@@ -23,6 +24,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from fluid_npu.comm.guard import collective
+from fluid_npu.comm.shards import balanced_part
 from fluid_npu.mcore.lines.arguments import taken
 from fluid_npu.schedule.definitions import Coverage
 from fluid_npu.schedule.hidden import TwinClock
@@ -56,7 +59,7 @@ class StepResult:
 
     @property
     def a2a_ms(self) -> float | None:
-        """All AllToAlls of the step; None with --ep 1, and where compute ran beside some (not observable)."""
+        """All AllToAlls of the step; None without any (--ep 1 --cp 1), and where compute ran beside some."""
         return self.counters.get("a2a_ms")
 
 
@@ -119,7 +122,7 @@ class TrainStep:
         if updated:
             self.schedule.step(1)
         loss, counters = self._agree(losses)
-        if (self.overlapping and not twin) or self.config.ep == 1:
+        if (self.overlapping and not twin) or self.config.ep * self.config.cp == 1:
             counters.pop("a2a_ms", None)
         self.place.device.synchronize()
         if not math.isfinite(loss):
@@ -162,10 +165,14 @@ class TrainStep:
 
     def _forward(self, batches: Iterator[dict[str, torch.Tensor]], model: Any) -> tuple[torch.Tensor, Any]:
         device = self.place.device.torch_device(self.place.local_rank)
-        batch = {name: value.to(device, non_blocking=True) for name, value in next(batches).items()}
+        cp = (self.place.cp_size, self.place.cp_rank)
+        batch = {
+            name: balanced_part(value, *cp, 1).to(device, non_blocking=True) for name, value in next(batches).items()
+        }
         # No mask: the layers are causal by type, which a fused attention computes without reading one.
         losses_BS = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-        return losses_BS, partial(masked_mean, batch["loss_mask"])
+        group = parallel_state.get_context_parallel_group() if self.place.cp_size > 1 else None
+        return losses_BS, partial(masked_mean, batch["loss_mask"], group=group)
 
     def _finalize(self, *args: Any, **kwargs: Any) -> None:
         with self.place.phase("gradient reduction"):
@@ -188,8 +195,20 @@ class TrainStep:
         return [float(value) / self.place.world for value in total.tolist()]
 
 
-def masked_mean(loss_mask_BS: torch.Tensor, losses_BS: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Mean loss over the tokens that count, and its detached copy for the log."""
+def masked_mean(
+    loss_mask_BS: torch.Tensor, losses_BS: torch.Tensor, group: Any = None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Mean loss over the tokens that count, and its detached copy for the log.
+
+    With the ``group`` of ranks that share the sequences, the mean is over all their tokens: this rank returns its part
+    of it, which Megatron multiplies by the group's size before it takes the mean over ranks. The copy for the log is
+    multiplied already.
+    """
     mask_BS = loss_mask_BS.view_as(losses_BS)
-    loss = (losses_BS.float() * mask_BS).sum() / mask_BS.sum().clamp(min=1)
-    return loss, {"loss": loss.detach().clone()}
+    count, ranks = mask_BS.sum(), 1
+    if group is not None:
+        ranks = group.size()
+        with collective("loss mask reduction", dist.get_process_group_ranks(group)):
+            dist.all_reduce(count, group=group)
+    loss = (losses_BS.float() * mask_BS).sum() / count.clamp(min=1)
+    return loss, {"loss": loss.detach() * ranks}
