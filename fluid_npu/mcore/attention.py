@@ -15,7 +15,7 @@ from torch import Tensor
 from fluid_npu.device import kernels_of
 from fluid_npu.device.choice import Choice
 from fluid_npu.device.kernels.fused import AttentionCall
-from fluid_npu.mcore.context import UlyssesCore
+from fluid_npu.mcore.context import ContextParallelCore
 from fluid_npu.ops.attention import fused_attention, fuses_attention
 
 
@@ -67,5 +67,5 @@ class FusedCore:
         return fuses_attention(query, key, value, call)
 
 
-class FluidDotProductAttention(UlyssesCore, FusedCore, DotProductAttention):
-    """DotProductAttention of our layer specs; see ``FusedCore`` and ``UlyssesCore``."""
+class FluidDotProductAttention(ContextParallelCore, FusedCore, DotProductAttention):
+    """DotProductAttention of our layer specs; see ``FusedCore`` and ``ContextParallelCore``."""

@@ -1,9 +1,14 @@
-"""Core attention of one layer over a context-parallel group, by Ulysses.
+"""Core attention of one layer over a context-parallel group.
 
-    q, k, v of this rank's rows, all heads -> sp2hp -> the whole sequence, this rank's heads -> attention -> hp2sp
+    ulysses   q, k, v of this rank's rows, all heads -> sp2hp -> whole sequence, this rank's heads -> attention -> hp2sp
+    ring      keys and values pass around the ranks beside attention to them (``ops.ring_attention``)
+
+Ulysses is taken where P divides the query heads: it keeps the device's fused attention, masks, dropout and packed
+sequences. ``cp_comm_type`` 'ring' and 'ulysses' ask for one; Megatron's own words are Transformer Engine's, of which
+'a2a' is Ulysses.
 
 Megatron deals a sequence to the ranks in its load-balanced order and turns queries and keys by their true positions
-before it calls the core; here the rows are put in order again before anything is masked. S rows of the sequence, T of
+before it calls the core; Ulysses puts the rows in order again before anything is masked. S rows of the sequence, T of
 this rank, B batch, N query heads, M key heads, D head size, V of values; P ranks.
 """
 
@@ -17,17 +22,22 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from fluid_npu.comm.all_to_all import Peers
+from fluid_npu.comm.ring import pass_on
 from fluid_npu.comm.shards import SequenceShards
 from fluid_npu.comm.sink import DirectSink, OverlapSink
 from fluid_npu.comm.ulysses import start_hp2sp, start_sp2hp
 from fluid_npu.device import device_of
 from fluid_npu.device.choice import Choice
+from fluid_npu.ops.ring_attention import RingCall, ring_attention
 
 _FIX = "use --context-parallel-size"
+#: What ``cp_comm_type`` may ask for, and what it means here.
+_ASKED = {"ring": "ring", "ulysses": "ulysses", "a2a": "ulysses"}
 
 
 class ContextParallel:
@@ -35,6 +45,7 @@ class ContextParallel:
 
     def __init__(self, group: Any) -> None:
         self.peers = Peers.of(group)
+        self.algorithm = "ulysses"
         self.sink: OverlapSink = DirectSink()
         self.label = ""
         self._last: tuple[Any, SequenceShards, list[int]] | None = None
@@ -59,16 +70,16 @@ class ContextParallel:
         return shards, whole
 
 
-class UlyssesCore:
+class ContextParallelCore:
     """Goes before a DotProductAttention in a class's bases: without context parallelism it is that class, unchanged.
 
-    With it, ``forward`` exchanges heads for rows, and the class computes the whole sequence with its share of heads.
+    With Ulysses ``forward`` exchanges heads for rows, and the class computes whole sequences with its share of heads.
     Key heads that P does not divide are held by several ranks (``comm.ulysses``). ``recompute`` computes attention
-    again in backward instead of keeping its scores; the exchanges are not repeated.
+    again in backward instead of keeping its scores; the exchanges are not repeated. The ring keeps no scores anyway.
 
     Raises:
-        ValueError: P does not divide the query heads of a tensor-parallel rank, or an option is not implemented with
-            context parallelism.
+        ValueError: Ulysses is asked for and P does not divide the query heads of a tensor-parallel rank, or an option
+            is not implemented with context parallelism.
     """
 
     context: ContextParallel | None = None
@@ -83,23 +94,25 @@ class UlyssesCore:
         super().__init__(alone, *args, **kwargs)  # type: ignore[call-arg]
         self.config = config
         self.context = ContextParallel(_group(config, kwargs.get("pg_collection")))
-        _announce(kwargs.get("cp_comm_type"))
-        self._take_share(self.context)
+        core, ranks = _fields(self), self.context.ranks
+        if getattr(core, "softmax_offset", None) is not None:
+            raise ValueError(
+                f"softmax_type={core.config.softmax_type!r}: not implemented with context parallelism; {_FIX} 1"
+            )
+        chosen = choose_algorithm(kwargs.get("cp_comm_type"), core.num_attention_heads_per_partition, ranks)
+        self.context.algorithm = chosen.announce("context parallelism").value
+        if chosen.value == "ulysses":
+            self._take_share(self.context)
+        elif core.attention_dropout.p > 0:
+            raise ValueError(
+                f"attention_dropout={core.attention_dropout.p}: ring attention has none ({chosen.reason}); set "
+                "--attention-dropout 0, or a --context-parallel-size that divides the heads"
+            )
 
     def _take_share(self, context: ContextParallel) -> None:
         """Megatron's forward reads from these how many heads there are."""
         ranks, core = context.ranks, _fields(self)
         heads, key_heads = core.num_attention_heads_per_partition, core.num_query_groups_per_partition
-        if heads % ranks:
-            fit = max(size for size in range(1, ranks) if heads % size == 0)
-            raise ValueError(
-                f"context_parallel_size={ranks}: must divide the {heads} attention heads of a tensor-parallel rank; "
-                f"{_FIX} {fit}"
-            )
-        if getattr(core, "softmax_offset", None) is not None:
-            raise ValueError(
-                f"softmax_type={core.config.softmax_type!r}: not implemented with context parallelism; {_FIX} 1"
-            )
         core.num_attention_heads_per_partition = heads // ranks
         core.num_query_groups_per_partition = lcm(key_heads, ranks) // ranks
         core.hidden_size_per_partition //= ranks
@@ -117,6 +130,9 @@ class UlyssesCore:
         if context is None:
             return attend(query, key, value, attention_mask, *args, **kwargs)
         packed = kwargs.pop("packed_seq_params", None)
+        if context.algorithm == "ring":
+            _check_ring(attention_mask, packed)
+            return ring_attention(query, key, value, self._ring(context))
         shards, bounds = context.shards(query.shape[0], _bounds(packed), query.device)
         _check_mask(attention_mask, shards.total, packed)
         how: dict[str, Any] = {"label": context.label, "sink": context.sink}
@@ -131,6 +147,23 @@ class UlyssesCore:
         out = tensor_parallel.checkpoint(on_whole, False, *whole) if again else on_whole(*whole)
         mine: Tensor = start_hp2sp(context.peers, out.unsqueeze(-2), shards, **how).wait()
         return mine.flatten(-2)
+
+    def _ring(self, context: ContextParallel) -> RingCall:
+        """What Megatron's masked softmax computes without a mask, around the ranks."""
+        core, sink, label = _fields(self), context.sink, context.label
+        softmax = core.scale_mask_softmax
+        causal = (None, 0) if softmax.attn_mask_type == AttnMaskType.causal else (None, None)
+        left, right = getattr(softmax, "window_size", None) or causal
+        return RingCall(
+            # As in Megatron: with query-key layer scaling the softmax multiplies by what the scores were divided by.
+            scale=core.softmax_scale * (1.0 if softmax.scale is None else softmax.scale),
+            ranks=context.ranks,
+            rank=context.peers.index,
+            pass_on=lambda rows, back: pass_on(context.peers, rows, sink, label=label, backward=back).land,
+            left=left,
+            right=right,
+            beside=lambda: sink.fill("ring", f"ring AllToAll of {label}"),
+        )
 
 
 class RankDropout(torch.nn.Dropout):
@@ -174,11 +207,33 @@ def _group(config: TransformerConfig, groups: Any) -> Any:
     return group
 
 
-def _announce(asked: Any) -> None:
-    reason = "heads are exchanged for rows by AllToAll"
-    if asked not in (None, "a2a"):
-        reason += f"; cp_comm_type={asked!r} is Transformer Engine's"
-    Choice("ulysses", reason).announce("context parallelism")
+def choose_algorithm(asked: str | None, heads: int, ranks: int) -> Choice[str]:
+    """'ulysses' or 'ring' for the query ``heads`` of a tensor-parallel rank; ``asked`` is ``cp_comm_type``.
+
+    Raises ValueError where Ulysses is asked for and cannot be.
+    """
+    fits = heads % ranks == 0
+    if asked in _ASKED:
+        if _ASKED[asked] == "ulysses" and not fits:
+            fit = max(size for size in range(1, ranks) if heads % size == 0)
+            raise ValueError(
+                f"context_parallel_size={ranks}: with cp_comm_type={asked!r} it must divide the {heads} attention "
+                f"heads of a tensor-parallel rank; {_FIX} {fit} or cp_comm_type='ring'"
+            )
+        return Choice(_ASKED[asked], f"cp_comm_type={asked!r}")
+    note = "" if asked is None else f"; cp_comm_type={asked!r} is Transformer Engine's"
+    if fits:
+        return Choice("ulysses", f"each of {ranks} ranks takes {heads // ranks} of {heads} heads{note}")
+    return Choice("ring", f"{ranks} ranks cannot share {heads} heads{note}")
+
+
+def _check_ring(mask: Tensor | None, packed: Any) -> None:
+    for name, given in (("attention_mask", mask), ("packed_seq_params", packed)):
+        if given is not None:
+            raise ValueError(
+                f"{name}: ring attention takes none, it masks by the layer's type and window; pass None, or set a "
+                "--context-parallel-size that divides the heads"
+            )
 
 
 def _bounds(packed: Any) -> Tensor | None:

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from fluid_npu.mcore.attention import FluidDotProductAttention
 from fluid_npu.mcore.binding import SchedulerBinder
-from fluid_npu.mcore.context import UlyssesCore
+from fluid_npu.mcore.context import ContextParallelCore
 from fluid_npu.schedule.scheduler import BackwardScheduler
 
 
@@ -40,7 +40,7 @@ class _Connected:
             submodules.core_attention = FluidDotProductAttention
         super().__init__(config, submodules, layer_number, *args, **kwargs)  # type: ignore[call-arg]
         core = self.core_attention
-        if not isinstance(core, UlyssesCore) or core.context is None:
+        if not isinstance(core, ContextParallelCore) or core.context is None:
             return
         # The core recomputes attention alone; around the core Megatron would repeat the exchanges too.
         core.recompute, self.checkpoint_core_attention = self.checkpoint_core_attention, False
@@ -50,13 +50,13 @@ class _Connected:
 
 
 class FluidSelfAttention(_Connected, SelfAttention):
-    """Self-attention with context parallelism by Ulysses over Megatron's context-parallel group.
+    """Self-attention with context parallelism, by Ulysses or a ring, over Megatron's context-parallel group.
 
     Goes into a ModuleSpec where SelfAttention does, with its submodules; a DotProductAttention among them is replaced
     by ours. A subclass may override ``forward`` and call ``self.core_attention`` as Megatron's does.
 
     Args:
-        config: Megatron's TransformerConfig; ``context_parallel_size`` must divide the heads of a tensor-parallel rank.
+        config: Megatron's TransformerConfig; its ``cp_comm_type`` may be 'ulysses' or 'ring' (``mcore.context``).
         submodules: as SelfAttention's.
         layer_number: global number of the layer, from 1.
         binder: gives the layers of one model one scheduler; None: the exchanges have none of their own.

@@ -250,16 +250,9 @@ def _check_sizes(c: TrainConfig, p: Preset) -> None:
 
 
 def _check_context(c: TrainConfig, p: Preset) -> None:
-    """With context parallelism each rank holds two chunks of every sequence, and a share of its heads."""
+    """With context parallelism each rank holds two chunks of every sequence."""
     if c.cp == 1:
         return
-    heads = p.heads // c.tp
-    if heads % c.cp:
-        fit = max(d for d in range(1, c.cp) if heads % d == 0)
-        raise ConfigError(
-            f"--cp {c.cp}: must divide the {heads} attention heads of a rank (heads / tp = {p.heads} / {c.tp}) of "
-            f"preset {p.name}; use --cp {fit}"
-        )
     parts = 2 * c.cp * c.tp
     if p.seq_length % parts:
         raise ConfigError(

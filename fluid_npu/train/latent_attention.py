@@ -12,7 +12,7 @@ import torch
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
 from fluid_npu.mcore.attention import FusedCore
-from fluid_npu.mcore.context import UlyssesCore
+from fluid_npu.mcore.context import ContextParallelCore
 
 
 class LatentDotProductAttention(DotProductAttention):
@@ -36,8 +36,8 @@ class LatentDotProductAttention(DotProductAttention):
         return context
 
 
-class FluidLatentDotProductAttention(UlyssesCore, FusedCore, LatentDotProductAttention):
+class FluidLatentDotProductAttention(ContextParallelCore, FusedCore, LatentDotProductAttention):
     """The same, computed by the device's fused attention where it has one, and with context parallelism.
 
-    See ``FusedCore`` and ``UlyssesCore``.
+    See ``FusedCore`` and ``ContextParallelCore``.
     """

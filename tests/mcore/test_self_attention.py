@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from fluid_npu.device import device_of
-from fluid_npu.mcore.context import RankDropout
+from fluid_npu.mcore.context import RankDropout, choose_algorithm
 from tests.support.context import Case, Stack, make_config, run_stack, worst_error
 from tests.support.device import here
 
@@ -32,14 +32,20 @@ def equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return weights and lists and one["weights"].keys() == other["weights"].keys()
 
 
+RING = {"cp_comm_type": "ring"}
 #: (sizes, cases with one size): key heads above, equal to and below the ranks; window, QK norm, layers, micro-batches.
 SAMPLE = [
     [
         Case(cp=2, ep=2, layers=3, micro_batches=2),
         Case(cp=2, ep=2, key_heads=8, window=(3, 0), qk_norm=True, recompute=True),
         Case(cp=2, ep=2, key_heads=1, overlap="off"),
+        Case(cp=2, ep=2, window=(3, 0), qk_norm=True, micro_batches=2, config=RING),
     ],
-    [Case(cp=4, ep=2, key_heads=2, layers=2, micro_batches=2), Case(cp=4, ep=2, key_heads=8, heads=8, qk_norm=True)],
+    [
+        Case(cp=4, ep=2, key_heads=2, layers=2, micro_batches=2),
+        Case(cp=4, ep=2, key_heads=8, qk_norm=True),
+        Case(cp=4, ep=2, key_heads=3, heads=6),  # 4 ranks cannot share 6 heads: a ring
+    ],
     [Case(cp=2, ep=4, key_heads=4)],
 ]
 
@@ -58,7 +64,11 @@ GRID = list(product((1, 3), (1, 2, 4), (2, 8)))
 @pytest.mark.nightly
 @pytest.mark.parametrize(("cp", "ep"), list(product((1, 2, 4), (1, 2, 4))))
 def test_the_grid_of_cp_ep_layers_micro_batches_and_key_heads(cp: int, ep: int, run_ranks: Ranks) -> None:
-    cases = [Case(cp=cp, ep=ep, layers=layers, micro_batches=n, key_heads=keys) for layers, n, keys in GRID]
+    cases = [
+        Case(cp=cp, ep=ep, layers=layers, micro_batches=n, key_heads=keys, config=config)
+        for layers, n, keys in GRID
+        for config in ([{}, RING] if cp > 1 else [{}])
+    ]
     every = [replace(case, twin=twin) for case in cases for twin in (False, True)]
     ranks = run_ranks(cases[0].ranks, run_cases, every, sizes=cases[0].sizes, timeout=280)
     for index, case in enumerate(cases):
@@ -73,6 +83,8 @@ def variants() -> dict[str, Any]:
     dropped = replace(plain, config={"attention_dropout": 0.5})
     runs: dict[str, Any] = {"plain": run_stack(plain), "twin": run_stack(replace(plain, twin=True))}
     runs["again"] = run_stack(replace(plain, recompute=True))
+    ring = replace(plain, config=RING)
+    runs["ring"], runs["ring's twin"] = run_stack(ring), run_stack(replace(ring, twin=True))
     for name, case in (("dropped", dropped), ("dropped again", replace(dropped, recompute=True))):
         _seed()
         runs[name] = run_stack(case)
@@ -90,6 +102,8 @@ def test_twin_and_recomputation_change_no_bit(run_ranks: Ranks) -> None:
     for runs in run_ranks(2, variants, sizes=Case().sizes):
         assert equal(runs["plain"], runs["twin"])
         assert equal(runs["plain"], runs["again"])
+        assert equal(runs["ring"], runs["ring's twin"])
+        assert runs["ring"]["stats"]["ring_backward_bytes"] > runs["ring"]["stats"]["ring_bytes"] > 0
         assert equal(runs["dropped"], runs["dropped again"]) and not equal(runs["plain"], runs["dropped"])
         # Two layers, two micro-batches, forward and backward: sp2hp and hp2sp are not repeated.
         for name in ("plain", "again"):
@@ -142,7 +156,15 @@ def core(case: Case) -> Any:
 
     from fluid_npu.mcore.attention import FluidDotProductAttention
 
-    return FluidDotProductAttention(make_config(case), 1, AttnMaskType.causal, "self")
+    asked = case.config.get("cp_comm_type")
+    return FluidDotProductAttention(make_config(case), 1, AttnMaskType.causal, "self", cp_comm_type=asked)
+
+
+def test_ulysses_is_taken_where_heads_can_be_shared_and_what_is_asked_for_where_it_is_asked_for() -> None:
+    assert choose_algorithm(None, 8, 4).value == choose_algorithm("p2p", 8, 2).value == "ulysses"
+    assert "cp_comm_type='p2p' is Transformer Engine's" in choose_algorithm("p2p", 8, 2).reason
+    assert choose_algorithm(None, 6, 4).value == choose_algorithm("ring", 8, 2).value == "ring"
+    assert choose_algorithm(None, 6, 4).reason == "4 ranks cannot share 6 heads"
 
 
 def packed() -> dict[str, torch.Tensor]:
@@ -204,14 +226,16 @@ def test_a_subclass_of_a_user_in_his_own_spec(run_ranks: Ranks) -> None:
 
 def refuse() -> list[str]:
     """What cannot be, at construction and at a call."""
-    made = core(Case())
+    made, ring = core(Case()), core(Case(config=RING))
     q, k = torch.zeros(4, 1, 8, 8), torch.zeros(4, 1, 2, 8)
     calls = (
-        lambda: core(Case(heads=5, key_heads=5)),
+        lambda: core(Case(heads=5, key_heads=5, config={"cp_comm_type": "a2a"})),
+        lambda: core(Case(heads=5, key_heads=5, config={"attention_dropout": 0.5})),
         lambda: core(Case(config={"softmax_type": "off-by-one"})),
         lambda: core(Case(cp=4)),
         lambda: made(q, k, k, torch.zeros(1, 1, 4, 8, dtype=torch.bool)),
         lambda: made(q[:3], k[:3], k[:3], None),
+        lambda: ring(q, k, k, torch.zeros(1, 1, 8, 8, dtype=torch.bool)),
     )
     messages = []
     for call in calls:
@@ -223,12 +247,14 @@ def refuse() -> list[str]:
 
 def test_what_cannot_be_is_refused_by_name(run_ranks: Ranks) -> None:
     wanted = (
-        "context_parallel_size=2: must divide the 5 attention heads of a tensor-parallel rank; "
-        "use --context-parallel-size 1",
+        "context_parallel_size=2: with cp_comm_type='a2a' it must divide the 5 attention heads of a tensor-parallel "
+        "rank; use --context-parallel-size 1 or cp_comm_type='ring'",
+        "attention_dropout=0.5: ring attention has none (2 ranks cannot share 5 heads)",
         "softmax_type='off-by-one': not implemented with context parallelism",
         "context_parallel_size=4: the context-parallel group has 2 ranks",
         "attention_mask of shape (1, 1, 4, 8): with context parallelism a mask of the whole sequence is needed",
         "a sequence of 6 rows cannot be dealt in 2 * 2 equal chunks; pad it to 8 rows",
+        "attention_mask: ring attention takes none",
     )
     for message, text in zip(run_ranks(2, refuse, sizes={"context_parallel_size": 2})[0], wanted, strict=True):
         assert text in message
