@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
