@@ -29,9 +29,7 @@ def add_overlap_parser(commands: Any) -> None:
         "--workloads", nargs="+", default=list(DESCRIPTIONS), choices=list(DESCRIPTIONS), metavar="W", help="all"
     )
     add_rounds_flag(parser, "12")
-    parser.add_argument(
-        "--carry-over", action="store_true", help="let FC2's dW wait for the combine of the layer below"
-    )
+    parser.add_argument("--carry-over", action="store_true", help="let dW wait for the combine of the layer below")
     parser.add_argument(
         "--plant-delay-ms", type=float, default=0.0, metavar="D", help="delay every AllToAll of ours, on a CPU"
     )

@@ -91,7 +91,8 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
         shown = text if value is None else f"{text} ({value:g})"
         group.add_argument(flag_of(name), type=kind, default=value, metavar="X", help=shown)
     group.add_argument("--distributed-optimizer", action="store_true", help="shard optimizer states over ranks")
-    group.add_argument("--carry-over", action="store_true", help="FC2's dW may wait for the combine of the layer below")
+    text = "dW of FC2, the router, attention and dense linears may wait for the combine of the layer below"
+    group.add_argument("--carry-over", action="store_true", help=text)
     group.add_argument("--trace", action="store_true", help="record the AllToAlls of the last steps in lanes.json")
     group.add_argument("--profile", metavar="FILE", help="overlap as 'fluid-npu tune' found best here")
     text = f"how often a token is sent to a rank with several of its experts: {', '.join(DISPATCHES)} (plain)"
