@@ -77,7 +77,7 @@ def check(case: Case, ranks: list[dict[str, dict[str, Any]]]) -> None:
 @pytest.mark.parametrize("cases", [CASES, FOUR], ids=["two_ranks", "four_ranks"])
 def test_equals_float64_within_fp32_and_the_twin_bitwise(cases: list[Case], run_ranks: Ranks) -> None:
     ep = cases[0].ep
-    ranks = run_ranks(ep, modes, cases, sizes={"expert_model_parallel_size": ep})
+    ranks = run_ranks(ep, modes, cases, sizes={"expert_model_parallel_size": ep}, timeout=300)
     for index, case in enumerate(cases):
         check(case, [rank[index] for rank in ranks])
     if cases is CASES:
