@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.device import NAME
 from tests.support.gpt import far_apart, same_bits
 from tests.support.pipeline import EXPERTS, Run, train_all, whole
 
@@ -77,7 +78,9 @@ def test_the_checkpoint_starves_a_rank_and_training_moves(reference: list[list[d
 
 def test_pp_2_and_vpp_2_with_ep_2(reference: list[list[dict[str, Any]]], run_ranks: Ranks) -> None:
     pp, vpp = replace(BASE, pp=2), replace(BASE, pp=2, vpp=2)
-    runs = [pp, replace(vpp, carry_over=True, ddp=LATE), replace(vpp, impl="twin")]
+    late = replace(vpp, carry_over=True, ddp=LATE)
+    # On an NPU a router's dW that is carried over is another operator than autograd's and rounds differently.
+    runs = [pp, late, replace(vpp if NAME == "cpu" else late, impl="twin")]
     results = run_ranks(4, train_all, runs, reference[0][0]["start"], sizes={}, timeout=600)
     check(results, reference)
     for rank, (stage, late, twin) in enumerate(results):

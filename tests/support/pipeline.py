@@ -70,6 +70,7 @@ def set_pipeline(run: Run) -> None:
         virtual_pipeline_model_parallel_size=run.vpp if run.vpp > 1 else None,
         expert_model_parallel_size=run.ep,
     )
+    torch.manual_seed(7)  # a router is initialised on the host, whatever the device
     model_parallel_cuda_manual_seed(7)
 
 
