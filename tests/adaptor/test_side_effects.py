@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -10,6 +11,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 #: ``__main__`` runs the command line; ``megatron_adaptor`` is the one import that is meant to patch.
 NOT_IMPORTED = {"fluid_npu.__main__", "fluid_npu.megatron_adaptor"}
+if importlib.util.find_spec("triton") is None:  # a torch for CPUs brings none, and what is written in it needs it
+    KERNELS = ("grouped_gemm", "permute", "rms_norm", "swiglu")
+    NOT_IMPORTED |= {f"fluid_npu.device.kernels.triton_{kernel}" for kernel in KERNELS}
 #: Loaded before, so that what they do to each other at import is not put down to us.
 UPSTREAM = (
     "megatron.core.transformer.moe.moe_layer",
