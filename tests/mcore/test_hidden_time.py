@@ -116,7 +116,7 @@ def model_times() -> dict[str, Any]:
 
 def test_the_combine_backward_hides_behind_dw_of_qkv_and_proj(run_ranks: Callable[..., list[Any]]) -> None:
     """Of eight exchanges the upper layer's linears cover one, the combine of the layer below; 400 ms of dW for 300."""
-    for rank in run_ranks(2, model_times, sizes={"expert_model_parallel_size": 2}):
+    for rank in run_ranks(2, model_times, sizes={"expert_model_parallel_size": 2}, timeout=280):
         # Whole exchanges are counted, so half of one is tolerance enough.
         assert rank["hidden"] == pytest.approx(DELAY_MS, abs=DELAY_MS / 2)
         assert rank["twin"]["exposed_ms"] == pytest.approx(8 * DELAY_MS, abs=DELAY_MS / 2)
