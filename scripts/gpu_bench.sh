@@ -4,8 +4,8 @@
 #   bash scripts/gpu_bench.sh OUT_DIR [PART...]        PART: ffn-sweep parallel-sweep overlap layer (default: all)
 #
 # One GPU runs the sweeps and the layer, two or more also overlap. PRESET (mixtral-8x7b) and CUT (more flags, such as
-# "--hidden 2048 --moe-ffn 1408 --experts 64 --topk 6") say which model; NCCL's variables are the caller's and stand in
-# each result. Needs fluid_npu importable by python3. Leaves OUT_DIR/gpu-bench.txt, and the texts and JSON in
+# "--hidden 2048 --moe-ffn 1408 --experts 64 --topk 6") say which model, LAYER_FLAGS and OVERLAP_FLAGS what else those two
+# get; NCCL's variables are the caller's and stand in each result. Needs fluid_npu importable by python3. Leaves OUT_DIR/gpu-bench.txt, and the texts and JSON in
 # OUT_DIR/gpu-bench.tar.gz. A part that fails or runs out of time does not stop the next; exit code 1 then.
 set -uo pipefail
 out="${1:?usage: gpu_bench.sh OUT_DIR [PART...]}"
@@ -13,6 +13,8 @@ shift
 parts=("$@")
 [[ ${#parts[@]} -gt 0 ]] || parts=(ffn-sweep parallel-sweep overlap layer)
 read -ra cut <<<"${CUT:-}"
+read -ra layer_flags <<<"--rounds 10 ${LAYER_FLAGS:-}"
+read -ra overlap_flags <<<"--rounds 10 --workloads W0 W2 ${OVERLAP_FLAGS:-}"
 preset="${PRESET:-mixtral-8x7b}"
 mkdir -p "$out"
 record="$out/gpu-bench.txt"
@@ -44,10 +46,10 @@ for name in "${parts[@]}"; do
             if ((gpus < 2)); then
                 echo "overlap: left out, one GPU has no AllToAll" | tee -a "$record"
             else
-                part 60 bench overlap "${common[@]}" "${model[@]}" --layers 1 --workloads W0 W2 --rounds 10
+                part 60 bench overlap "${common[@]}" "${model[@]}" --layers 1 "${overlap_flags[@]}"
             fi
             ;;
-        layer) part 65 bench layer "${common[@]}" "${model[@]}" --part moe --rounds 10 ;;
+        layer) part 65 bench layer "${common[@]}" "${model[@]}" --part moe "${layer_flags[@]}" ;;
         *) echo "gpu_bench.sh: no part '$name'; give ffn-sweep, parallel-sweep, overlap or layer" >&2; exit 2 ;;
     esac
 done

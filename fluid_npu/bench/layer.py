@@ -21,7 +21,7 @@ import torch.distributed as dist
 from fluid_npu.bench.agreement import TOLERANCE, Disagreement, Worst, over_ranks, worst_error
 from fluid_npu.bench.forced_routing import ForcedRouting
 from fluid_npu.bench.layer_baseline import Baseline
-from fluid_npu.bench.layer_impls import EXTRAS, KINDS, LayerVariant, unavailable
+from fluid_npu.bench.layer_impls import EXTRAS, KINDS, NEVER, LayerVariant, unavailable
 from fluid_npu.bench.layer_parts import PARTS, Timeline, busy_parts, watched
 from fluid_npu.bench.machine import describe_machine
 from fluid_npu.bench.memory import held_mb, peak_memory_mb
@@ -81,6 +81,7 @@ class Bench:
         self.length = length
         stock = self._impl(STOCK, None)
         self.impls = [*self._baseline(stock, options), *self._megatron(stock, options)]
+        self.left_out |= NEVER
         if options.get("plant_error"):
             self.impls[-1].scale = 1.0 + options["plant_error"]
         self.agreement = self._check(stock)

@@ -10,8 +10,8 @@ from fluid_npu.bench.workload_names import DESCRIPTIONS
 from fluid_npu.train.presets import PresetError, get_preset
 
 IMPLS = (
-    *("baseline", "stock-sequential", "stock-grouped", "stock-te", "stock-te-overlapped", "stock-1f1b"),
-    *("ours-plain", "ours-overlapped"),
+    *("baseline", "stock-sequential", "stock-grouped", "stock-grouped-torch", "stock-te", "stock-te-overlapped"),
+    *("ours-plain", "ours-overlapped", "ours-once"),
 )
 _ROUNDS, _LONGEST = 20, 4096
 

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from fluid_npu.bench.rig import OVERLAPPED, PLAIN, STOCK, Kind, Variant, fuse_weight_gradients
+from fluid_npu.device.kernels.torch_kernels import TorchKernels
 from fluid_npu.mcore.convert import gradients_by_name, unwrap, weights_by_name
 from fluid_npu.mcore.lines.groups import expert_rank
 from fluid_npu.train.config import TrainConfig
@@ -29,40 +30,52 @@ from fluid_npu.train.model import build_model, moe_layers
 from fluid_npu.train.parallel import Place
 
 LEGACY = Kind(name="stock GroupedMLP", impl="stock")
+LEGACY_TORCH = Kind(name="stock GroupedMLP over torch", impl="stock")
 TE = Kind(name="stock TEGroupedMLP", impl="stock")
 TE_OVERLAPPED = Kind(name="stock TEGroupedMLP, dW beside dispatch", impl="stock")
-MERGED = Kind(name="stock 1F1B merge", impl="stock")
+ONCE = Kind(name="ours overlapped, once per rank", impl="fluid", overlap="dw", changes=(("dispatch", "once-per-rank"),))
 #: The newest Megatron's own overlap within a layer: experts' dW on a second stream beside the dispatch's backward.
 OWN_OVERLAP = "overlap_dispatch_backward_with_experts_wgrad"
 #: Stock forms that need other packages; where they fail they are left out with the reason.
-EXTRAS = (LEGACY, TE, TE_OVERLAPPED, MERGED)
+EXTRAS = (LEGACY, LEGACY_TORCH, TE, TE_OVERLAPPED)
 KINDS = {
     "stock-sequential": STOCK,
     "stock-grouped": LEGACY,
+    "stock-grouped-torch": LEGACY_TORCH,
     "stock-te": TE,
     "stock-te-overlapped": TE_OVERLAPPED,
-    "stock-1f1b": MERGED,
     "ours-plain": PLAIN,
     "ours-overlapped": OVERLAPPED,
+    "ours-once": ONCE,
 }
+#: What no single layer can show, and why.
+NEVER = {
+    "stock 1F1B merge": "Megatron merges two micro-batches over the layers of a whole model "
+    "(overlap_moe_expert_parallel_comm)"
+}
+#: Not our kernels of this device: the stock form must not run them.
+_TORCH = TorchKernels()
 _TE_EXPERT = re.compile(r"^(.*experts)\.(linear_fc[12])\.weight(\d+)$")
 
 
 def unavailable(kind: Kind, config: TrainConfig) -> str | None:
     """Why a kind cannot run here, or None."""
-    if kind is MERGED:
-        return "Megatron merges two micro-batches over the layers of a whole model (overlap_moe_expert_parallel_comm)"
     if kind is TE_OVERLAPPED and OWN_OVERLAP not in {item.name for item in dataclasses.fields(TransformerConfig)}:
         return f"this megatron-core has no {OWN_OVERLAP} (0.19 has)"
     if kind in (TE, TE_OVERLAPPED):
         if importlib.util.find_spec("transformer_engine") is None:
             return "transformer_engine is not installed"
         return None if config.device != "cpu" else "Transformer Engine runs on CUDA alone"
-    if kind is LEGACY:
+    if kind in (LEGACY, LEGACY_TORCH):
         experts = importlib.import_module("megatron.core.transformer.moe.experts")
         if not hasattr(experts, "GroupedMLP"):
             return "this megatron-core has no GroupedMLP (0.16 was the last)"
-        return None if config.dtype == "bf16" else "GroupedMLP takes bf16 alone; use --dtype bf16"
+        if config.dtype != "bf16":
+            return "GroupedMLP takes bf16 alone; use --dtype bf16"
+    if kind is LEGACY_TORCH and importlib.util.find_spec("grouped_gemm") is None:
+        return "the package grouped_gemm is not installed, so stock GroupedMLP itself runs over torch"
+    if kind is ONCE and config.ep == 1:
+        return "--ep 1: there is no other rank to send a token to"
     return None
 
 
@@ -85,26 +98,26 @@ class LayerVariant(Variant):
 
 
 def _builder(kind: Kind) -> Callable[[TrainConfig, Any, str], torch.nn.Module]:
-    if kind is LEGACY:
-        return _with_legacy_experts
+    if kind in (LEGACY, LEGACY_TORCH):
+        return partial(_with_legacy_experts, over_torch=kind is LEGACY_TORCH)
     if kind in (TE, TE_OVERLAPPED):
         return partial(_with_te_experts, own_overlap=kind is TE_OVERLAPPED)
     return build_model
 
 
-def _with_legacy_experts(config: TrainConfig, model_config: Any, overlap: str) -> torch.nn.Module:
+def _with_legacy_experts(config: TrainConfig, model_config: Any, overlap: str, *, over_torch: bool) -> torch.nn.Module:
     from megatron.core.transformer.moe.experts import GroupedMLP
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     class LegacyExperts(GroupedMLP):
-        """The stock class; where the package grouped_gemm is missing, its call is made of torch's own matmuls."""
+        """The stock class; where the package grouped_gemm is not to be had, its call is made of torch's own matmuls."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            with _grouped_gemm():
+            with _grouped_gemm(over_torch):
                 super().__init__(*args, **kwargs)
 
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            with _grouped_gemm():
+            with _grouped_gemm(over_torch):
                 return super().forward(*args, **kwargs)
 
     experts = ModuleSpec(module=LegacyExperts)
@@ -173,11 +186,11 @@ def _load(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def _grouped_gemm() -> Iterator[None]:
+def _grouped_gemm(over_torch: bool) -> Iterator[None]:
     """For the while, Megatron's GroupedMLP finds the package grouped_gemm or the same call made of torch's matmuls."""
     from megatron.core.transformer.moe import grouped_gemm_util
 
-    if grouped_gemm_util.grouped_gemm is not None:
+    if grouped_gemm_util.grouped_gemm is not None and not over_torch:
         yield
         return
     package = SimpleNamespace(ops=SimpleNamespace(gmm=_gmm))
@@ -192,23 +205,17 @@ class _GroupedMatmul(torch.autograd.Function):
     def forward(ctx: Any, a: Tensor, b: Tensor, sizes: list[int]) -> Tensor:
         ctx.save_for_backward(a, b)
         ctx.sizes = sizes
-        return _kernels(a).grouped_mm(a, b, sizes)
+        return _TORCH.grouped_mm(a, b, sizes)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         a, b = ctx.saved_tensors
         grad = grad.contiguous()
         return (
-            _kernels(a).grouped_mm(grad, b, ctx.sizes, trans_w=True),
-            _kernels(a).grouped_dw(a, grad, ctx.sizes),
+            _TORCH.grouped_mm(grad, b, ctx.sizes, trans_w=True),
+            _TORCH.grouped_dw(a, grad, ctx.sizes),
             None,
         )
-
-
-def _kernels(tensor: Tensor) -> Any:
-    from fluid_npu.device import kernels_of
-
-    return kernels_of(tensor)
 
 
 def _gmm(a: Tensor, b: Tensor, batch_sizes: Tensor, trans_b: bool = False) -> Tensor:

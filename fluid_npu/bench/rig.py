@@ -34,12 +34,13 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """What a variant is. ``impl`` and ``overlap`` as in TrainConfig; ``twin`` serialises."""
+    """What a variant is. ``impl`` and ``overlap`` as in TrainConfig, ``changes`` more of it; ``twin`` serialises."""
 
     name: str
     impl: str
     overlap: str = "off"
     twin: bool = False
+    changes: tuple[tuple[str, Any], ...] = ()
 
 
 STOCK = Kind(name="stock SequentialMLP", impl="stock")
@@ -75,7 +76,7 @@ class Variant:
     ) -> None:
         delay = config.plant_delay_ms if kind.impl == "fluid" else 0.0
         self.kind, self.name, self.place = kind, kind.name, place
-        self.config = replace(config, impl=kind.impl, plant_delay_ms=delay)
+        self.config = replace(config, impl=kind.impl, plant_delay_ms=delay, **dict(kind.changes))
         dtype = config.dtype or "fp32"
         self._model_config = build_model_config(self.config, dtype)
         model = build(self.config, self._model_config, kind.overlap)
