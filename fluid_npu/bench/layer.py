@@ -7,7 +7,7 @@ replaced by a local slice (the floor), and with marks for its parts, in the same
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from statistics import fmean, median
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from fluid_npu.bench.agreement import TOLERANCE, Disagreement, Worst, over_ranks, worst_error
 from fluid_npu.bench.forced_routing import ForcedRouting
 from fluid_npu.bench.layer_baseline import Baseline
+from fluid_npu.bench.layer_floor import local_slices
 from fluid_npu.bench.layer_impls import EXTRAS, KINDS, NEVER, LayerVariant, unavailable
 from fluid_npu.bench.layer_parts import PARTS, Timeline, busy_parts, watched
 from fluid_npu.bench.machine import describe_machine
@@ -264,50 +265,39 @@ class Parted:
             return None
 
     def figures(self, row: dict[str, Any], rounds: int) -> dict[str, Any]:
-        """Parts of the slowest rank of each round: mean shares of the median step. Collective."""
+        """Parts of the step, and whether they sum to it. Collective."""
         with self._watched():
             busy = self._busy()
         every: list[Any] = [None] * self.place.world
-        dist.all_gather_object(every, self.found[-rounds:])
-        slowest = [max(ranks, key=lambda parts: sum(parts.values())) for ranks in zip(*every, strict=True)]
-        total = median(sum(parts.values()) for parts in slowest)
-        shares = {p: fmean(one.get(p, 0.0) / sum(one.values()) for one in slowest) for p in PARTS if p != "idle"}
-        parts: dict[str, float | None] = {part: share * total for part, share in shares.items()}
-        parts["idle"] = None
-        if busy is not None:
-            parts = {part: busy.get(part, 0.0) for part in shares}
-            parts["idle"] = max(0.0, total - sum(busy.values()))
-            total = sum(ms or 0.0 for ms in parts.values())
+        dist.all_gather_object(every, (self.found[-rounds:], busy))
+        steps, kernels = zip(*every, strict=True)
+        parts = _marked(steps) if None in kernels else _kernel_time(kernels, row["median_ms"])
+        total = sum(ms or 0.0 for ms in parts.values())
         near = abs(total - row["median_ms"]) <= 0.05 * row["median_ms"]
         agree = near or row["p10_ms"] <= total <= row["p90_ms"]
         return {"parts": parts, "parts_ms": total, "parts_agree": agree}
+
+
+def _marked(steps: Sequence[Sequence[dict[str, float]]]) -> dict[str, float | None]:
+    """From marks, [rank][round]: mean shares, over rounds, of the slowest rank's median step."""
+    slowest = [max(ranks, key=lambda parts: sum(parts.values())) for ranks in zip(*steps, strict=True)]
+    total = median(sum(parts.values()) for parts in slowest)
+    shares = {p: fmean(one.get(p, 0.0) / sum(one.values()) for one in slowest) for p in PARTS if p != "idle"}
+    return {**{part: share * total for part, share in shares.items()}, "idle": None}
+
+
+def _kernel_time(ranks: Sequence[dict[str, float]], step_ms: float) -> dict[str, float | None]:
+    """From each rank's kernels: means, of AllToAlls the shortest, since the others waited for a peer.
+
+    Marks and the profiler cost time of the host, which is none of the step's: 'idle' is what kernels leave of the step
+    without them, so launches, gaps and waits for a peer.
+    """
+    parts = {part: fmean(one.get(part, 0.0) for one in ranks) for part in PARTS if part != "idle"}
+    parts["a2a"] = min(one.get("a2a", 0.0) for one in ranks)
+    return {**parts, "idle": max(0.0, step_ms - sum(parts.values()))}
 
 
 @contextmanager
 def nothing() -> Iterator[None]:
     """No watching: the implementation marks its parts itself."""
     yield
-
-
-class _Done:
-    """The handle of an exchange that has ended."""
-
-    def wait(self) -> None:
-        """Returns at once."""
-
-
-@contextmanager
-def local_slices() -> Iterator[None]:
-    """Every AllToAll of rows becomes a copy of this rank's own rows, as many as fit; counts are still exchanged."""
-    exchange = dist.all_to_all_single
-
-    def slice_of(output: torch.Tensor, source: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not source.is_floating_point():
-            return exchange(output, source, *args, **kwargs)
-        rows = min(output.shape[0], source.shape[0])
-        output[:rows].copy_(source[:rows])
-        output[rows:].zero_()
-        return _Done() if kwargs.get("async_op") else None
-
-    with mock.patch.object(dist, "all_to_all_single", slice_of):
-        yield

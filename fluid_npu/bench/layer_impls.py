@@ -26,7 +26,7 @@ from fluid_npu.device.kernels.torch_kernels import TorchKernels
 from fluid_npu.mcore.convert import gradients_by_name, unwrap, weights_by_name
 from fluid_npu.mcore.lines.groups import expert_rank
 from fluid_npu.train.config import TrainConfig
-from fluid_npu.train.model import build_model, moe_layers
+from fluid_npu.train.model import build_model, layer_specs, moe_layers
 from fluid_npu.train.parallel import Place
 
 LEGACY = Kind(name="stock GroupedMLP", impl="stock")
@@ -145,12 +145,9 @@ def _with_te_experts(config: TrainConfig, model_config: Any, overlap: str, *, ow
 def _gpt(config: TrainConfig, model_config: Any, experts: Any) -> torch.nn.Module:
     """The stock model with these experts in its layers."""
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
     preset = config.model()
-    block = get_gpt_decoder_block_spec(
-        model_config, use_transformer_engine=False, normalization=model_config.normalization
-    )
+    (block,) = layer_specs(config, model_config, "off")
     for layer in block.layer_specs:
         layer.submodules.mlp.submodules.experts = experts
     return GPTModel(

@@ -3,7 +3,7 @@
 Marks are events on the device's stream: at the border of each module in forward, and in backward when the gradient of
 its output is there. AllToAlls (the host's launch, and the wait), dW tasks and the accumulation into main_grad are
 parts of their own wherever they happen. On CUDA a part is the time in which its kernels ran, from one profiled step,
-and what remains of the step is 'idle': launches and gaps.
+and what remains of the step without marks is 'idle': launches, gaps and waits for a peer.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def build_chunks(config: TrainConfig, model_config: TransformerConfig, overlap: 
             share_embeddings_and_output_weights=preset.tie_embeddings,
             **_chunk(config, stage),
         )
-        for stage, spec in enumerate(_layer_specs(config, model_config, overlap))
+        for stage, spec in enumerate(layer_specs(config, model_config, overlap))
     ]
 
 
@@ -80,7 +80,7 @@ def shared_experts(chunks: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
     return [module for module in found if module is not None]
 
 
-def _layer_specs(config: TrainConfig, model_config: TransformerConfig, overlap: str) -> Iterator[Any]:
+def layer_specs(config: TrainConfig, model_config: TransformerConfig, overlap: str) -> Iterator[Any]:
     """One per chunk, with one scheduler for all. Made as the chunks are built."""
     make = _stock_spec if config.impl == "stock" else _fluid_spec(config, overlap)
     for stage in range(config.vpp):
