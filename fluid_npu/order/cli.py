@@ -28,7 +28,6 @@ def add_check_order_parser(subparsers: Any) -> None:
 def _check_order(args: argparse.Namespace) -> int:
     from fluid_npu.order.checker import check
     from fluid_npu.order.records import RecordError, read_folder
-    from fluid_npu.order.trace import write_trace
 
     folder = Path(args.folder)
     try:
@@ -39,7 +38,7 @@ def _check_order(args: argparse.Namespace) -> int:
         print(f"fluid-npu check-order: {error}", file=sys.stderr)
         return _USAGE
     if args.trace:
-        write_trace(Path(args.trace), ranks)
+        _write_trace(Path(args.trace), folder)
     report = check(ranks)
     if args.json:
         print(json.dumps(report.as_dict(), indent=2))
@@ -52,3 +51,13 @@ def _check_order(args: argparse.Namespace) -> int:
     counts = ", ".join(f"{count} {kind}" for kind, count in sorted(report.counts.items()))
     print(f"{len(report.findings)} finding(s) in the records of {len(ranks)} rank(s): {counts}")
     return _FOUND if report.findings else 0
+
+
+def _write_trace(path: Path, folder: Path) -> None:
+    """The same file as the report's: a process for each rank, a lane for each stream."""
+    from fluid_npu.report.sources import collect
+    from fluid_npu.report.spans import spans_of
+    from fluid_npu.report.trace import chrome_trace
+
+    spans = [span for one in collect([folder]).sources if one.kind == "order" for span in spans_of(one)["order"]]
+    path.write_text(json.dumps(chrome_trace(spans, folder.name)), encoding="utf-8")

@@ -99,13 +99,13 @@ def _take_run(found: Found, folder: Path, left: dict[str, Path], base: Path) -> 
         data["rows"], bad = _lines(path)
         if bad:
             found.unread.append(Unread(str(path), f"line(s) {_numbers(bad)} are no metrics; the others are shown"))
-    for name, key in ((SUMMARY, "summary"), (LANES, "lanes")):
+    for name, key, read in ((SUMMARY, "summary", _object), (LANES, "lanes", _lanes)):
         if name in left:
             path = left.pop(name)
             try:
-                data[key] = _object(path)["lanes"] if key == "lanes" else _object(path)
-            except (Unreadable, KeyError) as error:
-                found.unread.append(Unread(str(path), f"no key {error}" if type(error) is KeyError else str(error)))
+                data[key] = read(path)
+            except Unreadable as error:
+                found.unread.append(Unread(str(path), str(error)))
     for name in _RUN_FILES:
         if name in left:
             reason = "the run's flags" if name == "config.json" else "drawn again from metrics.jsonl"
@@ -155,6 +155,13 @@ def read_bench(path: Path) -> dict[str, Any]:
     if not isinstance(rows, list) or not rows:
         raise Unreadable("a bench result without rows")
     return result
+
+
+def _lanes(path: Path) -> list[dict[str, Any]]:
+    lanes = _object(path).get("lanes")
+    if not isinstance(lanes, list):
+        raise Unreadable("no key 'lanes'")
+    return lanes
 
 
 def _object(path: Path) -> dict[str, Any]:

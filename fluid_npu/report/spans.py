@@ -67,7 +67,7 @@ def _of_order(ranks: dict[int, list[dict[str, Any]]]) -> list[Span]:
 
 
 def _of_rank(rank: int, entries: list[dict[str, Any]], origin: float) -> list[Span]:
-    landed = {entry["of"]: entry["until"] for entry in entries if entry["kind"] == "landed"}
+    landed = {entry["of"]: entry.get("until", 0.0) for entry in entries if entry["kind"] == "landed"}
     found = []
     for entry in entries:
         if entry["kind"] not in ("op", "collective", "sync") or not entry.get("until"):

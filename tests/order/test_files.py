@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,11 @@ def job(good: bool) -> Job:
     return made
 
 
-def saved(folder: Path, good: bool = True) -> Path:
+def saved(folder: Path, good: bool = True, timed: bool = False) -> Path:
+    """``timed``: each entry takes half a millisecond, one begins with each millisecond."""
     for rank, entries in job(good).record.items():
+        if timed:
+            entries = [replace(e, at=1.0 + i / 1e3, until=1.0005 + i / 1e3) for i, e in enumerate(entries)]
         write(folder / f"rank{rank}.jsonl", entries)
     return folder
 
@@ -63,7 +67,7 @@ def test_two_records_of_one_rank_are_refused(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check-order", str(saved(tmp_path))]) == 0
     assert "0 finding(s) in the records of 2 rank(s)" in capsys.readouterr().out
-    saved(tmp_path, good=False)
+    saved(tmp_path, good=False, timed=True)
     assert main(["check-order", str(tmp_path), "--redundant", "--trace", str(tmp_path / "trace")]) == 1
     out = capsys.readouterr().out
     assert "read-before-write: the second reads what the first writes" in out
@@ -73,7 +77,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     kinds = {finding["kind"]: finding for finding in report["findings"]}
     assert not report["clean"] and kinds["read-before-write"]["second"]["name"] == "use"
     trace = json.loads((tmp_path / "trace").read_text())["traceEvents"]
-    assert {event["args"]["name"] for event in trace if event["name"] == "thread_name"} >= {SIDE, "collectives", "host"}
+    assert {event["args"]["name"] for event in trace if event["name"] == "thread_name"} >= {SIDE, "communication"}
+    assert {event["dur"] for event in trace if event["ph"] == "X" and event["name"] == "use"} == {pytest.approx(500)}
 
 
 def test_the_command_refuses_what_is_no_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
