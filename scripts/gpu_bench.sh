@@ -3,7 +3,7 @@
 #
 #   bash scripts/gpu_bench.sh OUT_DIR [PART...]        PART: ffn-sweep parallel-sweep overlap layer (default: all)
 #
-# One GPU runs the sweeps and the layer, two or more also overlap. PRESET (mixtral-8x7b) and CUT (more flags, such as
+# One GPU runs the sweeps and the layer, two or four (a rank and expert parallelism over each) also overlap. PRESET (mixtral-8x7b) and CUT (more flags, such as
 # "--hidden 2048 --moe-ffn 1408 --experts 64 --topk 6") say which model, LAYER_FLAGS and OVERLAP_FLAGS what else those two
 # get; NCCL's variables are the caller's and stand in each result. Needs fluid_npu importable by python3. Leaves OUT_DIR/gpu-bench.txt, and the texts and JSON in
 # OUT_DIR/gpu-bench.tar.gz. A part that fails or runs out of time does not stop the next; exit code 1 then.
@@ -21,7 +21,7 @@ record="$out/gpu-bench.txt"
 results="$(mktemp -d)"
 failed=0
 gpus="$(nvidia-smi --query-gpu=name --format=csv,noheader | wc -l)"
-ranks=$((gpus >= 2 ? 2 : 1))
+ranks=$((gpus >= 4 ? 4 : gpus >= 2 ? 2 : 1))
 common=(--device cuda --dtype bf16 --out "$results")
 model=(--preset "$preset" ${cut[@]+"${cut[@]}"} --nproc "$ranks" --ep "$ranks")
 
