@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# The MoE layer and the overlap of four models on two CUDA GPUs, over kinds of network, within DEADLINE seconds.
+# The MoE layer and the overlap of four models on two or four CUDA GPUs, over kinds of network, within DEADLINE seconds.
 #
 #   [DEADLINE=560] [MODELS="mixtral-8x7b ..."] [PARTS="layer overlap"] bash scripts/gpu_grid.sh OUT_DIR [REGIME...]
 #
 # REGIME: nvlink (as it is), nvlink-1-connection and nvlink-32-connections (CUDA_DEVICE_MAX_CONNECTIONS), p2p-off
-# (NCCL_P2P_DISABLE=1: through host memory), p2p-off-1-cta (that and NCCL_MAX_CTAS=1); default: nvlink and the last two. Models: mixtral-8x7b, deepseek-v2-lite, olmoe-1b-7b, fine-grained (h2048 f1408 E64 top-6). Runs
-# gpu_bench.sh for each, whose LAYER_FLAGS and OVERLAP_FLAGS are the caller's. Leaves OUT_DIR/gpu-grid.txt and, as
-# REGIME/MODEL/, texts and JSON in OUT_DIR/gpu-grid.tar.gz. What no time was left for is named. Exit code 1 if a part failed.
+# (NCCL_P2P_DISABLE=1: through host memory), p2p-off-1-cta (that and NCCL_MAX_CTAS=1); default: nvlink and the last two.
+# Models: mixtral-8x7b, fine-grained (h2048 f1408 E64 top-6), deepseek-v2-lite, olmoe-1b-7b. Runs gpu_bench.sh for each,
+# whose LAYER_FLAGS and OVERLAP_FLAGS are the caller's. Leaves OUT_DIR/gpu-grid.txt and, as REGIME/MODEL/, texts and JSON
+# in OUT_DIR/gpu-grid.tar.gz. What no time was left for is named. Exit code 1 if a part failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 out="${1:?usage: gpu_grid.sh OUT_DIR [REGIME...]}"
