@@ -10,14 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fluid_npu.comm.all_to_all import Peers
 from fluid_npu.comm.guard import collective
-from fluid_npu.device import device_of
+from fluid_npu.device import kernels_of
 from fluid_npu.device.kernels.groups import GroupRows
 from fluid_npu.mcore.dispatch_rows import OnceRows, PlainRows, RowForm
 from fluid_npu.ops.once import OnceLayout
@@ -137,12 +136,12 @@ def make_plan(
     """The plan for these counts. ``counts_E``: rows of this rank per expert; both counts are on the host."""
     by_source = counts_QPL.numpy()
     _, ep_size, local_experts = by_source.shape
-    order = None
+    order, ends = None, None
     if local_experts > 1 and not groups.alone:
-        where = layout.token_of_row
-        both = torch.from_numpy(np.stack(_chunk_order(by_source.reshape(-1, local_experts))))
-        rows, inverse = device_of(where).from_host(both, where.device)
+        chunks = on_device_QPL.reshape(-1, local_experts)
+        rows, inverse, ends = kernels_of(chunks).chunk_order(chunks, counts_QPL.reshape(-1, local_experts))
         order = rows, inverse
+    on_device = on_device_QPL.sum((0, 1)) if ends is None else None
     from_rank = by_source.sum(2)
     return DispatchPlan(
         rows=PlainRows(layout=layout, order=order),
@@ -150,7 +149,7 @@ def make_plan(
         input_splits=counts_E.numpy().reshape(ep_size, local_experts).sum(1).tolist(),
         output_splits=from_rank[groups.etp_rank].tolist(),
         gather_splits=from_rank.sum(1).tolist(),
-        tokens_per_expert=GroupRows(by_source.sum((0, 1)).tolist(), on_device_QPL.sum((0, 1))),
+        tokens_per_expert=GroupRows(by_source.sum((0, 1)).tolist(), on_device, ends),
     )
 
 
@@ -184,15 +183,3 @@ def make_once_plan(
             gathered_received=int(pairs_Q.sum() - pairs_Q[here]),
         ),
     )
-
-
-def _chunk_order(counts_CL: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows come in chunks by (source, expert); gives the order by (expert, source) and its inverse."""
-    counts = counts_CL.T.reshape(-1)
-    ends = counts_CL.cumsum().reshape(counts_CL.shape)
-    starts = (ends - counts_CL).T.reshape(-1)
-    place = np.arange(counts.sum())
-    rows = place + np.repeat(starts - (counts.cumsum() - counts), counts)
-    inverse = np.empty_like(rows)
-    inverse[rows] = place
-    return rows, inverse

@@ -32,7 +32,7 @@ from fluid_npu.mcore.dispatch_plan import (
 from fluid_npu.mcore.lines.groups import ProcessGroups, default_groups
 from fluid_npu.ops.once import experts_of_tokens, groups_of_tokens, once_layout
 from fluid_npu.ops.payload import SumParts, payload_width, wire_dtype
-from fluid_npu.ops.permute import PermuteLayout
+from fluid_npu.ops.permute import PermuteLayout, counts_of_experts
 
 
 class FluidTokenDispatcher(MoETokenDispatcher):
@@ -88,10 +88,10 @@ class FluidTokenDispatcher(MoETokenDispatcher):
             counts_QPL = counts_E.view(ep, -1)[:1].repeat(etp * ep, 1).view(etp, ep, self.num_local_experts)
             on_device = torch.full(counts_QPL.shape, capacity, dtype=torch.int64, device=routing_map_TE.device)
             return make_plan(layout, tokens_shape, counts_E, counts_QPL, on_device, self.groups)
-        dropless = self.config.moe_expert_capacity_factor is None
-        counts_E = routing_map_TE.sum(0)
+        topk = self.config.moe_router_topk if self.config.moe_expert_capacity_factor is None else None
+        counts_E, routed = counts_of_experts(routing_map_TE, topk)
         pending = None if self.groups.alone else exchange_counts(counts_E, self.groups)
-        layout = PermuteLayout.from_routing_map(routing_map_TE, self.config.moe_router_topk if dropless else None)
+        layout = PermuteLayout.from_routing_map(routing_map_TE, topk, routed=routed)
         host_E = counts_E.cpu()
         if pending is None:
             on_device, counts_QPL = counts_E.view(1, 1, -1), host_E.view(1, 1, -1)

@@ -1,9 +1,9 @@
 """What travels in a dispatch and a combine: tokens and probabilities as one payload, rows in and out of order.
 
-A payload row is ``[H token columns | tail]``: the tail holds the row's probability, bit for bit, repeated up to 16
-bytes so that rows stay aligned for matrix kernels; so dispatch is one AllToAll and not two. The classes load and
-unload an exchange (``comm.cargo``); each method is the other direction's gradient. T tokens, N rows before dispatch, R
-rows after it, H hidden, W payload width in elements of the token dtype, Q expert-tensor-parallel ranks.
+A payload row is ``[H token columns | tail]``, the tail the row's probability (``device.kernels.payload_tail``); so
+dispatch is one AllToAll and not two. The classes load and unload an exchange (``comm.cargo``); each method is the other
+direction's gradient. T tokens, N rows before dispatch, R rows after it, H hidden, W payload width in elements of the
+token dtype, Q expert-tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -14,14 +14,10 @@ import torch
 from torch import Tensor
 
 from fluid_npu.device import kernels_of
+from fluid_npu.device.kernels.payload_tail import payload_width, read_tail, write_tail
 from fluid_npu.ops.permute import PermuteLayout
 
-_TAIL_BYTES = 16
-
-
-def payload_width(hidden: int, dtype: torch.dtype) -> int:
-    """W for tokens of ``hidden`` columns."""
-    return hidden + _TAIL_BYTES // dtype.itemsize
+__all__ = ["Merge", "Pack", "Reorder", "Replicate", "SumParts", "Unpack", "payload_width", "wire_dtype"]
 
 
 def wire_dtype(tokens: torch.dtype, probs: torch.dtype) -> torch.dtype:
@@ -39,22 +35,15 @@ class Pack:
 
     def load(self, *tensors: Tensor) -> Tensor:
         x_TH, probs_TE = tensors
-        payload = x_TH.new_empty(self.layout.num_rows, payload_width(self.hidden, x_TH.dtype))
-        torch.index_select(x_TH, 0, self.layout.token_of_row, out=payload[:, : self.hidden])
-        _write_tail(payload, self.hidden, torch.take(probs_TE, self.layout.pair_index))
-        return payload
+        return kernels_of(x_TH).pack_tokens(x_TH, probs_TE, self.layout)
 
     def unload_grad(self, rows: Tensor) -> tuple[Tensor | None, ...]:
-        dx_TH = kernels_of(rows).unpermute(rows[:, : self.hidden].contiguous(), self.layout)
-        dp_N = _read_tail(rows, self.hidden, self.wire)
-        # Every (token, expert) has at most one row: a plain write, no sum.
-        dprobs = dp_N.new_zeros(self.layout.num_tokens * self.layout.num_experts)
-        return dx_TH, dprobs.scatter_(0, self.layout.pair_index, dp_N).view(self.layout.num_tokens, -1)
+        return kernels_of(rows).sum_payload(rows, self.hidden, self.wire, self.layout)
 
 
 @dataclass(frozen=True)
 class Unpack:
-    """Unloads payload rows as ``[R, H]`` tokens (rows of a wider buffer, stride W) and ``[R]`` probabilities.
+    """Unloads payload rows as ``[R, H]`` tokens (possibly rows of a wider buffer) and ``[R]`` probabilities.
 
     ``rows`` says which payload row comes at each place; None keeps the order.
     """
@@ -64,19 +53,11 @@ class Unpack:
     rows: Tensor | None
 
     def unload(self, rows: Tensor) -> tuple[Tensor, ...]:
-        ordered = rows if self.rows is None else rows.index_select(0, self.rows)
-        return ordered[:, : self.hidden], _read_tail(ordered, self.hidden, self.wire)
+        return kernels_of(rows).unpack_rows(rows, self.hidden, self.wire, self.rows)
 
     def load_grad(self, *grads: Tensor) -> Tensor:
         dx_RH, dp_R = grads
-        payload = dx_RH.new_empty(dx_RH.shape[0], payload_width(self.hidden, dx_RH.dtype))
-        if self.rows is None:
-            payload[:, : self.hidden] = dx_RH
-        else:
-            payload[:, : self.hidden].index_copy_(0, self.rows, dx_RH)
-            dp_R = torch.empty_like(dp_R).index_copy_(0, self.rows, dp_R)
-        _write_tail(payload, self.hidden, dp_R)
-        return payload
+        return kernels_of(dx_RH).pack_rows(dx_RH, dp_R, self.rows)
 
 
 @dataclass(frozen=True)
@@ -121,7 +102,7 @@ class Replicate:
     def unload_grad(self, rows: Tensor) -> tuple[Tensor | None, ...]:
         total = rows.view(self.times, -1, rows.shape[1]).sum(0)
         # The tail is bits, not numbers of the payload's dtype: it is summed as probabilities.
-        _write_tail(total, self.hidden, _read_tail(rows, self.hidden, self.wire).view(self.times, -1).sum(0))
+        write_tail(total, self.hidden, read_tail(rows, self.hidden, self.wire).view(self.times, -1).sum(0))
         return (total,)
 
 
@@ -136,19 +117,3 @@ class SumParts:
 
     def load_grad(self, *grads: Tensor) -> Tensor:
         return grads[0].repeat(self.times, 1)
-
-
-def _write_tail(payload: Tensor, hidden: int, p: Tensor) -> None:
-    tail = payload[:, hidden:]
-    if p.dtype == payload.dtype:
-        tail.copy_(p.unsqueeze(-1))
-        return
-    words = p.unsqueeze(-1).view(payload.dtype)
-    tail.unflatten(1, (-1, words.shape[1])).copy_(words.unsqueeze(1))
-
-
-def _read_tail(payload: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
-    if dtype == payload.dtype:
-        return payload.select(1, hidden).contiguous()
-    words = dtype.itemsize // payload.element_size()
-    return payload[:, hidden : hidden + words].contiguous().view(dtype).view(-1)

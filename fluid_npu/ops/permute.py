@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fluid_npu.device import kernels_of
+from fluid_npu.device.kernels.routed import RoutedRows, bag_offsets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,28 +53,33 @@ class PermuteLayout:
 
     @staticmethod
     def from_routing_map(
-        map_TE: Tensor, uniform_topk: int | None = None, num_rows: int | None = None, most_rows: int | None = None
+        map_TE: Tensor,
+        uniform_topk: int | None = None,
+        num_rows: int | None = None,
+        most_rows: int | None = None,
+        routed: RoutedRows | None = None,
     ) -> PermuteLayout:
         """Layout of a bool map [T, E]: one row for each True.
 
         ``uniform_topk`` is K when each token is known to have exactly K experts (not checked): fewer operators,
         and no host synchronisation on an accelerator. Leave it None when tokens were dropped. ``num_rows`` is N
-        where the host knows it, which spares the synchronisation too; ``most_rows`` as the field.
+        where the host knows it, which spares the synchronisation too; ``most_rows`` as the field; ``routed`` what
+        ``counts_of_experts`` found.
         """
         num_tokens, num_experts = map_TE.shape
         if uniform_topk is not None:
             num_rows = num_tokens * uniform_topk
-        expert_of_row, token_of_row = _true_positions(map_TE.t(), num_rows)
-        sorted_tokens, row_of_pair = torch.sort(token_of_row, stable=True)
+        if routed is None:
+            routed = kernels_of(map_TE).routed_rows(map_TE, num_rows, uniform_topk)
         return PermuteLayout(
             num_tokens=num_tokens,
             num_experts=num_experts,
             pairs_per_token=uniform_topk,
             padded=False,
-            token_of_row=token_of_row,
-            row_of_pair=row_of_pair,
-            bag_offsets=_bag_offsets(sorted_tokens, num_tokens, uniform_topk),
-            pair_index=torch.add(expert_of_row, token_of_row, alpha=num_experts),
+            token_of_row=routed.token_of_row,
+            row_of_pair=routed.row_of_pair,
+            bag_offsets=routed.bag_offsets,
+            pair_index=routed.pair_index,
             most_rows=most_rows,
         )
 
@@ -102,7 +108,7 @@ class PermuteLayout:
             padded=True,
             token_of_row=token_of_row,
             row_of_pair=row_of_pair,
-            bag_offsets=_bag_offsets(sorted_tokens, num_tokens, None),
+            bag_offsets=bag_offsets(sorted_tokens, num_tokens, None),
             pair_index=torch.add(experts_E1, tokens_EC, alpha=num_experts).reshape(-1),
         )
 
@@ -124,10 +130,19 @@ class PermuteLayout:
             padded=False,
             token_of_row=token_of_row,
             row_of_pair=row_of_pair,
-            bag_offsets=_bag_offsets(sorted_tokens, num_tokens, None),
+            bag_offsets=bag_offsets(sorted_tokens, num_tokens, None),
             pair_index=slot_of_row,
             most_rows=slots,
         )
+
+
+def counts_of_experts(map_TE: Tensor, uniform_topk: int | None = None) -> tuple[Tensor, RoutedRows | None]:
+    """([E] rows of each expert, what ``PermuteLayout.from_routing_map`` takes as ``routed``) of a bool map.
+
+    Other ranks wait for the counts, so they come before the rest where that is a launch of its own.
+    """
+    rows = None if uniform_topk is None else map_TE.shape[0] * uniform_topk
+    return kernels_of(map_TE).counts_and_rows(map_TE, rows)
 
 
 def permute_tokens(x_TH: Tensor, layout: PermuteLayout) -> Tensor:
@@ -144,28 +159,6 @@ def permuted_probs(probs_TE: Tensor, layout: PermuteLayout) -> Tensor:
     """[N]: the probability of each row, from the [T, E] probabilities of the router."""
     # torch's own node: its backward, an index_add_ of distinct entries, costs less than a Python one.
     return probs_TE.reshape(-1).index_select(0, layout.pair_index)
-
-
-def _true_positions(map_ET: Tensor, rows: int | None) -> tuple[Tensor, Tensor]:
-    """(expert, token) of every True, by expert and then token; ``rows`` is how many, if known."""
-    if map_ET.device.type != "cpu" and rows is not None:
-        return _first_positions_by_sort(map_ET, rows)
-    expert, token = map_ET.nonzero().unbind(1)
-    return expert, token.contiguous()
-
-
-def _first_positions_by_sort(map_ET: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """The same when the number of rows is known: the host need not wait for a size, as nonzero makes it."""
-    num_tokens = map_ET.shape[1]
-    flat = torch.sort(map_ET.reshape(-1).to(torch.int8), descending=True, stable=True)[1][:rows]
-    return torch.div(flat, num_tokens, rounding_mode="floor"), flat % num_tokens
-
-
-def _bag_offsets(sorted_tokens: Tensor, num_tokens: int, uniform_topk: int | None) -> Tensor:
-    device = sorted_tokens.device
-    if uniform_topk is not None:
-        return torch.arange(0, num_tokens * uniform_topk, uniform_topk, device=device)
-    return torch.searchsorted(sorted_tokens, torch.arange(num_tokens, device=device))
 
 
 class _Permute(torch.autograd.Function):

@@ -7,11 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fluid_npu.device.kernels.torch_kernels import first_positions_by_sort, true_positions
 from fluid_npu.ops import reference
 from fluid_npu.ops.permute import (
     PermuteLayout,
-    _first_positions_by_sort,
-    _true_positions,
     permute_tokens,
     permuted_probs,
     unpermute_tokens,
@@ -124,7 +123,7 @@ def test_the_order_of_no_tokens_with_known_topk():
 
 def test_the_order_found_without_a_host_wait_is_the_same():
     map_ET = topk_map(13, 5, 2).t()
-    by_sort, by_nonzero = _first_positions_by_sort(map_ET, 26), _true_positions(map_ET, None)
+    by_sort, by_nonzero = first_positions_by_sort(map_ET, 26), true_positions(map_ET, None)
     assert torch.equal(by_sort[0], by_nonzero[0]) and torch.equal(by_sort[1], by_nonzero[1])
 
 

@@ -172,6 +172,130 @@ def permute_and_unpermute(device: str) -> None:
             assert torch.equal(sums[0], sums[1])
 
 
+def routed_maps() -> list[tuple[Tensor, int | None]]:
+    """Maps and K: top-1 to top-8, one token, one expert, uneven, no token, many tokens, dropped pairs, nobody."""
+    maps: list[tuple[Tensor, int | None]] = []
+    for tokens, experts, topk in ((9, 6, 3), (5, 8, 8), (1, 4, 2), (19, 5, 1), (5, 1, 1), (0, 3, 2), (300, 64, 6)):
+        scores = random(tokens, experts, seed=tokens) + torch.arange(experts) / 4
+        maps.append((torch.zeros(tokens, experts, dtype=torch.bool).scatter_(1, scores.topk(topk).indices, True), topk))
+    dropped = maps[0][0].clone()
+    dropped[2], dropped[5, :4] = False, False
+    return [*maps, (dropped, None), (torch.zeros(7, 3, dtype=torch.bool), None)]
+
+
+@case
+def routing_maps_become_the_rows_of_plain_torch(device: str) -> None:
+    from fluid_npu.device.kernels.torch_kernels import TorchKernels
+    from fluid_npu.device.kernels.triton_routing import routed_rows
+
+    for routed, topk in routed_maps():
+        count = int(routed.sum())
+        wanted = TorchKernels().routed_rows(routed, count, topk)._replace(counts_E=routed.sum(0))
+        for name, got in routed_rows(routed.to(device), count)._asdict().items():
+            assert torch.equal(got.cpu(), getattr(wanted, name)), (routed.shape, topk, name)
+
+
+@case
+def a_map_with_fewer_entries_than_promised_points_nowhere_outside(device: str) -> None:
+    from fluid_npu.device.kernels.triton_routing import routed_rows
+
+    routed = torch.zeros(40, 6, dtype=torch.bool)
+    routed[::3, 2] = True
+    for rows in (80, 5):
+        found = routed_rows(routed.to(device), rows)
+        for index, below in ((found.token_of_row, 40), (found.row_of_pair, 80), (found.pair_index, 240)):
+            assert index.shape == (rows,) and ((index >= 0) & (index < below)).all()
+
+
+@case
+def received_chunks_are_put_in_the_order_of_plain_torch(device: str) -> None:
+    from fluid_npu.device.kernels.torch_kernels import TorchKernels
+    from fluid_npu.device.kernels.triton_routing import chunk_order
+
+    for counts in ([[3, 0, 5], [1, 2, 0]], [[0, 0]], [[7]], [[1500, 2], [0, 1100]], [[1] * 9] * 4, [[0, 0], [0, 0]]):
+        counts_CL = torch.tensor(counts)
+        wanted = TorchKernels().chunk_order(counts_CL, counts_CL)
+        rows, inverse, ends = chunk_order(counts_CL.to(device), int(counts_CL.sum()))
+        assert torch.equal(rows.cpu(), wanted.rows) and torch.equal(inverse.cpu(), wanted.inverse), counts
+        assert ends is not None and torch.equal(ends.cpu(), counts_CL.sum(0).cumsum(0).int()), counts
+
+
+@case
+def payloads_are_those_of_plain_torch(device: str) -> None:
+    """Tokens and probabilities keep their bits, those of NaNs too; gradients sum as permute's; rows have strides."""
+    from fluid_npu.device.kernels import triton_payload
+    from fluid_npu.device.kernels.torch_kernels import TorchKernels
+
+    plain, wires = TorchKernels(), (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    for routed, topk in routed_maps()[:-1]:
+        layout, count = PermuteLayout.from_routing_map(routed, topk), int(routed.sum())
+        indices = (layout.row_of_pair, layout.bag_offsets, layout.pair_index)
+        pairs, bags, index = (t.to(device) for t in indices)
+        shape = (36, routed.shape[1], layout.pairs_per_token)
+        if count > 100:
+            continue  # the interpreter takes a millisecond a row
+        for number, dtype in enumerate(TOLERANCE):
+            wire = wires[(number + layout.num_tokens) % 4]
+            wire = wire if wire.itemsize >= dtype.itemsize else dtype
+            x, p = random(layout.num_tokens, 48, dtype=dtype)[:, :36], random(*routed.shape, seed=1).to(wire)
+            p.view(-1)[::7] = -0.0 if wire == torch.bfloat16 else float("nan")  # torch's bf16 NaNs change bits
+            wanted = plain.pack_tokens(x, p, layout)
+            token_of_row = layout.token_of_row.to(device)
+            payload = triton_payload.pack_tokens(x.to(device), p.to(device), token_of_row, index)
+            same_bits(payload, wanted)
+            dx, dp = triton_payload.sum_payload(payload, wire, pairs, bags, index, shape)
+            same_bits(dp, plain.sum_payload(wanted, 36, wire, layout)[1])
+            if len(x):
+                rows_of = reference.routed_rows(routed)
+                close(dx, reference.unpermute(wanted[:, :36].double(), rows_of, len(x)), dtype)
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(3)) if number else None
+            on_device = None if order is None else order.to(device)
+            got = triton_payload.unpack_rows(payload, 36, wire, on_device)
+            for a, b in zip(got, plain.unpack_rows(wanted, 36, wire, order), strict=True):
+                same_bits(a, b)
+            strided = got[1].repeat_interleave(2)[::2]
+            again = triton_payload.pack_rows(payload[:, :36], strided, on_device)
+            same_bits(again, plain.pack_rows(wanted[:, :36], strided.cpu(), order))
+
+
+def same_bits(got: Tensor, wanted: Tensor) -> None:
+    assert got.shape == wanted.shape and got.dtype == wanted.dtype
+    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
+    assert torch.equal(got.cpu().contiguous().view(words), wanted.contiguous().view(words))
+
+
+@case
+def routing_and_payloads_through_the_seam(device: str) -> None:
+    """CudaKernels take them after their own check, and plain torch for what Triton does not fit."""
+    from fluid_npu.device.kernels.cuda_kernels import CudaKernels
+    from fluid_npu.device.kernels.torch_kernels import TorchKernels
+
+    kernels, plain = CudaKernels(), TorchKernels()
+    routed, topk = routed_maps()[0]
+    on_device = routed.to(device)
+    counts, found = kernels.counts_and_rows(on_device, 27)
+    assert found is not None and torch.equal(counts.cpu(), routed.sum(0))
+    assert kernels.counts_and_rows(on_device, None)[1] is None
+    layout = PermuteLayout.from_routing_map(on_device, topk, routed=found)
+    wanted = PermuteLayout.from_routing_map(routed, topk)
+    for hidden in (36, 35):  # 35 columns of 2 bytes end between words of 4
+        x, p = random(9, hidden, dtype=torch.float16), random(9, 6, seed=1)
+        payload = kernels.pack_tokens(x.to(device), p.to(device), layout)
+        same_bits(payload, plain.pack_tokens(x, p, wanted))
+        dx, dp = kernels.sum_payload(payload, hidden, torch.float32, layout)
+        same_bits(dp, plain.sum_payload(payload.cpu(), hidden, torch.float32, wanted)[1])
+        close(dx, reference.unpermute(x[wanted.token_of_row].double(), reference.routed_rows(routed), 9), torch.float16)
+        for got, same in zip(
+            kernels.unpack_rows(payload, hidden, torch.float32, None),
+            plain.unpack_rows(payload.cpu(), hidden, torch.float32, None),
+            strict=True,
+        ):
+            same_bits(got, same)
+        rows = kernels.unpack_rows(payload, hidden, torch.float32, None)
+        same_bits(kernels.pack_rows(*rows, None), payload.cpu())
+    assert kernels.chunk_order(torch.tensor([[2, 1]], device=device), torch.tensor([[2, 1]])).ends_L is not None
+
+
 @case
 def swiglu_and_its_gradients(device: str) -> None:
     from fluid_npu.device.kernels.triton_swiglu import swiglu_probs, swiglu_probs_grad
@@ -209,7 +333,7 @@ def rms_norm_and_its_gradients(device: str) -> None:
 
 @case
 def nothing_to_do(device: str) -> None:
-    from fluid_npu.device.kernels import triton_grouped_gemm, triton_permute, triton_swiglu
+    from fluid_npu.device.kernels import triton_grouped_gemm, triton_payload, triton_permute, triton_swiglu
 
     empty, ends = torch.empty(0, 32, device=device), torch.zeros(3, dtype=torch.int64, device=device)
     assert triton_grouped_gemm.grouped_mm(empty, torch.ones(3, 32, 8, device=device), ends, tiles()).shape == (0, 8)
@@ -218,6 +342,12 @@ def nothing_to_do(device: str) -> None:
     assert (dw == 1).all()
     triton_grouped_gemm.grouped_dw_(dw, empty, empty, ends, tiles(), accumulate=False)
     assert not dw.any()
+    no_rows, no_p = ends[:0], torch.empty(0, 3, device=device)
+    payload = triton_payload.pack_tokens(empty, no_p, no_rows, no_rows)
+    assert payload.shape == (0, 36) and triton_payload.pack_rows(empty, no_p[:, 0], None).shape == (0, 36)
+    assert [t.shape for t in triton_payload.unpack_rows(payload, 32, torch.float32, no_rows)] == [(0, 32), (0,)]
+    dx, dp = triton_payload.sum_payload(payload, torch.float32, no_rows, ends, no_rows, (32, 3, None))
+    assert dx.shape == (3, 32) and not dx.any() and dp.shape == (3, 3) and not dp.any()
     assert triton_permute.gather_rows(empty, ends[:0]).shape == (0, 32)
     assert not triton_permute.sum_rows(empty, ends[:0], ends, None).any()
     assert [t.shape[0] for t in triton_swiglu.swiglu_probs_grad(empty[:, :16], empty, empty[:, 0])] == [0, 0]

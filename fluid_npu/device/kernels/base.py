@@ -11,10 +11,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from fluid_npu.device.choice import Choice
 from fluid_npu.device.kernels.fused import AttentionKernels, RotaryKernels
+from fluid_npu.device.kernels.routed import ChunkOrder, RoutedRows
 
 
 class RowLayout(Protocol):
@@ -22,6 +24,12 @@ class RowLayout(Protocol):
 
     @property
     def num_tokens(self) -> int: ...
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def pair_index(self) -> Tensor:
+        """int64 [N]: position of each row's (token, expert) in a flattened [T, E] tensor; no two are the same."""
+
     @property
     def pairs_per_token(self) -> int | None:
         """K when every token has exactly K rows, else None."""
@@ -82,6 +90,44 @@ class Kernels(ABC):
     @abstractmethod
     def sum_rows(self, x_NH: Tensor, layout: RowLayout) -> Tensor:
         """As ``unpermute``, with half precision added up in fp32 and rounded once."""
+
+    @abstractmethod
+    def routed_rows(self, map_TE: Tensor, num_rows: int | None, uniform_topk: int | None) -> RoutedRows:
+        """The rows of a bool map. N = ``num_rows`` where the host knows it; else, and on a CPU, the host waits for it.
+
+        ``uniform_topk`` is K when every token has exactly K rows (not checked).
+        """
+
+    def counts_and_rows(self, map_TE: Tensor, num_rows: int | None) -> tuple[Tensor, RoutedRows | None]:
+        """([E] rows of each expert, ``routed_rows`` where the same launch made them): counts are wanted first."""
+        return map_TE.sum(0), None
+
+    @abstractmethod
+    def chunk_order(self, counts_CL: Tensor, host_CL: Tensor) -> ChunkOrder:
+        """The order of rows that come by (source, expert) and are wanted by (expert, source).
+
+        Rows of each chunk as int64 [C, L], on the device and, the same numbers, on the host.
+        """
+
+    @abstractmethod
+    def pack_tokens(self, x_TH: Tensor, probs_TE: Tensor, layout: RowLayout) -> Tensor:
+        """[N, W] payload rows (``payload_tail``): the token of each row with its probability, which keeps its bits."""
+
+    @abstractmethod
+    def sum_payload(
+        self, payload_NW: Tensor, hidden: int, wire: torch.dtype, layout: RowLayout
+    ) -> tuple[Tensor, Tensor]:
+        """([T, H], [T, E] of dtype ``wire``): ``unpermute`` of the tokens, each probability at its (token, expert)."""
+
+    @abstractmethod
+    def unpack_rows(
+        self, payload_RW: Tensor, hidden: int, wire: torch.dtype, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """([R, H], [R]): tokens, perhaps strided, and probabilities of payload row ``rows[r]``, or r, at each r."""
+
+    @abstractmethod
+    def pack_rows(self, x_RH: Tensor, p_R: Tensor, rows: Tensor | None) -> Tensor:
+        """[R, W] payload: row r at ``rows[r]``, a permutation, or at r."""
 
     @abstractmethod
     def swiglu_probs(self, h_R2F: Tensor, p_R: Tensor) -> Tensor:

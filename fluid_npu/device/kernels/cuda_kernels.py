@@ -10,7 +10,8 @@ from torch import Tensor
 from fluid_npu.device.kernels.base import RowLayout
 from fluid_npu.device.kernels.gemm_chooser import GemmChooser
 from fluid_npu.device.kernels.gemm_forms import GemmCall, add_product_
-from fluid_npu.device.kernels.row_kernels import RowKernels, gather, gathered_sum
+from fluid_npu.device.kernels.routed import ChunkOrder, RoutedRows
+from fluid_npu.device.kernels.row_kernels import RowKernels, gather, gathered_sum, summed_payload
 from fluid_npu.device.kernels.torch_kernels import TorchKernels
 from fluid_npu.device.kernels.triton_support import load
 
@@ -57,6 +58,54 @@ class CudaKernels(TorchKernels):
 
     def unpermute(self, x_NH: Tensor, layout: RowLayout) -> Tensor:
         return gathered_sum(x_NH, layout) if self._rows.takes("unpermute", x_NH) else super().unpermute(x_NH, layout)
+
+    def routed_rows(self, map_TE: Tensor, num_rows: int | None, uniform_topk: int | None) -> RoutedRows:
+        if num_rows is None or not self._rows.routes(map_TE):
+            return super().routed_rows(map_TE, num_rows, uniform_topk)
+        rows: RoutedRows = load("triton_routing").routed_rows(map_TE, num_rows)
+        return rows
+
+    def counts_and_rows(self, map_TE: Tensor, num_rows: int | None) -> tuple[Tensor, RoutedRows | None]:
+        if num_rows is None or not self._rows.routes(map_TE):
+            return super().counts_and_rows(map_TE, num_rows)
+        rows: RoutedRows = load("triton_routing").routed_rows(map_TE, num_rows)
+        assert rows.counts_E is not None
+        return rows.counts_E, rows
+
+    def chunk_order(self, counts_CL: Tensor, host_CL: Tensor) -> ChunkOrder:
+        counts_CL = counts_CL.contiguous()
+        if not self._rows.orders(counts_CL):
+            return super().chunk_order(counts_CL, host_CL)
+        order: ChunkOrder = load("triton_routing").chunk_order(counts_CL, int(host_CL.sum()))
+        return order
+
+    def pack_tokens(self, x_TH: Tensor, probs_TE: Tensor, layout: RowLayout) -> Tensor:
+        if not (probs_TE.is_contiguous() and self._rows.packs(x_TH.shape[1], probs_TE.dtype, x_TH)):
+            return super().pack_tokens(x_TH, probs_TE, layout)
+        module = load("triton_payload")
+        payload: Tensor = module.pack_tokens(x_TH, probs_TE, layout.token_of_row, layout.pair_index)
+        return payload
+
+    def sum_payload(
+        self, payload_NW: Tensor, hidden: int, wire: torch.dtype, layout: RowLayout
+    ) -> tuple[Tensor, Tensor]:
+        if not self._rows.packs(hidden, wire, payload_NW):
+            return super().sum_payload(payload_NW, hidden, wire, layout)
+        return summed_payload(payload_NW, hidden, wire, layout)
+
+    def unpack_rows(
+        self, payload_RW: Tensor, hidden: int, wire: torch.dtype, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if not self._rows.packs(hidden, wire, payload_RW):
+            return super().unpack_rows(payload_RW, hidden, wire, rows)
+        unpacked: tuple[Tensor, Tensor] = load("triton_payload").unpack_rows(payload_RW, hidden, wire, rows)
+        return unpacked
+
+    def pack_rows(self, x_RH: Tensor, p_R: Tensor, rows: Tensor | None) -> Tensor:
+        if not self._rows.packs(x_RH.shape[1], p_R.dtype, x_RH):
+            return super().pack_rows(x_RH, p_R, rows)
+        payload: Tensor = load("triton_payload").pack_rows(x_RH, p_R, rows)
+        return payload
 
     def swiglu_probs(self, h_R2F: Tensor, p_R: Tensor) -> Tensor:
         if not self._rows.takes("swiglu", h_R2F):

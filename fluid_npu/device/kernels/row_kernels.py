@@ -1,4 +1,4 @@
-"""Permute, SwiGLU and RMSNorm in Triton where they passed a check against plain torch, else plain torch.
+"""Permute, payload, routing, SwiGLU and RMSNorm in Triton where they passed a check against plain torch, else torch.
 
 The check runs when a kernel first meets a dtype, on a few rows. T tokens, N rows, H hidden, F ffn, R rows.
 """
@@ -19,6 +19,7 @@ from fluid_npu.device.kernels.triton_support import ROW_KERNELS, load, setting, 
 
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}  # of the largest entry
 _ROWS, _WIDTH = 24, 72
+_MAX_EXPERTS, _MAX_CHUNKS = 1024, 8192  # what one program of the routing kernels holds
 #: torch's own is one launch too, and the host launches it faster: 44 us against 60 for 8192 rows of 4096 on an H200.
 _ONE_LAUNCH = ("permute",)
 
@@ -43,6 +44,27 @@ class RowKernels:
         """
         if any(t.dim() == 0 or t.stride(-1) != 1 for t in (x, *more)) or x.dtype not in _TOLERANCE:
             return False
+        return self._known(kernel, x)
+
+    def packs(self, hidden: int, wire: torch.dtype, x: Tensor) -> bool:
+        """Whether Triton moves payload rows of ``hidden`` columns of the dtype of x, with tails of dtype ``wire``."""
+        return (
+            wire.itemsize >= x.element_size()
+            and hidden * x.element_size() % wire.itemsize == 0
+            and (self.takes("payload", x))
+        )
+
+    def routes(self, map_TE: Tensor) -> bool:
+        """Whether Triton finds the rows of this routing map."""
+        fits = map_TE.dtype == torch.bool and map_TE.is_contiguous() and map_TE.shape[1] <= _MAX_EXPERTS
+        return fits and self._known("routed rows", map_TE)
+
+    def orders(self, counts_CL: Tensor) -> bool:
+        """Whether Triton finds the order of these chunks."""
+        fits = counts_CL.dtype == torch.int64 and counts_CL.numel() <= _MAX_CHUNKS
+        return fits and self._known("chunk order", counts_CL)
+
+    def _known(self, kernel: str, x: Tensor) -> bool:
         known = self._decided.get((kernel, x.dtype))
         if known is None:
             if x.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -70,7 +92,7 @@ class RowKernels:
             worst = _CHECKS[kernel](self._plain, x.dtype, x.device)
         except Exception as error:  # a kernel that does not compile here must not end the training
             return Choice(False, f"its check failed with {type(error).__name__}: {str(error)[:300]}")
-        if not worst <= _TOLERANCE[x.dtype]:
+        if not worst <= _TOLERANCE.get(x.dtype, 0.0):
             return Choice(False, f"its check was off by {worst:.1e} of the largest entry")
         return Choice(True, f"one launch, {found.reason}, off by {worst:.0e} in its check")
 
@@ -84,6 +106,15 @@ def gathered_sum(x_NH: Tensor, layout: RowLayout) -> Tensor:
     """``Kernels.unpermute``."""
     module = load("triton_permute")
     return module.sum_rows(x_NH, layout.row_of_pair, layout.bag_offsets, layout.pairs_per_token)
+
+
+def summed_payload(payload_NW: Tensor, hidden: int, wire: torch.dtype, layout: RowLayout) -> tuple[Tensor, Tensor]:
+    """``Kernels.sum_payload``."""
+    shape = (hidden, layout.num_experts, layout.pairs_per_token)
+    sums: tuple[Tensor, Tensor] = load("triton_payload").sum_payload(
+        payload_NW, wire, layout.row_of_pair, layout.bag_offsets, layout.pair_index, shape
+    )
+    return sums
 
 
 def _answer(choice: Choice[bool]) -> str:
@@ -101,10 +132,12 @@ class _Layout:
     def __init__(self, uniform: bool, device: torch.device) -> None:
         tokens = torch.arange(_ROWS // 2, device=device)
         self.num_tokens = _ROWS // 2
+        self.num_experts = 2
         self.pairs_per_token = 2 if uniform else None
         self.token_of_row = torch.cat([tokens.flip(0), tokens])
         self.row_of_pair = torch.sort(self.token_of_row, stable=True)[1]
         self.bag_offsets = 2 * tokens
+        self.pair_index = 2 * self.token_of_row + torch.arange(_ROWS, device=device) // self.num_tokens
         self.experts_TK = None
 
 
@@ -140,9 +173,47 @@ def _check_norm(plain: Kernels, dtype: torch.dtype, device: torch.device) -> flo
     return worst_error([y, rstd, *grads], [wanted, wanted_rstd, *plain.rms_norm_grad(dy, x, gamma, wanted_rstd)])
 
 
+def _check_payload(plain: Kernels, dtype: torch.dtype, device: torch.device) -> float:
+    """All four directions, with probabilities in fp32."""
+    module, order = load("triton_payload"), torch.arange(_ROWS, device=device).flip(0)
+    got: list[Tensor] = []
+    wanted: list[Tensor] = []
+    for layout in (_Layout(True, device), _Layout(False, device)):
+        x, p = _random(layout.num_tokens, _WIDTH, dtype, device), _random(layout.num_tokens, 2, torch.float32, device)
+        payload = plain.pack_tokens(x, p, layout)
+        got += [module.pack_tokens(x, p, layout.token_of_row, layout.pair_index)]
+        got += summed_payload(payload, _WIDTH, torch.float32, layout)
+        wanted += [payload, *plain.sum_payload(payload, _WIDTH, torch.float32, layout)]
+        for rows in (order, None):
+            unpacked = plain.unpack_rows(payload, _WIDTH, torch.float32, rows)
+            got += [*module.unpack_rows(payload, _WIDTH, torch.float32, rows), module.pack_rows(*unpacked, rows)]
+            wanted += [*unpacked, payload]
+    return worst_error(got, wanted)
+
+
+def _check_routed_rows(plain: Kernels, dtype: torch.dtype, device: torch.device) -> float:
+    chosen = torch.sin(torch.arange(_ROWS * 5, device=device) * 0.7).view(_ROWS, 5) > 0.3
+    counts = chosen.sum(0)
+    found = load("triton_routing").routed_rows(chosen, int(counts.sum()))
+    return _unequal(found, plain.routed_rows(chosen, int(counts.sum()), None)._replace(counts_E=counts))
+
+
+def _check_chunk_order(plain: Kernels, dtype: torch.dtype, device: torch.device) -> float:
+    counts = torch.tensor([[3, 0, 5], [1, 2, 0]], device=device)
+    wanted = plain.chunk_order(counts, counts.cpu())._replace(ends_L=counts.sum(0).cumsum(0).int())
+    return _unequal(load("triton_routing").chunk_order(counts, 11), wanted)
+
+
+def _unequal(got: Sequence[Tensor], wanted: Sequence[Any]) -> float:
+    return 0.0 if all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True)) else float("inf")
+
+
 _CHECKS: dict[str, Callable[[Kernels, torch.dtype, torch.device], float]] = {
     "permute": _check_permute,
     "unpermute": _check_unpermute,
+    "payload": _check_payload,
+    "routed rows": _check_routed_rows,
+    "chunk order": _check_chunk_order,
     "swiglu": _check_swiglu,
     "swiglu gradient": _check_swiglu_grad,
     "rms_norm": _check_norm,

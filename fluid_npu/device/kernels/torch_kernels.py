@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fluid_npu.device import device_of
 from fluid_npu.device.kernels.base import Kernels, RowLayout
 from fluid_npu.device.kernels.groups import ends_of
+from fluid_npu.device.kernels.payload_tail import payload_width, read_tail, write_tail
+from fluid_npu.device.kernels.routed import ChunkOrder, RoutedRows, bag_offsets
 
 _native_grouped_mm = getattr(F, "grouped_mm", None)
 _HALVES = (torch.bfloat16, torch.float16)
@@ -61,6 +65,55 @@ class TorchKernels(Kernels):
 
     def sum_rows(self, x_NH: Tensor, layout: RowLayout) -> Tensor:
         return self.unpermute(x_NH, layout)  # a GPU's bags, and fused sums, add in fp32 already
+
+    def routed_rows(self, map_TE: Tensor, num_rows: int | None, uniform_topk: int | None) -> RoutedRows:
+        num_tokens, num_experts = map_TE.shape
+        expert_of_row, token_of_row = true_positions(map_TE.t(), num_rows)
+        sorted_tokens, row_of_pair = torch.sort(token_of_row, stable=True)
+        return RoutedRows(
+            token_of_row=token_of_row,
+            row_of_pair=row_of_pair,
+            bag_offsets=bag_offsets(sorted_tokens, num_tokens, uniform_topk),
+            pair_index=torch.add(expert_of_row, token_of_row, alpha=num_experts),
+        )
+
+    def chunk_order(self, counts_CL: Tensor, host_CL: Tensor) -> ChunkOrder:
+        both = torch.from_numpy(np.stack(_chunk_order(host_CL.numpy())))
+        rows, inverse = device_of(counts_CL).from_host(both, counts_CL.device)
+        return ChunkOrder(rows, inverse)
+
+    def pack_tokens(self, x_TH: Tensor, probs_TE: Tensor, layout: RowLayout) -> Tensor:
+        hidden = x_TH.shape[1]
+        payload = x_TH.new_empty(layout.token_of_row.shape[0], payload_width(hidden, x_TH.dtype))
+        torch.index_select(x_TH, 0, layout.token_of_row, out=payload[:, :hidden])
+        write_tail(payload, hidden, torch.take(probs_TE, layout.pair_index))
+        return payload
+
+    def sum_payload(
+        self, payload_NW: Tensor, hidden: int, wire: torch.dtype, layout: RowLayout
+    ) -> tuple[Tensor, Tensor]:
+        dx_TH = self.unpermute(payload_NW[:, :hidden].contiguous(), layout)
+        dp_N = read_tail(payload_NW, hidden, wire)
+        # Every (token, expert) has at most one row: a plain write, no sum.
+        dprobs = dp_N.new_zeros(layout.num_tokens * layout.num_experts)
+        return dx_TH, dprobs.scatter_(0, layout.pair_index, dp_N).view(layout.num_tokens, layout.num_experts)
+
+    def unpack_rows(
+        self, payload_RW: Tensor, hidden: int, wire: torch.dtype, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ordered = payload_RW if rows is None else payload_RW.index_select(0, rows)
+        return ordered[:, :hidden], read_tail(ordered, hidden, wire)
+
+    def pack_rows(self, x_RH: Tensor, p_R: Tensor, rows: Tensor | None) -> Tensor:
+        hidden = x_RH.shape[1]
+        payload = x_RH.new_empty(x_RH.shape[0], payload_width(hidden, x_RH.dtype))
+        if rows is None:
+            payload[:, :hidden] = x_RH
+        else:
+            payload[:, :hidden].index_copy_(0, rows, x_RH)
+            p_R = torch.empty_like(p_R).index_copy_(0, rows, p_R)
+        write_tail(payload, hidden, p_R)
+        return payload
 
     def swiglu_probs(self, h_R2F: Tensor, p_R: Tensor) -> Tensor:
         h0, h1 = h_R2F.chunk(2, dim=-1)
@@ -157,3 +210,30 @@ def _groups(
     counts = list(counts_L)
     parts = zip(counts, per_group_L.unbind(0), a_R.split(counts), b_R.split(counts), strict=True)
     return [(entry, a, b) for count, entry, a, b in parts if count]
+
+
+def true_positions(map_ET: Tensor, rows: int | None) -> tuple[Tensor, Tensor]:
+    """(expert, token) of every True, by expert and then token; ``rows`` is how many, if known."""
+    if map_ET.device.type != "cpu" and rows is not None:
+        return first_positions_by_sort(map_ET, rows)
+    expert, token = map_ET.nonzero().unbind(1)
+    return expert, token.contiguous()
+
+
+def first_positions_by_sort(map_ET: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The same when the number of rows is known: the host need not wait for a size, as nonzero makes it."""
+    num_tokens = map_ET.shape[1]
+    flat = torch.sort(map_ET.reshape(-1).to(torch.int8), descending=True, stable=True)[1][:rows]
+    return torch.div(flat, num_tokens, rounding_mode="floor"), flat % num_tokens
+
+
+def _chunk_order(counts_CL: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows come in chunks by (source, expert); gives the order by (expert, source) and its inverse."""
+    counts = counts_CL.T.reshape(-1)
+    ends = counts_CL.cumsum().reshape(counts_CL.shape)
+    starts = (ends - counts_CL).T.reshape(-1)
+    place = np.arange(counts.sum())
+    rows = place + np.repeat(starts - (counts.cumsum() - counts), counts)
+    inverse = np.empty_like(rows)
+    inverse[rows] = place
+    return rows, inverse
