@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+
+from fluid_npu.comm.transports import CollectiveTransport
+from fluid_npu.schedule.scheduler import BackwardScheduler
 
 
 class _Done:
@@ -19,8 +22,11 @@ class _Done:
 
 
 @contextmanager
-def local_slices() -> Iterator[None]:
-    """Every AllToAll of rows becomes a copy of this rank's own rows, as many as fit; counts are still exchanged."""
+def local_slices(scheduler: BackwardScheduler | None = None) -> Iterator[None]:
+    """Every AllToAll of rows becomes a copy of this rank's own rows, as many as fit; counts are still exchanged.
+
+    ``scheduler``: of a layer of ours, whose transport may be another than the collective.
+    """
     exchange = dist.all_to_all_single
 
     def slice_of(output: torch.Tensor, source: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -31,5 +37,8 @@ def local_slices() -> Iterator[None]:
         output[rows:].zero_()
         return _Done() if kwargs.get("async_op") else None
 
-    with mock.patch.object(dist, "all_to_all_single", slice_of):
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(dist, "all_to_all_single", slice_of))
+        if scheduler is not None:
+            stack.enter_context(mock.patch.object(scheduler, "transport", CollectiveTransport()))
         yield

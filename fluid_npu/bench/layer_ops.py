@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from fluid_npu.bench.forced_routing import ForcedRouting
-from fluid_npu.bench.layer import local_slices
+from fluid_npu.bench.layer_floor import local_slices
 from fluid_npu.bench.layer_impls import KINDS, LayerVariant
 from fluid_npu.bench.layer_parts import union
 from fluid_npu.bench.memory import held_mb, peak_memory_mb
