@@ -140,7 +140,7 @@ def make_plan(
     order = None
     if local_experts > 1 and not groups.alone:
         where = layout.token_of_row
-        both = torch.from_numpy(np.stack(_chunk_order(by_source.reshape(-1, local_experts))))
+        both = torch.from_numpy(np.stack(rows_by_expert(by_source.reshape(-1, local_experts))))
         rows, inverse = device_of(where).from_host(both, where.device)
         order = rows, inverse
     from_rank = by_source.sum(2)
@@ -186,7 +186,7 @@ def make_once_plan(
     )
 
 
-def _chunk_order(counts_CL: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def rows_by_expert(counts_CL: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows come in chunks by (source, expert); gives the order by (expert, source) and its inverse."""
     counts = counts_CL.T.reshape(-1)
     ends = counts_CL.cumsum().reshape(counts_CL.shape)
