@@ -74,9 +74,14 @@ class Route:
 
 
 class Flight:
-    """One exchange under way in one direction. Keeps both buffers alive until it has landed."""
+    """One exchange under way in one direction. Keeps both buffers alive until it has landed.
 
-    def __init__(self, source: torch.Tensor, route: Route, name: str, sink: OverlapSink) -> None:
+    ``into``: the receive buffer, contiguous rows such as a part of a larger one; None makes one.
+    """
+
+    def __init__(
+        self, source: torch.Tensor, route: Route, name: str, sink: OverlapSink, into: torch.Tensor | None = None
+    ) -> None:
         self.name = name
         self._sink = sink
         self._comm_type = route.comm_type
@@ -89,7 +94,7 @@ class Flight:
         sink.recorder.add("launch", name)
         self._launched.record()
         with collective(name, self._ranks):
-            self.output, self._work, self._landing = _start(self._source, route, sink.transport)
+            self.output, self._work, self._landing = _start(self._source, route, sink.transport, into)
         if sink.serialised or torch.is_anomaly_enabled():
             # Anomaly mode reads what a node returns, which must not still be in flight.
             self.land(at_once=True)
@@ -118,16 +123,15 @@ class Flight:
 
 
 def _start(
-    source: torch.Tensor, route: Route, transport: Transport
+    source: torch.Tensor, route: Route, transport: Transport, into: torch.Tensor | None
 ) -> tuple[torch.Tensor, PendingWork | None, Landing | None]:
     """The receive buffer and the exchange; the third is there when the buffer is memory of the transport."""
     group, land = route.peers.group, getattr(transport, "land", None)
-    if land is not None and route.table is not None:
+    if into is None and land is not None and route.table is not None:
         landing: Landing | None = land(source, route.table, group)
         if landing is not None:
             return landing.rows, landing, landing
-    rows = source.shape[0] if route.output_splits is None else sum(route.output_splits)
-    output = source.new_empty((rows, *source.shape[1:]))
+    output = _receive_buffer(source, route) if into is None else into
     return output, transport.start(output, source, route.output_splits, route.input_splits, group), None
 
 
@@ -136,6 +140,11 @@ def _apart(tensor: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | No
     if tensor is None or tensor.untyped_storage()._cdata != rows.untyped_storage()._cdata:
         return tensor
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def _receive_buffer(source: torch.Tensor, route: Route) -> torch.Tensor:
+    rows = source.shape[0] if route.output_splits is None else sum(route.output_splits)
+    return source.new_empty((rows, *source.shape[1:]))
 
 
 def _bytes_to_peers(source: torch.Tensor, route: Route) -> int:

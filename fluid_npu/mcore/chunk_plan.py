@@ -1,0 +1,117 @@
+"""The plan of a dispatch in chunks: chunk c moves the rows of the c-th group of every rank's local experts.
+
+All splits come from the one exchange of counts. T tokens, N rows of this rank before dispatch, R rows of its experts,
+E experts, L local experts, P expert-parallel ranks; no expert tensor parallelism.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fluid_npu.comm.all_to_all import Route
+from fluid_npu.device import device_of
+from fluid_npu.device.kernels.groups import GroupRows
+from fluid_npu.mcore.dispatch_plan import ExpertGroups, rows_by_expert
+from fluid_npu.mcore.dispatch_rows import PlainRows
+from fluid_npu.ops.chunk_rows import chunk_of, experts_by_chunk, in_chunk_order
+from fluid_npu.ops.permute import PermuteLayout
+
+Order = tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkPlan:
+    """One chunk's part. Index tensors are int64 on the tokens' device."""
+
+    rows: slice
+    """Of this rank's N rows, by chunk."""
+    experts: slice
+    """Of the L local experts."""
+    sends: PlainRows
+    """Layout of its rows alone, and the order of its experts' rows."""
+    input_splits: list[int]
+    """[P] rows sent to each rank."""
+    output_splits: list[int]
+    """[P] rows received from each."""
+    tokens_per_expert: GroupRows
+    """Rows of each of its experts."""
+
+    def route(self, groups: ExpertGroups, label: str, back: bool = False) -> Route:
+        """Of its dispatch, or of its combine."""
+        there = Route(
+            peers=groups.ep,
+            output_splits=self.output_splits,
+            input_splits=self.input_splits,
+            comm_type="moe_dispatch",
+            label=label,
+        )
+        return there.reversed("moe_combine") if back else there
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkedPlan:
+    """Everything that the steps of a layer in chunks share."""
+
+    tokens_shape: torch.Size
+    layout: PermuteLayout
+    """Of all rows, by chunk."""
+    chunks: list[ChunkPlan]
+
+
+def make_chunked_plan(
+    layout: PermuteLayout,
+    tokens_shape: torch.Size,
+    counts_E: Tensor,
+    counts_PL: Tensor,
+    on_device: tuple[Tensor, Tensor],
+    chunks: int,
+) -> ChunkedPlan:
+    """The plan for these counts.
+
+    Args:
+        layout: rows by expert.
+        tokens_shape: of the layer's input.
+        counts_E: rows of this rank for each expert, on the host.
+        counts_PL: rows that each rank sends to each local expert, on the host.
+        on_device: both counts on the tokens' device.
+        chunks: a divisor of L.
+    """
+    ranks, local = counts_PL.shape
+    by_chunk_E = experts_by_chunk(len(counts_E), ranks, chunks, layout.token_of_row.device)
+    whole = in_chunk_order(layout, on_device[0], by_chunk_E)
+    received, sent = counts_PL.numpy(), counts_E.numpy().reshape(ranks, local)
+    rows_L, size, start = on_device[1].sum(0), local // chunks, 0
+    orders = _orders(received, chunks, layout.token_of_row)
+    plans = []
+    for number in range(chunks):
+        experts = slice(number * size, (number + 1) * size)
+        input_splits = sent[:, experts].sum(1).tolist()
+        rows = slice(start, start + sum(input_splits))
+        plans.append(
+            ChunkPlan(
+                rows=rows,
+                experts=experts,
+                sends=PlainRows(layout=chunk_of(whole, rows), order=orders[number]),
+                input_splits=input_splits,
+                output_splits=received[:, experts].sum(1).tolist(),
+                tokens_per_expert=GroupRows(received[:, experts].sum(0).tolist(), rows_L[experts]),
+            )
+        )
+        start = rows.stop
+    return ChunkedPlan(tokens_shape=tokens_shape, layout=whole, chunks=plans)
+
+
+def _orders(received_PL: np.ndarray, chunks: int, like: Tensor) -> list[Order]:
+    """Of each chunk's received rows, by expert; None where they come so. One copy to the device of ``like``."""
+    ranks, local = received_PL.shape
+    if ranks == 1 or local == chunks:
+        return [None] * chunks
+    each = [rows_by_expert(part) for part in np.split(received_PL, chunks, axis=1)]
+    both = torch.from_numpy(np.concatenate([np.stack(pair) for pair in each], axis=1))
+    moved = device_of(like).from_host(both, like.device)
+    parts = moved.split([len(rows) for rows, _ in each], dim=1)
+    return [(part[0], part[1]) for part in parts]
