@@ -76,13 +76,15 @@ class DeferredWeights:
             return None
 
         def queue(x: torch.Tensor, dy: torch.Tensor, counts: Sequence[int]) -> None:
+            carry = self._carry and bool(weight.late_hooks)
             self._scheduler.submit(
                 DWTask(
                     name=f"{self._label} {weight.name}",
                     run=lambda: self._land(index, x, dy, counts),
                     shape=(x.shape[0], x.shape[1], dy.shape[1]),
                     device=device_of(x),
-                    carry=self._carry and bool(weight.late_hooks),
+                    carry=carry,
+                    flight="moe_combine" if carry else "",
                     held_bytes=x.nbytes + dy.nbytes,
                 )
             )
