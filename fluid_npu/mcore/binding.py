@@ -45,6 +45,7 @@ class SchedulerBinder:
         self.gemm_fusion = gemm_fusion
         self.dispatch = check_dispatch(dispatch)
         self._settings: dict[str, Any] = {"overlap": overlap, "carry_over": carry_over, "transport": transport}
+        self.overlap = overlap
         self.carry_over = carry_over and overlap != "off"
         # Checked here so that a wrong value is refused where it was written.
         BackwardScheduler(**self._settings)
@@ -62,14 +63,15 @@ class SchedulerBinder:
     ) -> BackwardScheduler:
         """The scheduler of the model that ``layer`` belongs to; ``pp_rank`` None asks Megatron's global state.
 
-        Layers of different ``kind`` may have one number; only a 'moe' layer has a combine to wait for.
+        Layers of different ``kind`` may have one number: a 'moe' layer has a combine to wait for, an 'attention' the
+        exchanges of context parallelism.
         """
         if number is None:
             return getattr(layer, "backward_scheduler", None) or self._new(layer, "a layer alone")
         current = self._of_model(layer, (kind, number))
-        if kind == "moe":
-            chunk = chunk_offset(layer.config, number, pp_rank)
-            current.lowest[chunk] = min(number, current.lowest.get(chunk, number))
+        chunk = chunk_offset(layer.config, number, pp_rank)
+        lowest = current.lowest if kind == "moe" else current.lowest_attention
+        lowest[chunk] = min(number, lowest.get(chunk, number))
         return current
 
     def bind_linears(self, layer: FluidTransformerLayer, pp_rank: int | None = None) -> tuple[BackwardScheduler, int]:

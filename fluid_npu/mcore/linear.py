@@ -3,6 +3,8 @@
 Where dW runs is decided by the layer's place alone, so every rank decides alike:
 
     * a column-parallel linear with several tensor ranks: beside the all-reduce or reduce-scatter of its dX;
+    * under context parallelism the output projection, and with carry-over the MLP's linears: queued, for the exchanges
+      of their own layer's attention (``exchange``);
     * a linear above the chunk's lowest MoE layer, with carry-over: queued, for the combine of the layer below;
     * a row-parallel linear with several tensor ranks elsewhere, and in a dense model: queued, for the collective of the
       column-parallel linear below it;
@@ -25,7 +27,7 @@ from fluid_npu.comm.tensor_parallel import TensorRegion
 from fluid_npu.device import device_of
 from fluid_npu.device.choice import Choice
 from fluid_npu.mcore.lines.linears import only_stock_can, stock_product, tensor_group
-from fluid_npu.ops.dense_linear import dense_weight_grad
+from fluid_npu.ops.dense_linear import DenseGradInParts, dense_weight_grad
 from fluid_npu.ops.grouped_matmul import placeholder_grad
 from fluid_npu.ops.parallel_linear import LinearBackward, parallel_linear
 from fluid_npu.schedule.late_weight import LateWeight
@@ -39,6 +41,8 @@ class FluidLinear(torch.nn.Module):
     gradient_accumulation_fusion: bool
     backward_scheduler: BackwardScheduler | None = None
     label = ""
+    exchange = ""
+    """The kind of exchange of the same layer beside whose backward dW runs: 'hp2sp', 'sp2hp' or 'ring'; "" for none."""
     _place: tuple[int, int] | None = None
     _region: TensorRegion | None = None
 
@@ -63,6 +67,8 @@ class FluidLinear(torch.nn.Module):
         """Where dW runs, in words."""
         if self._exchanges_dx():
             return "beside the collective of dX"
+        if self.exchange and self._queues(self.weight, None):
+            return f"beside the backward of {self.exchange}"
         return "queued" if self._queues(self.weight, None) else "at once"
 
     @property
@@ -97,13 +103,14 @@ class FluidLinear(torch.nn.Module):
         scheduler = self.backward_scheduler
         if region is not None or scheduler is None or scheduler.overlap == "off" or weight is not self.weight:
             return False
-        return self._place is None or self._combine_below() or self._column_below()
+        return self._place is None or bool(self.exchange) or self._flight_below() or self._column_below()
 
-    def _combine_below(self) -> bool:
+    def _flight_below(self) -> bool:
+        """Whether an exchange of a layer below follows, for which dW may wait."""
         scheduler = self.backward_scheduler
         if scheduler is None or self._place is None:
             return False
-        return scheduler.carry_over and scheduler.combine_below(*self._place)
+        return scheduler.carry_over and scheduler.flight_below(*self._place)
 
     def _column_below(self) -> bool:
         """Whether a column-parallel linear whose dX is exchanged comes next in the backward."""
@@ -123,10 +130,19 @@ class FluidLinear(torch.nn.Module):
         return known
 
     def _queue(self, weight: Any, x: Tensor, dy: Tensor) -> None:
-        debt = self._late.owe(weight)
-        task = self._task(weight, x, dy, lambda: debt.pay(self._dw(weight, x, dy)))
         assert self.backward_scheduler is not None
-        self.backward_scheduler.submit(task)
+        debt = self._late.owe(weight)
+        if self.exchange != "hp2sp":
+            task = self._task(x, dy, lambda: debt.pay(self._dw(weight, x, dy)), self.exchange)
+            self.backward_scheduler.submit(task)
+            return
+        # Two exchanges of about equal size follow: each gets half of the outputs.
+        fuse, middle = self.gradient_accumulation_fusion, dy.shape[1] // 2
+        halves = DenseGradInParts(weight, [middle, dy.shape[1] - middle], fuse, debt.pay)
+        for number, flight in enumerate(("hp2sp", "sp2hp")):
+            part = dy[:, :middle] if number == 0 else dy[:, middle:]
+            run = lambda number=number, part=part: halves.add(number, x, part)
+            self.backward_scheduler.submit(self._task(x, part, run, flight, f" half {number + 1}"))
 
     def _run(self, weight: Any, region: TensorRegion | None, x: Tensor, dy: Tensor) -> Tensor:
         """dW now, counted by the scheduler if there is one; what autograd gets for the weight."""
@@ -134,9 +150,9 @@ class FluidLinear(torch.nn.Module):
         if self.backward_scheduler is None:
             found.append(self._dw(weight, x, dy))
         else:
-            task = self._task(weight, x, dy, lambda: found.append(self._dw(weight, x, dy)))
+            task = self._task(x, dy, lambda: found.append(self._dw(weight, x, dy)))
             beside = "at once" if region is None else region.name
-            if region is not None and not self._combine_below():  # else the queue is for the combine
+            if region is not None and not self._flight_below():  # else the queue is for that exchange
                 self.backward_scheduler.run_queue(beside)
             self.backward_scheduler.run_now(task, beside)
         return placeholder_grad(weight) if found[0] is None else found[0]
@@ -145,10 +161,16 @@ class FluidLinear(torch.nn.Module):
         with torch.no_grad():
             return dense_weight_grad(weight, x, dy, self.gradient_accumulation_fusion)
 
-    def _task(self, weight: Any, x: Tensor, dy: Tensor, run: Any) -> DWTask:
-        shape = (x.shape[0], x.shape[1], dy.shape[1])
-        name = self.label or type(self).__name__
-        return DWTask(name=name, run=run, shape=shape, device=device_of(x), carry=True, held_bytes=x.nbytes + dy.nbytes)
+    def _task(self, x: Tensor, dy: Tensor, run: Any, flight: str = "", which: str = "") -> DWTask:
+        return DWTask(
+            name=f"{self.label or type(self).__name__}{which}",
+            run=run,
+            shape=(x.shape[0], x.shape[1], dy.shape[1]),
+            device=device_of(x),
+            carry=True,
+            flight=flight,
+            held_bytes=x.nbytes + dy.nbytes,
+        )
 
 
 class FluidColumnParallelLinear(FluidLinear, ColumnParallelLinear):

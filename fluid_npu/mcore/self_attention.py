@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
@@ -15,7 +16,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from fluid_npu.mcore.attention import FluidDotProductAttention
 from fluid_npu.mcore.binding import SchedulerBinder
-from fluid_npu.mcore.context import ContextParallelCore
+from fluid_npu.mcore.context import ContextParallel, ContextParallelCore
+from fluid_npu.mcore.linear import FluidRowParallelLinear
 from fluid_npu.schedule.scheduler import BackwardScheduler
 
 
@@ -25,6 +27,7 @@ class _Connected:
     backward_scheduler: BackwardScheduler | None = None
     checkpoint_core_attention: bool
     core_attention: Any
+    linear_proj: Any
 
     def __init__(
         self,
@@ -35,9 +38,12 @@ class _Connected:
         binder: SchedulerBinder | None = None,
         **kwargs: Any,
     ) -> None:
+        submodules = copy.copy(submodules)
         if submodules.core_attention is DotProductAttention:
-            submodules = copy.copy(submodules)
             submodules.core_attention = FluidDotProductAttention
+        overlaps = binder is not None and binder.overlap != "off"
+        if overlaps and config.context_parallel_size > 1 and submodules.linear_proj is RowParallelLinear:
+            submodules.linear_proj = FluidRowParallelLinear
         super().__init__(config, submodules, layer_number, *args, **kwargs)  # type: ignore[call-arg]
         core = self.core_attention
         if not isinstance(core, ContextParallelCore) or core.context is None:
@@ -47,6 +53,14 @@ class _Connected:
         core.context.label = f"layer {layer_number}"
         if binder is not None:
             self.backward_scheduler = core.context.sink = binder.bind(self, layer_number, kind="attention")
+            self._fill_exchanges(core.context, self.backward_scheduler, layer_number)
+
+    def _fill_exchanges(self, context: ContextParallel, scheduler: BackwardScheduler, layer_number: int) -> None:
+        """The output projection's dW runs beside the backward of the exchanges, which follow its dX."""
+        proj = self.linear_proj
+        if isinstance(proj, FluidRowParallelLinear):
+            proj.exchange = "hp2sp" if context.algorithm == "ulysses" else "ring"
+            proj.join(scheduler, f"layer {layer_number} self_attention.linear_proj")
 
 
 class FluidSelfAttention(_Connected, SelfAttention):
