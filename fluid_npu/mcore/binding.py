@@ -30,7 +30,8 @@ class SchedulerBinder:
     """Hands out schedulers; one binder per Layer Spec. Arguments as ``BackwardScheduler``.
 
     ``gemm_fusion``: the experts' weight gradients go straight into ``main_grad``, whatever the configuration says.
-    ``dispatch``: how often a token is sent to a rank, as ``FluidTokenDispatcher``.
+    ``dispatch``: how often a token is sent to a rank, as ``FluidTokenDispatcher``. ``attention_chunks``: of the
+    heads of each attention under context parallelism, as ``FluidSelfAttention``.
     """
 
     def __init__(
@@ -41,7 +42,11 @@ class SchedulerBinder:
         transport: Transport | None = None,
         gemm_fusion: bool = False,
         dispatch: str = "plain",
+        attention_chunks: int = 1,
     ) -> None:
+        if attention_chunks < 1:
+            raise ValueError(f"attention_chunks={attention_chunks}: at least 1 is needed, which cuts nothing")
+        self.attention_chunks = attention_chunks
         self.gemm_fusion = gemm_fusion
         self.dispatch = check_dispatch(dispatch)
         self._settings: dict[str, Any] = {"overlap": overlap, "carry_over": carry_over, "transport": transport}

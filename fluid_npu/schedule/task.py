@@ -15,8 +15,8 @@ class DWTask:
     ``run`` owns its inputs: they stay alive, and must stay unchanged, until it ran. ``shape`` is (rows, inputs,
     outputs) of this rank and ``flops`` its cost, 2 * rows * inputs * outputs. ``carry`` marks work that may be
     left for the combine of the layer below; ``flight`` is the kind of exchange that it waits for (``comm_type``), ""
-    for the next one; a combine takes it in any case. ``device`` is where it runs, for timing. ``held_bytes`` is what the
-    inputs take while it waits, 0 where nobody counted.
+    for the next one; a combine takes it in any case. ``device`` is where it runs, for timing. ``held_bytes`` is
+    what the inputs take while it waits, 0 where nobody counted.
     """
 
     name: str
