@@ -11,6 +11,7 @@ import torch
 
 from fluid_npu.mcore.head_chunks import HeadChunks
 from tests.support.context import Case, Stack, run_stack, worst_error
+from tests.support.device import here
 from tests.support.moe import relative
 
 Ranks = Callable[..., list[Any]]
@@ -171,8 +172,71 @@ def test_what_cannot_be_cut_is_refused_by_name(run_ranks: Ranks) -> None:
         assert text in message
 
 
-def tensor_parallel() -> dict[str, Any]:
-    """Losses and gradients of a layer under tensor, sequence and context parallelism, whole and in chunks."""
+def tensor_parallel() -> list[dict[str, Any]]:
+    """A layer under tensor, sequence and context parallelism: whole, in chunks, and their twin."""
     sequence = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_tensor_parallel_size": 1}
-    case = Case(cp=2, ep=2, key_heads=4, qk_norm=False, micro_batches=2, config=sequence)
-    return {str(chunks): run_stack(replace(case, chunks=chunks)) for chunks in (1, 2)}
+    case = Case(cp=2, ep=2, key_heads=4, micro_batches=2, config=sequence)
+    return run_cases([case, replace(case, chunks=2), replace(case, chunks=2, twin=True)])
+
+
+def test_chunks_with_tensor_and_sequence_parallelism(run_ranks: Ranks) -> None:
+    sizes = {**Case().sizes, "tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
+    for whole, chunked, twin in run_ranks(4, tensor_parallel, sizes=sizes):
+        assert equal(chunked, twin) and not equal(chunked, whole)
+        for name, grad in whole["weights"].items():
+            assert relative(chunked["weights"][name], grad) <= FP32, name
+        for kind in ("out", "dx"):
+            assert all(relative(a, b) <= FP32 for a, b in zip(chunked[kind], whole[kind], strict=True))
+
+
+def with_biases() -> dict[str, dict[str, torch.Tensor]]:
+    """Gradients of a core of qkv and projection with biases and frozen qkv, whole and in chunks; what is printed."""
+    import contextlib
+    import io
+
+    import fluid_npu
+
+    found: dict[str, Any] = {}
+    for chunks in (1, 2):
+        stack = here(Stack(Case(chunks=chunks, key_heads=4, config={"add_qkv_bias": True, **UNFUSED})))
+        for number, parameter in enumerate(stack.parameters()):
+            torch.nn.init.normal_(parameter, std=0.2, generator=here_generator(number))
+        stack.layers[0].self_attention.linear_proj.weight.requires_grad_(False)
+        x = here(torch.randn(8, 2, 32, generator=torch.Generator().manual_seed(1)))
+        stack(x, here(rotary())).square().sum().backward()
+        found[str(chunks)] = {name: p.grad for name, p in stack.named_parameters() if p.grad is not None}
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text):
+            fluid_npu.print_fluid_layer_info(stack)
+        found[f"text {chunks}"] = text.getvalue()
+    return found
+
+
+UNFUSED = {"gradient_accumulation_fusion": False}
+
+
+def here_generator(seed: int) -> torch.Generator:
+    """Of the device of the tests."""
+    return torch.Generator(device=here(torch.empty(0)).device).manual_seed(seed)
+
+
+def rotary() -> torch.Tensor:
+    """Angles of 16 rows."""
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    angles: torch.Tensor = RotaryEmbedding(8, 1.0)(16)
+    return angles
+
+
+def test_biases_and_a_frozen_weight_in_chunks_and_what_is_printed(run_ranks: Ranks) -> None:
+    for found in run_ranks(2, with_biases, sizes=Case().sizes):
+        whole, chunked = found["1"], found["2"]
+        assert whole.keys() == chunked.keys() and "layers.0.self_attention.linear_qkv.bias" in whole
+        assert "layers.0.self_attention.linear_proj.weight" not in whole
+        for name, grad in whole.items():
+            assert relative(chunked[name], grad) <= FP32, name
+        path = "  - layers.0.self_attention (core FluidDotProductAttention, ulysses over 2 ranks"
+        assert f"{path})" in found["text 1"] and f"{path} in 2 chunks)" in found["text 2"]
+        assert "Attention layers: 1 FluidSelfAttention" in found["text 2"]
+        assert "layers.0.self_attention.linear_proj (dW beside the backward of hp2sp and sp2hp)" in found["text 2"]
+        assert "Scheduler status: Enabled (overlap dw)" in found["text 2"]

@@ -163,6 +163,10 @@ def run_stack(case: Case, attention: Any = None) -> dict[str, Any]:
     scheduler.recorder.enabled = True
     cp, replica = parallel_state.get_context_parallel_rank(), parallel_state.get_data_parallel_rank()
     mine = held_rows(case, cp)
+    if case.config.get("sequence_parallel"):
+        tensor_ranks = parallel_state.get_tensor_model_parallel_world_size()
+        part = len(mine) // tensor_ranks
+        mine = mine[parallel_state.get_tensor_model_parallel_rank() * part :][:part]
     result: dict[str, Any] = {"cp": cp, "replica": replica, "out": [], "dx": []}
     for micro in range(case.micro_batches):
         x, g = (here(value[mine]) for value in sample(case, replica, micro))
