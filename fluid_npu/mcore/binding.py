@@ -33,6 +33,7 @@ class SchedulerBinder:
     ``gemm_fusion``: the experts' weight gradients go straight into ``main_grad``, whatever the configuration says.
     ``dispatch``: how often a token is sent to a rank, as ``FluidTokenDispatcher``.
     ``chunks``: with overlap 'full', in how many groups of local experts a layer is pipelined; 'auto' decides.
+    ``attention_chunks``: of the heads of each attention under context parallelism, as ``FluidSelfAttention``.
     """
 
     def __init__(
@@ -44,11 +45,15 @@ class SchedulerBinder:
         gemm_fusion: bool = False,
         dispatch: str = "plain",
         chunks: int | str = AUTO,
+        attention_chunks: int = 1,
     ) -> None:
-        self.overlap = overlap
+        if attention_chunks < 1:
+            raise ValueError(f"attention_chunks={attention_chunks}: at least 1 is needed, which cuts nothing")
+        self.attention_chunks = attention_chunks
         self.gemm_fusion = gemm_fusion
         self.dispatch = check_dispatch(dispatch)
         self._settings: dict[str, Any] = {"overlap": overlap, "carry_over": carry_over, "transport": transport}
+        self.overlap = overlap
         self.carry_over = carry_over and overlap != "off"
         # Checked here so that a wrong value is refused where it was written.
         BackwardScheduler(**self._settings)
@@ -67,14 +72,15 @@ class SchedulerBinder:
     ) -> BackwardScheduler:
         """The scheduler of the model that ``layer`` belongs to; ``pp_rank`` None asks Megatron's global state.
 
-        Layers of different ``kind`` may have one number; only a 'moe' layer has a combine to wait for.
+        Layers of different ``kind`` may have one number: a 'moe' layer has a combine to wait for, an 'attention' the
+        exchanges of context parallelism.
         """
         if number is None:
             return getattr(layer, "backward_scheduler", None) or self._new(layer, "a layer alone")
         current = self._of_model(layer, (kind, number))
-        if kind == "moe":
-            chunk = chunk_offset(layer.config, number, pp_rank)
-            current.lowest[chunk] = min(number, current.lowest.get(chunk, number))
+        chunk = chunk_offset(layer.config, number, pp_rank)
+        lowest = current.lowest if kind == "moe" else current.lowest_attention
+        lowest[chunk] = min(number, lowest.get(chunk, number))
         return current
 
     def bind_linears(self, layer: FluidTransformerLayer, pp_rank: int | None = None) -> tuple[BackwardScheduler, int]:

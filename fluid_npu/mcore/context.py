@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import lcm
 from typing import Any
 
@@ -134,19 +135,53 @@ class ContextParallelCore:
             _check_ring(attention_mask, packed)
             return ring_attention(query, key, value, self._ring(context))
         shards, bounds = context.shards(query.shape[0], _bounds(packed), query.device)
-        _check_mask(attention_mask, shards.total, packed)
+        check_mask(attention_mask, shards.total, packed)
         how: dict[str, Any] = {"label": context.label, "sink": context.sink}
         whole = start_sp2hp(context.peers, [query, key, value], shards, **how).wait()
-
-        def on_whole(*qkv: Tensor) -> Tensor:
-            if packed is None:
-                return attend(*qkv, attention_mask, *args, **kwargs)
-            return _one_by_one(attend, qkv, bounds, *args, **kwargs)
-
-        again = self.recompute and self.training  # type: ignore[attr-defined]
-        out = tensor_parallel.checkpoint(on_whole, False, *whole) if again else on_whole(*whole)
+        packing = None if packed is None else bounds
+        out = self.attend_whole(whole, attention_mask, *args, bounds=packing, **kwargs)
         mine: Tensor = start_hp2sp(context.peers, out.unsqueeze(-2), shards, **how).wait()
         return mine.flatten(-2)
+
+    def attend_whole(
+        self,
+        qkv: tuple[Tensor, ...],
+        mask: Tensor | None,
+        *args: Any,
+        bounds: list[int] | None = None,
+        share: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """``[S, B, heads * V]`` of q, k, v over whole sequences, computed again in backward with ``recompute``.
+
+        ``bounds`` are those of packed sequences; ``share`` the query and key heads given, if not all of this rank's.
+        """
+        attend: Callable[..., Tensor] = super().forward
+
+        def on_whole(*qkv: Tensor) -> Tensor:
+            with self._with_share(share):
+                if bounds is None:
+                    return attend(*qkv, mask, *args, **kwargs)
+                return _one_by_one(attend, qkv, bounds, *args, **kwargs)
+
+        again = self.recompute and self.training  # type: ignore[attr-defined]
+        return tensor_parallel.checkpoint(on_whole, False, *qkv) if again else on_whole(*qkv)
+
+    @contextmanager
+    def _with_share(self, share: tuple[int, int] | None) -> Iterator[None]:
+        """Megatron's forward reads the number of heads from fields; in the body they are those of ``share``."""
+        if share is None:
+            yield
+            return
+        core, names = _fields(self), ("num_attention_heads_per_partition", "num_query_groups_per_partition")
+        before = [*(getattr(core, name) for name in names), core.hidden_size_per_partition]
+        core.num_attention_heads_per_partition, core.num_query_groups_per_partition = share
+        core.hidden_size_per_partition = before[2] // before[0] * share[0]
+        try:
+            yield
+        finally:
+            core.num_attention_heads_per_partition, core.num_query_groups_per_partition = before[:2]
+            core.hidden_size_per_partition = before[2]
 
     def _ring(self, context: ContextParallel) -> RingCall:
         """What Megatron's masked softmax computes without a mask, around the ranks."""
@@ -245,7 +280,8 @@ def _bounds(packed: Any) -> Tensor | None:
     return bounds
 
 
-def _check_mask(mask: Tensor | None, total: int, packed: Any) -> None:
+def check_mask(mask: Tensor | None, total: int, packed: Any) -> None:
+    """Raises ValueError for a mask that is not of the ``total`` rows of the sequence."""
     if mask is None:
         return
     if packed is not None:

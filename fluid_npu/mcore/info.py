@@ -28,7 +28,8 @@ def print_fluid_layer_info(model: torch.nn.Module) -> None:
         for path in paths:
             print(f"  - {path or 'the model itself'}{_role(modules, path)}")
     print()
-    print(f"Scheduler status: {_status(model) if moe or linears else 'none (no Fluid layer in this model)'}")
+    scheduled = any(getattr(module, "backward_scheduler", None) is not None for module in modules.values())
+    print(f"Scheduler status: {_status(model) if scheduled else 'none (no Fluid layer in this model)'}")
     print(_RULE)
 
 
@@ -41,12 +42,16 @@ def _classes(modules: dict[str, torch.nn.Module], paths: list[str]) -> str:
 
 
 def _role(modules: dict[str, torch.nn.Module], path: str) -> str:
-    """Where the dW of a linear's layer runs, and the core of an attention layer."""
+    """Where the dW of a linear's layer runs; the core of an attention layer, and how its ranks share a sequence."""
     module = modules[path]
     if isinstance(module, FluidLinear):
         return f" (dW {module.dw_runs})"
     core = getattr(module, "core_attention", None)
-    return f" (core {type(core).__name__})" if isinstance(core, torch.nn.Module) else ""
+    if not isinstance(core, torch.nn.Module):
+        return ""
+    context, chunks = getattr(core, "context", None), getattr(module, "head_chunks", None)
+    shared = "" if context is None else f", {context.algorithm} over {context.ranks} ranks"
+    return f" (core {type(core).__name__}{shared}{f' in {len(chunks.chunks)} chunks' if chunks is not None else ''})"
 
 
 def _status(model: torch.nn.Module) -> str:

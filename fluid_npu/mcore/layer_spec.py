@@ -51,6 +51,7 @@ def get_fluid_moe_layer_spec(
     backend: str = "auto",
     dispatch: str = "plain",
     chunks: int | str = AUTO,
+    attention_chunks: int = 1,
 ) -> ModuleSpec:
     """The spec of a transformer layer with a FluidMoELayer, for ``GPTModel(transformer_layer_spec=...)``.
 
@@ -66,6 +67,8 @@ def get_fluid_moe_layer_spec(
         dispatch: 'plain' sends a token once for each of its experts, 'once-per-rank' once to each rank that holds some,
             'auto' what has clearly fewer rows.
         chunks: with overlap 'full', the number of chunks: a divisor of the experts of a rank, or 'auto'.
+        attention_chunks: parts in which each rank's heads are computed under context parallelism, each part's
+            AllToAlls beside the computation of others (``FluidSelfAttention``).
 
     For Megatron's multi-token prediction take ``get_fluid_moe_block_spec``: its helper accepts Megatron's own
     TransformerLayer alone as a layer's spec.
@@ -73,7 +76,14 @@ def get_fluid_moe_layer_spec(
     Raises:
         ValueError: an unknown overlap, dispatch, number of chunks or backend.
     """
-    binder = SchedulerBinder(overlap, carry_over=carry_over, transport=transport, dispatch=dispatch, chunks=chunks)
+    binder = SchedulerBinder(
+        overlap,
+        carry_over=carry_over,
+        transport=transport,
+        dispatch=dispatch,
+        chunks=chunks,
+        attention_chunks=attention_chunks,
+    )
     return with_fluid_moe(_layer_spec(config, choose_backend(backend).value), binder)
 
 
@@ -86,21 +96,31 @@ def get_fluid_moe_block_spec(
     backend: str = "auto",
     dispatch: str = "plain",
     chunks: int | str = AUTO,
+    attention_chunks: int = 1,
     vp_stage: int | None = None,
     binder: SchedulerBinder | None = None,
 ) -> TransformerBlockSubmodules:
     """The specs of all layers of a pipeline stage, for models with dense layers too (``moe_layer_freq``).
 
     Arguments as ``get_fluid_moe_layer_spec``; ``vp_stage`` is the chunk of an interleaved pipeline. Chunks whose specs
-    are made with one ``binder`` share a scheduler; it then stands for overlap, carry_over, transport, dispatch and
-    chunks, none of which may be given beside it (ValueError).
+    are made with one ``binder`` share a scheduler; it then stands for overlap, carry_over, transport, dispatch,
+    chunks and attention_chunks, none of which may be given beside it (ValueError).
     """
-    if binder is not None and (overlap, carry_over, transport, dispatch, chunks) != ("dw", False, None, "plain", AUTO):
+    given = (overlap, carry_over, transport, dispatch, chunks, attention_chunks)
+    if binder is not None and given != ("dw", False, None, "plain", AUTO, 1):
         raise ValueError(
-            "binder: overlap, carry_over, transport, dispatch and chunks are its own; give them to SchedulerBinder"
+            "binder: overlap, carry_over, transport, dispatch, chunks and attention_chunks are its own; give them to "
+            "SchedulerBinder"
         )
     if binder is None:
-        binder = SchedulerBinder(overlap, carry_over=carry_over, transport=transport, dispatch=dispatch, chunks=chunks)
+        binder = SchedulerBinder(
+            overlap,
+            carry_over=carry_over,
+            transport=transport,
+            dispatch=dispatch,
+            chunks=chunks,
+            attention_chunks=attention_chunks,
+        )
     use_te = choose_backend(backend).value == "te"
     block = get_gpt_decoder_block_spec(config, use_te, normalization=config.normalization, **_chunk(vp_stage))
     return with_fluid_block(block, binder)
@@ -146,10 +166,22 @@ def with_fluid_moe(layer: ModuleSpec, binder: SchedulerBinder) -> ModuleSpec:
             _replace_linears(inside)
         ours = FLUID_ATTENTION.get(module_of(attention))
         if ours is not None and getattr(inside, "core_attention", None) is FluidDotProductAttention:
-            layer.submodules.self_attention = rebuilt(attention, ours, inside, binder=binder)
+            chunks = {"attention_chunks": binder.attention_chunks} if binder.attention_chunks > 1 else {}
+            layer.submodules.self_attention = rebuilt(attention, ours, inside, binder=binder, **chunks)
+        elif binder.attention_chunks > 1:
+            core = getattr(inside, "core_attention", None)
+            raise ValueError(
+                f"attention_chunks={binder.attention_chunks}: the layer has {_name(module_of(attention))} with "
+                f"{_name(core)}, not Megatron's SelfAttention with DotProductAttention; use backend='local' or "
+                "attention_chunks=1"
+            )
         else:
             layer.submodules.self_attention = rebuilt(attention, module_of(attention), inside)
     return layer
+
+
+def _name(module: Any) -> str:
+    return getattr(module, "__name__", str(module))
 
 
 def _replace_norms(submodules: Any) -> None:

@@ -3,6 +3,8 @@
 Where dW runs is decided by the layer's place alone, so every rank decides alike:
 
     * a column-parallel linear with several tensor ranks: beside the all-reduce or reduce-scatter of its dX;
+    * under context parallelism the output projection, and with carry-over the MLP's linears: queued, for the exchanges
+      of their own layer's attention (``exchanges``);
     * a linear above the chunk's lowest MoE layer, with carry-over: queued, for the combine of the layer below;
     * a row-parallel linear with several tensor ranks elsewhere, and in a dense model: queued, for the collective of the
       column-parallel linear below it;
@@ -13,7 +15,9 @@ A queued gradient reaches DDP when it has landed (``schedule.late_weight``), wha
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -24,13 +28,36 @@ from fluid_npu.comm.sink import DirectSink
 from fluid_npu.comm.tensor_parallel import TensorRegion
 from fluid_npu.device import device_of
 from fluid_npu.device.choice import Choice
-from fluid_npu.mcore.lines.linears import only_stock_can, stock_product, tensor_group
-from fluid_npu.ops.dense_linear import dense_weight_grad
+from fluid_npu.mcore.lines.linears import enter_columns, leave_rows, only_stock_can, stock_product, tensor_group
+from fluid_npu.ops.dense_linear import DenseGradInParts, dense_weight_grad
 from fluid_npu.ops.grouped_matmul import placeholder_grad
+from fluid_npu.ops.linear_parts import ColumnParts, RowParts
 from fluid_npu.ops.parallel_linear import LinearBackward, parallel_linear
 from fluid_npu.schedule.late_weight import LateWeight
 from fluid_npu.schedule.scheduler import BackwardScheduler
 from fluid_npu.schedule.task import DWTask
+
+PartsT = TypeVar("PartsT", ColumnParts, RowParts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InParts:
+    """What a Fluid linear is called with instead of a tensor, to compute in parts of its heads (``ops.linear_parts``).
+
+    ``parts``: heads of each part, blocks of ``size`` outputs of a column-parallel linear or inputs of a row-parallel
+    one. A column-parallel linear hands the outputs of each part of ``x`` to ``consume(number, y)`` and returns (None,
+    None); a row-parallel one gets its inputs from ``produce(number)`` and returns what it returns of all together.
+    """
+
+    parts: Sequence[Sequence[int]]
+    size: int
+    x: Tensor | None = None
+    consume: Callable[[int, Tensor], None] | None = None
+    produce: Callable[[int], Tensor] | None = None
+
+    def indices(self, device: torch.device) -> list[Tensor]:
+        """``parts`` as tensors."""
+        return [torch.tensor(part, dtype=torch.int64, device=device) for part in self.parts]
 
 
 class FluidLinear(torch.nn.Module):
@@ -39,6 +66,8 @@ class FluidLinear(torch.nn.Module):
     gradient_accumulation_fusion: bool
     backward_scheduler: BackwardScheduler | None = None
     label = ""
+    exchanges: tuple[str, ...] = ()
+    """The kinds of exchange of the same layer's attention beside whose backward dW runs, an equal part beside each."""
     _place: tuple[int, int] | None = None
     _region: TensorRegion | None = None
 
@@ -63,6 +92,8 @@ class FluidLinear(torch.nn.Module):
         """Where dW runs, in words."""
         if self._exchanges_dx():
             return "beside the collective of dX"
+        if self.exchanges and self._queues(self.weight, None):
+            return f"beside the backward of {' and '.join(self.exchanges)}"
         return "queued" if self._queues(self.weight, None) else "at once"
 
     @property
@@ -88,6 +119,24 @@ class FluidLinear(torch.nn.Module):
         at_once = LinearBackward(take_dw=lambda x, dy: self._run(weight, region, x, dy), region=region)
         return parallel_linear(input, weight, bias, at_once)
 
+    def _in_parts(self, kind: type[PartsT], call: InParts) -> PartsT:
+        """The product of one call in parts. The weight is a constant to it; its dW reaches DDP through the gate."""
+        weight: Any = self.weight
+        trained = weight.requires_grad and torch.is_grad_enabled()
+        gate = self._late.gate(weight.device) if trained else None
+        take = (lambda x, dy: self._take_late(weight, x, dy)) if trained else None
+        return kind(weight.detach(), call.indices(weight.device), call.size, take, gate)
+
+    def _take_late(self, weight: Any, x: Tensor, dy: Tensor) -> None:
+        """dW queued where it may be, else computed now, and delivered to autograd by itself either way."""
+        if self._queues(weight, None):
+            return self._queue(weight, x, dy)
+        debt = self._late.owe(weight)
+        task = self._task(x, dy, lambda: debt.pay(self._dw(weight, x, dy)))
+        if self.backward_scheduler is None:
+            return task.run()
+        self.backward_scheduler.run_now(task)
+
     def _exchanges_dx(self) -> bool:
         """Whether tensor ranks sum this linear's dX."""
         return False
@@ -97,13 +146,14 @@ class FluidLinear(torch.nn.Module):
         scheduler = self.backward_scheduler
         if region is not None or scheduler is None or scheduler.overlap == "off" or weight is not self.weight:
             return False
-        return self._place is None or self._combine_below() or self._column_below()
+        return self._place is None or bool(self.exchanges) or self._flight_below() or self._column_below()
 
-    def _combine_below(self) -> bool:
+    def _flight_below(self) -> bool:
+        """Whether an exchange of a layer below follows, for which dW may wait."""
         scheduler = self.backward_scheduler
         if scheduler is None or self._place is None:
             return False
-        return scheduler.carry_over and scheduler.combine_below(*self._place)
+        return scheduler.carry_over and scheduler.flight_below(*self._place)
 
     def _column_below(self) -> bool:
         """Whether a column-parallel linear whose dX is exchanged comes next in the backward."""
@@ -123,10 +173,17 @@ class FluidLinear(torch.nn.Module):
         return known
 
     def _queue(self, weight: Any, x: Tensor, dy: Tensor) -> None:
-        debt = self._late.owe(weight)
-        task = self._task(weight, x, dy, lambda: debt.pay(self._dw(weight, x, dy)))
         assert self.backward_scheduler is not None
-        self.backward_scheduler.submit(task)
+        debt = self._late.owe(weight)
+        if len(self.exchanges) < 2:
+            task = self._task(x, dy, lambda: debt.pay(self._dw(weight, x, dy)), *self.exchanges)
+            self.backward_scheduler.submit(task)
+            return
+        columns = [part.shape[1] for part in dy.tensor_split(len(self.exchanges), 1)]
+        parts = DenseGradInParts(weight, columns, self.gradient_accumulation_fusion, debt.pay)
+        for number, (dy_part, flight) in enumerate(zip(dy.split(columns, 1), self.exchanges, strict=True)):
+            run = lambda number=number, dy_part=dy_part: parts.add(number, x, dy_part)
+            self.backward_scheduler.submit(self._task(x, dy_part, run, flight, f" part {number + 1}"))
 
     def _run(self, weight: Any, region: TensorRegion | None, x: Tensor, dy: Tensor) -> Tensor:
         """dW now, counted by the scheduler if there is one; what autograd gets for the weight."""
@@ -134,9 +191,9 @@ class FluidLinear(torch.nn.Module):
         if self.backward_scheduler is None:
             found.append(self._dw(weight, x, dy))
         else:
-            task = self._task(weight, x, dy, lambda: found.append(self._dw(weight, x, dy)))
+            task = self._task(x, dy, lambda: found.append(self._dw(weight, x, dy)))
             beside = "at once" if region is None else region.name
-            if region is not None and not self._combine_below():  # else the queue is for the combine
+            if region is not None and not self._flight_below():  # else the queue is for that exchange
                 self.backward_scheduler.run_queue(beside)
             self.backward_scheduler.run_now(task, beside)
         return placeholder_grad(weight) if found[0] is None else found[0]
@@ -145,25 +202,60 @@ class FluidLinear(torch.nn.Module):
         with torch.no_grad():
             return dense_weight_grad(weight, x, dy, self.gradient_accumulation_fusion)
 
-    def _task(self, weight: Any, x: Tensor, dy: Tensor, run: Any) -> DWTask:
-        shape = (x.shape[0], x.shape[1], dy.shape[1])
-        name = self.label or type(self).__name__
-        return DWTask(name=name, run=run, shape=shape, device=device_of(x), carry=True, held_bytes=x.nbytes + dy.nbytes)
+    def _task(self, x: Tensor, dy: Tensor, run: Any, flight: str = "", which: str = "") -> DWTask:
+        return DWTask(
+            name=f"{self.label or type(self).__name__}{which}",
+            run=run,
+            shape=(x.shape[0], x.shape[1], dy.shape[1]),
+            device=device_of(x),
+            carry=True,
+            flight=flight,
+            held_bytes=x.nbytes + dy.nbytes,
+        )
 
 
 class FluidColumnParallelLinear(FluidLinear, ColumnParallelLinear):
     """Megatron's ColumnParallelLinear, same arguments and results; the backward as this module says.
 
     Needs no Transformer Engine; without Apex ``gradient_accumulation_fusion`` needs ``fluid_npu.adapt()``, since
-    Megatron's constructor checks for the extension (on a CPU and an NPU ours stands in).
+    Megatron's constructor checks for the extension (on a CPU and an NPU ours stands in). ``InParts`` instead of the
+    input computes in parts; then tensor ranks exchange the whole input and the whole dX, with nothing beside it.
     """
+
+    def forward(self, input_: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Megatron's; with ``InParts`` (None, None)."""
+        if not isinstance(input_, InParts):
+            return super().forward(input_, *args, **kwargs)
+        assert input_.x is not None and input_.consume is not None
+        x, product = enter_columns(self, input_.x), self._in_parts(ColumnParts, input_)
+        bias: Any = self.bias
+        for number, heads in enumerate(product.parts):
+            y = product.compute(x, number)
+            input_.consume(number, y if bias is None else y + bias.view(-1, input_.size)[heads].flatten())
+        return None, None
 
     def _exchanges_dx(self) -> bool:
         return bool((self.allreduce_dgrad or self.sequence_parallel) and not self.explicit_expert_comm)
 
 
 class FluidRowParallelLinear(FluidLinear, RowParallelLinear):
-    """Megatron's RowParallelLinear, same arguments and results. Its dX is not exchanged: the forward's output is."""
+    """Megatron's RowParallelLinear, same arguments and results. Its dX is not exchanged: the forward's output is.
+
+    ``InParts`` instead of the input adds up the products of parts, in order.
+    """
+
+    def forward(self, input_: Any) -> Any:
+        """As Megatron's."""
+        if not isinstance(input_, InParts):
+            return super().forward(input_)
+        assert input_.produce is not None
+        product = self._in_parts(RowParts, input_)
+        for number in range(len(product.parts)):
+            y = product.add(input_.produce(number), number)
+        y, bias = leave_rows(self, y), cast(Any, self.bias)
+        if self.skip_bias_add or bias is None:
+            return y, bias
+        return y + bias, None
 
     def _column_below(self) -> bool:
         return bool(self.input_size_per_partition != self.input_size) and not self.explicit_expert_comm

@@ -8,14 +8,20 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
+from fluid_npu.device.choice import Choice
 from fluid_npu.mcore.attention import FluidDotProductAttention
-from fluid_npu.mcore.binding import SchedulerBinder
-from fluid_npu.mcore.context import ContextParallelCore
+from fluid_npu.mcore.attention_chunks import in_chunks, why_whole
+from fluid_npu.mcore.binding import SchedulerBinder, chunk_offset
+from fluid_npu.mcore.context import ContextParallel, ContextParallelCore
+from fluid_npu.mcore.head_chunks import HeadChunks
+from fluid_npu.mcore.linear import FluidColumnParallelLinear, FluidLinear, FluidRowParallelLinear
 from fluid_npu.schedule.scheduler import BackwardScheduler
 
 
@@ -25,6 +31,8 @@ class _Connected:
     backward_scheduler: BackwardScheduler | None = None
     checkpoint_core_attention: bool
     core_attention: Any
+    config: TransformerConfig
+    linear_proj: Any
 
     def __init__(
         self,
@@ -33,13 +41,18 @@ class _Connected:
         layer_number: int,
         *args: Any,
         binder: SchedulerBinder | None = None,
+        attention_chunks: int = 1,
         **kwargs: Any,
     ) -> None:
+        submodules = copy.copy(submodules)
         if submodules.core_attention is DotProductAttention:
-            submodules = copy.copy(submodules)
             submodules.core_attention = FluidDotProductAttention
+        overlaps = binder is not None and binder.overlap != "off"
+        if config.context_parallel_size > 1 and (overlaps or attention_chunks > 1):
+            _take_linears(submodules, attention_chunks > 1)
         super().__init__(config, submodules, layer_number, *args, **kwargs)  # type: ignore[call-arg]
         core = self.core_attention
+        self.head_chunks = _head_chunks(self, attention_chunks)
         if not isinstance(core, ContextParallelCore) or core.context is None:
             return
         # The core recomputes attention alone; around the core Megatron would repeat the exchanges too.
@@ -47,6 +60,18 @@ class _Connected:
         core.context.label = f"layer {layer_number}"
         if binder is not None:
             self.backward_scheduler = core.context.sink = binder.bind(self, layer_number, kind="attention")
+            self._fill_exchanges(core.context, self.backward_scheduler, layer_number)
+
+    def _fill_exchanges(self, context: ContextParallel, scheduler: BackwardScheduler, layer_number: int) -> None:
+        """The output projection's dW runs beside the backward of the exchanges, which follow its dX."""
+        place = (chunk_offset(self.config, layer_number), layer_number)
+        for name in ("linear_qkv", "linear_proj"):
+            linear = getattr(self, name, None)
+            if isinstance(linear, FluidLinear):
+                linear.join(scheduler, f"layer {layer_number} self_attention.{name}", place)
+        if isinstance(self.linear_proj, FluidRowParallelLinear):
+            # Two exchanges of about equal size: each gets a half.
+            self.linear_proj.exchanges = ("hp2sp", "sp2hp") if context.algorithm == "ulysses" else ("ring",)
 
 
 class FluidSelfAttention(_Connected, SelfAttention):
@@ -60,6 +85,10 @@ class FluidSelfAttention(_Connected, SelfAttention):
         submodules: as SelfAttention's.
         layer_number: global number of the layer, from 1.
         binder: gives the layers of one model one scheduler; None: the exchanges have none of their own.
+        attention_chunks: 1, or with Ulysses 2, 4 or 8: qkv, attention and output projection are computed in so many
+            parts of this rank's heads, and each part's AllToAlls fly beside the computation of others. It must divide
+            the query heads of a rank, and divide or be divided by its key heads. The sums over heads are taken part by
+            part, so results differ from those without chunks by rounding.
         args, kwargs: passed on to SelfAttention.
 
     Raises ValueError for a configuration that is not implemented, naming the option and the fix.
@@ -72,13 +101,71 @@ class FluidSelfAttention(_Connected, SelfAttention):
         layer_number: int,
         *args: Any,
         binder: SchedulerBinder | None = None,
+        attention_chunks: int = 1,
         **kwargs: Any,
     ) -> None:
-        super().__init__(config, submodules, layer_number, *args, binder=binder, **kwargs)
+        chunks = attention_chunks
+        super().__init__(config, submodules, layer_number, *args, binder=binder, attention_chunks=chunks, **kwargs)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """``([T, B, H], bias or None)``. Arguments as SelfAttention's; those of inference, and packed sequences, are
+        not computed in chunks, which is said once."""
+        if self.head_chunks is None:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        why = why_whole(self, hidden_states, args, kwargs)
+        number = 1 if why else len(self.head_chunks.chunks)
+        Choice(number, why or "as asked").announce("attention chunks")
+        if why:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        rotary = None if _without_rotary(self) else kwargs.get("rotary_pos_emb")
+        return in_chunks(self, self.head_chunks, hidden_states, attention_mask, rotary)
 
 
 class FluidMLASelfAttention(_Connected, MLASelfAttention):
-    """The same for multi-latent attention. Arguments as ``FluidSelfAttention``."""
+    """The same for multi-latent attention. Arguments as ``FluidSelfAttention``; it has no chunks."""
+
+
+def _take_linears(submodules: Any, in_chunks: bool) -> None:
+    """In place: ours for Megatron's output projection, and for its qkv where the heads are cut."""
+    if submodules.linear_proj is RowParallelLinear:
+        submodules.linear_proj = FluidRowParallelLinear
+    if in_chunks and getattr(submodules, "linear_qkv", None) is ColumnParallelLinear:
+        submodules.linear_qkv = FluidColumnParallelLinear
+
+
+def _head_chunks(attention: Any, asked: int) -> HeadChunks | None:
+    """The chunks of an attention's heads; None for one. Raises ValueError, naming the option, where there are none."""
+    if asked == 1:
+        return None
+    core, why = attention.core_attention, ""
+    if asked < 1:
+        why = "at least 1 is needed, which cuts nothing"
+    elif not isinstance(attention, FluidSelfAttention):
+        why = "multi-latent attention is not computed in chunks"
+    elif attention.config.context_parallel_size == 1:
+        why = "with context_parallel_size=1 there is no AllToAll to compute beside"
+    elif not isinstance(core, ContextParallelCore) or core.context is None:
+        why = f"the core is {type(core).__name__}, not ours"
+    elif core.context.algorithm != "ulysses":
+        why = "a ring passes keys, it does not exchange heads; set cp_comm_type='ulysses'"
+    elif not isinstance(attention.linear_qkv, FluidColumnParallelLinear):
+        why = f"linear_qkv is {type(attention.linear_qkv).__name__}, not Megatron's ColumnParallelLinear"
+    elif not isinstance(attention.linear_proj, FluidRowParallelLinear):
+        why = f"linear_proj is {type(attention.linear_proj).__name__}, not Megatron's RowParallelLinear"
+    elif attention.config.num_query_groups < attention.config.tensor_model_parallel_size:
+        why = "tensor ranks share key heads"
+    if why:
+        raise ValueError(f"attention_chunks={asked}: {why}; use attention_chunks=1")
+    heads, keys = attention.num_attention_heads_per_partition, attention.num_query_groups_per_partition
+    return HeadChunks.of(heads, keys, core.context.ranks, asked)
+
+
+def _without_rotary(attention: Any) -> bool:
+    """Whether the layer is one of those without rotary embedding (``no_rope_freq``)."""
+    layers = getattr(attention.config, "no_rope_freq", None)
+    return bool(layers and layers[attention.layer_number - 1])
 
 
 #: Megatron's attention modules and ours.

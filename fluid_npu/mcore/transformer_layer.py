@@ -62,5 +62,16 @@ class FluidTransformerLayer(TransformerLayer):
         if not linears:
             return
         scheduler, chunk = binder.bind_linears(self, pp_rank)
+        exchanges = self._exchanges()
         for name, linear in linears.items():
             linear.join(scheduler, f"layer {self.layer_number} {name}", (chunk, self.layer_number))
+            if exchanges and not name.startswith("self_attention."):
+                # fc1 is the larger where it is gated; each exchange gets one of the two.
+                linear.exchanges = exchanges[-1:] if name.endswith("fc1") else exchanges[:1]
+
+    def _exchanges(self) -> tuple[str, ...]:
+        """The kinds of exchange that this layer's attention makes in backward, after the MLP's."""
+        context = getattr(getattr(self.self_attention, "core_attention", None), "context", None)
+        if context is None:
+            return ()
+        return ("hp2sp", "sp2hp") if context.algorithm == "ulysses" else ("ring",)

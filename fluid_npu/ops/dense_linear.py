@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +55,41 @@ def dense_weight_grad(weight_NK: Any, x_RK: Tensor, dy_RN: Tensor, fuse: bool) -
         weight_NK.grad_added_to_main_grad = True
         return None
     return dy_RN.t() @ x_RK
+
+
+class DenseGradInParts:
+    """dW of a parameter computed in parts along its outputs, at different times; delivered when the last part is there.
+
+    Args:
+        weight_NK: the parameter.
+        sizes: outputs of each part, in order; their sum is N.
+        fuse: add to the parameter's ``main_grad``, if it has one.
+        deliver: called once with what ``dense_weight_grad`` would return.
+    """
+
+    def __init__(
+        self, weight_NK: Any, sizes: Sequence[int], fuse: bool, deliver: Callable[[Tensor | None], None]
+    ) -> None:
+        self._weight, self._sizes, self._deliver = weight_NK, list(sizes), deliver
+        self._fused = fuse and getattr(weight_NK, "main_grad", None) is not None
+        self._missing = len(self._sizes)
+        self._grad: Tensor | None = None
+
+    def add(self, number: int, x_RK: Tensor, dy_Rn: Tensor) -> None:
+        """Computes one part; ``dy_Rn`` are its columns of dy."""
+        weight = self._weight
+        with torch.no_grad():
+            if self._fused:
+                add_dense_dw_(weight.main_grad.split(self._sizes)[number], x_RK, dy_Rn)
+                weight.grad_added_to_main_grad = True
+            else:
+                if self._grad is None:
+                    self._grad = x_RK.new_empty(weight.shape)
+                torch.mm(dy_Rn.t(), x_RK, out=self._grad.split(self._sizes)[number])
+        self._missing -= 1
+        if not self._missing:
+            grad, self._grad = self._grad, None
+            self._deliver(grad)
 
 
 class _DeferredLinear(torch.autograd.Function):

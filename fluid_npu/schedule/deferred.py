@@ -93,13 +93,15 @@ class DeferredWeights:
         """Queues the dW of a weight: one task, whose parts are groups of experts, together all in their order."""
         weight = self._weights[index]
         first, parts = parts[0], list(parts)
+        carry = self._carry and bool(weight.late_hooks)
         self._scheduler.submit(
             DWTask(
                 name=f"{self._label} {weight.name}",
                 run=lambda: self._land(index, parts),
                 shape=(sum(part.x.shape[0] for part in parts), first.x.shape[1], first.dy.shape[1]),
                 device=device_of(first.x),
-                carry=self._carry and bool(weight.late_hooks),
+                carry=carry,
+                flight="moe_combine" if carry else "",
                 held_bytes=sum(part.x.nbytes + part.dy.nbytes for part in parts),
             )
         )

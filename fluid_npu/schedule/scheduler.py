@@ -4,6 +4,11 @@
                                      attention's linears, those of dense layers and shared experts
     dX of FC2, activation, dX of FC1: each hands its dW here
     dispatch-backward AllToAll   ||  dW of FC2, dW of FC1
+    dX of the output projection: hands its dW here, under context parallelism (Ulysses)
+    hp2sp-backward AllToAll      ||  half of that dW; with carry_over what the layer's MLP left
+    attention
+    sp2hp-backward AllToAll      ||  the other half; the rest of what the MLP left
+    dX of qkv: hands its dW here with carry_over
 
 Which task runs in which flight follows from configuration and the graph alone, so every rank takes the same order,
 whatever its load or clock. One scheduler serves one model; it is found through the model's layers and holds no
@@ -75,6 +80,8 @@ class BackwardScheduler:
         self.name = name
         #: The lowest MoE layer of each pipeline chunk on this rank, by the number of layers below the chunk.
         self.lowest: dict[int, int] = {}
+        #: The same of its attentions that exchange heads or keys between context-parallel ranks.
+        self.lowest_attention: dict[int, int] = {}
         self.comm = CommStats()
         self.recorder = Recorder()
         self._twin = False
@@ -90,6 +97,10 @@ class BackwardScheduler:
     def combine_below(self, chunk: int, number: int) -> bool:
         """Whether the backward of a chunk's layer ``number`` is followed by that of another layer's combine."""
         return number > self.lowest.get(chunk, number)
+
+    def flight_below(self, chunk: int, number: int) -> bool:
+        """Whether that backward is followed by any exchange of another layer: a combine, or one of its attention."""
+        return self.combine_below(chunk, number) or number > self.lowest_attention.get(chunk, number)
 
     @property
     def serialised(self) -> bool:
@@ -142,14 +153,15 @@ class BackwardScheduler:
     def fill(self, comm_type: str, name: str) -> None:
         """Runs what may run beside the backward of this exchange, oldest first.
 
-        The combine takes everything; the dispatch leaves tasks marked ``carry`` for the combine below.
+        The combine takes everything; the dispatch leaves tasks marked ``carry`` for the combine below; others leave
+        what waits for another kind of exchange.
         """
         kept: deque[DWTask] = deque()
         while self._queue:
-            if self._queue[0].carry and comm_type == "moe_dispatch":
-                kept.append(self._queue.popleft())
-            else:
+            if self._queue[0].fits(comm_type):
                 self._run(self._take(), f"backward of {name}")
+            else:
+                kept.append(self._queue.popleft())
         self._queue = kept
 
     def _run(self, task: DWTask, region: str) -> None:

@@ -14,8 +14,9 @@ class DWTask:
 
     ``run`` owns its inputs: they stay alive, and must stay unchanged, until it ran. ``shape`` is (rows, inputs,
     outputs) of this rank and ``flops`` its cost, 2 * rows * inputs * outputs. ``carry`` marks work that may be
-    left for the combine of the layer below. ``device`` is where it runs, for timing. ``held_bytes`` is what the inputs
-    take while it waits, 0 where nobody counted.
+    left for the combine of the layer below; ``flight`` is the kind of exchange that it waits for (``comm_type``), ""
+    for the next one; a combine takes it in any case. ``device`` is where it runs, for timing. ``held_bytes`` is
+    what the inputs take while it waits, 0 where nobody counted.
     """
 
     name: str
@@ -23,7 +24,16 @@ class DWTask:
     shape: tuple[int, int, int]
     device: Device
     carry: bool = False
+    flight: str = ""
     held_bytes: int = 0
+
+    def fits(self, comm_type: str) -> bool:
+        """Whether it may run beside the backward of an exchange of this kind."""
+        if comm_type == "moe_combine":
+            return True
+        if comm_type == "moe_dispatch":
+            return not self.carry
+        return self.flight in ("", comm_type)
 
     @property
     def flops(self) -> int:

@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.context import worst_error
 from tests.support.gpt import far_apart
+from tests.support.line_worker import context_cases
 
 ROOT = Path(__file__).resolve().parents[2]
 _spec = importlib.util.spec_from_file_location("megatron_lines", ROOT / "scripts" / "megatron_lines.py")
@@ -125,6 +127,18 @@ def test_half_precision_runs(version: str, results: Any) -> None:
 def test_distributed_checkpoints_of_stock_and_ours_exchange(version: str, results: Any) -> None:
     for rank in results(version):
         assert rank["exchange"] == {"stock to dw": [], "dw to stock": []}
+
+
+@pytest.mark.parametrize("version", LINES)
+def test_context_parallelism_against_one_process(version: str, results: Any) -> None:
+    """Ulysses, in chunks and a ring, CP 2 with EP 2, against the whole sequence in float64."""
+    ranks = results(version)
+    for index, case in enumerate(context_cases()):
+        errors = worst_error(case, [rank["context"][index] for rank in ranks])
+        assert max(errors.values()) <= GRADIENT, (case, errors)
+    regions = ranks[0]["context"][0]["regions"]
+    assert regions["layer 1 self_attention.linear_proj part 1"] == "backward of hp2sp AllToAll of layer 1"
+    assert regions["layer 1 self_attention.linear_proj part 2"] == "backward of sp2hp AllToAll of layer 1"
 
 
 @pytest.mark.parametrize("version", LINES)

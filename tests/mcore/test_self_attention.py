@@ -58,23 +58,37 @@ def test_gradients_of_whole_layers_against_one_process(cases: list[Case], run_ra
         assert max(errors.values()) <= FP32, f"{case}: {errors}"
 
 
-GRID = list(product((1, 3), (1, 2, 4), (2, 8)))
+def grid(cp: int, ep: int) -> list[Case]:
+    """Layers, micro-batches and key heads by both algorithms; with 32 heads also chunks, some with carry-over."""
+    configs = [{}, RING] if cp > 1 else [{}]
+    cases = [
+        Case(cp=cp, ep=ep, layers=layers, micro_batches=n, key_heads=keys, config=config)
+        for layers, n, keys, config in product((1, 3), (1, 2, 4), (2, 8), configs)
+    ]
+    if cp > 1:
+        cases += [
+            Case(
+                cp=cp, ep=ep, layers=layers, micro_batches=n, heads=32, key_heads=keys, chunks=chunks, carry=layers > 1
+            )
+            for layers, n, keys, chunks in product((1, 3), (1, 2, 4), (2, 8, 32), (1, 2, 4, 8))
+        ]
+    return cases
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("cp", "ep"), list(product((1, 2, 4), (1, 2, 4))))
-def test_the_grid_of_cp_ep_layers_micro_batches_and_key_heads(cp: int, ep: int, run_ranks: Ranks) -> None:
-    cases = [
-        Case(cp=cp, ep=ep, layers=layers, micro_batches=n, key_heads=keys, config=config)
-        for layers, n, keys in GRID
-        for config in ([{}, RING] if cp > 1 else [{}])
-    ]
+def test_the_grid_of_cp_ep_layers_micro_batches_key_heads_and_chunks(cp: int, ep: int, run_ranks: Ranks) -> None:
+    cases = grid(cp, ep)
     every = [replace(case, twin=twin) for case in cases for twin in (False, True)]
-    ranks = run_ranks(cases[0].ranks, run_cases, every, sizes=cases[0].sizes, timeout=280)
+    ranks = run_ranks(cases[0].ranks, run_cases, every, sizes=cases[0].sizes, timeout=1500)
+    worst = 0.0
     for index, case in enumerate(cases):
         errors = worst_error(case, [rank[2 * index] for rank in ranks])
         assert max(errors.values()) <= FP32, f"{case}: {errors}"
         assert all(equal(rank[2 * index], rank[2 * index + 1]) for rank in ranks), f"{case}: differs from its twin"
+        worst = max(worst, *errors.values())
+    print(f"{len(ranks)} ranks, cp {cp}, ep {ep}: {len(cases)} cases and their twins, worst relative error {worst:.1e}")
 
 
 def variants() -> dict[str, Any]:

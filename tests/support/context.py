@@ -31,6 +31,10 @@ class Case:
     overlap: str = "dw"
     twin: bool = False
     recompute: bool = False
+    chunks: int = 1
+    carry: bool = False
+    shared: bool = False
+    """Whether each layer has a shared expert, of the width of the others."""
     seed: int = 7
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -56,7 +60,9 @@ class Stack(torch.nn.Module):
 
         super().__init__()
         config = make_config(case)
-        spec = get_fluid_moe_layer_spec(config, overlap=case.overlap, backend="local")
+        spec = get_fluid_moe_layer_spec(
+            config, overlap=case.overlap, carry_over=case.carry, backend="local", attention_chunks=case.chunks
+        )
         if attention is not None:
             spec.submodules.self_attention.module = attention
             spec.submodules.self_attention.submodules.core_attention = DotProductAttention
@@ -76,7 +82,9 @@ def make_config(case: Case) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     recompute = {"recompute_granularity": "selective"} if case.recompute else {}
-    window = {"window_size": case.window} if case.window else {}
+    window: dict[str, Any] = {"window_size": case.window} if case.window else {}
+    if case.shared:
+        window["moe_shared_expert_intermediate_size"] = FFN
     settings: dict[str, Any] = dict(
         num_layers=case.layers,
         hidden_size=HIDDEN,
@@ -152,8 +160,13 @@ def run_stack(case: Case, attention: Any = None) -> dict[str, Any]:
         parameter.grad_added_to_main_grad = False
     rotary = RotaryEmbedding(SIZE, 1.0, rotary_base=BASE)(case.rows)
     scheduler = get_backward_scheduler(stack)
+    scheduler.recorder.enabled = True
     cp, replica = parallel_state.get_context_parallel_rank(), parallel_state.get_data_parallel_rank()
     mine = held_rows(case, cp)
+    if case.config.get("sequence_parallel"):
+        tensor_ranks = parallel_state.get_tensor_model_parallel_world_size()
+        part = len(mine) // tensor_ranks
+        mine = mine[parallel_state.get_tensor_model_parallel_rank() * part :][:part]
     result: dict[str, Any] = {"cp": cp, "replica": replica, "out": [], "dx": []}
     for micro in range(case.micro_batches):
         x, g = (here(value[mine]) for value in sample(case, replica, micro))
@@ -172,6 +185,9 @@ def run_stack(case: Case, attention: Any = None) -> dict[str, Any]:
             parameter.main_grad.add_(parameter.grad)
     result["weights"] = {name: value.clone() for name, value in gradients_by_name(stack).items()}
     result["stats"] = scheduler.get_stats()
+    record = scheduler.recorder.take()
+    result["regions"] = {item.name: item.detail["region"] for item in record if item.kind == "dw"}
+    result["launches"] = [item.name for item in record if item.kind == "launch"]
     return result
 
 
@@ -203,6 +219,9 @@ def _shapes(case: Case) -> dict[str, tuple[int, ...]]:
             shapes[f"{at}self_attention.q_layernorm.weight"] = (SIZE,)
             shapes[f"{at}self_attention.k_layernorm.weight"] = (SIZE,)
         shapes[f"{at}mlp.router.weight"] = (EXPERTS, HIDDEN)
+        if case.shared:
+            shapes[f"{at}mlp.shared_experts.linear_fc1.weight"] = (2 * FFN, HIDDEN)
+            shapes[f"{at}mlp.shared_experts.linear_fc2.weight"] = (HIDDEN, FFN)
         for expert in range(EXPERTS):
             shapes[f"{at}mlp.experts.{expert}.linear_fc1.weight"] = (2 * FFN, HIDDEN)
             shapes[f"{at}mlp.experts.{expert}.linear_fc2.weight"] = (HIDDEN, FFN)
@@ -252,10 +271,13 @@ def _experts(x: torch.Tensor, w: dict[str, torch.Tensor], at: str) -> torch.Tens
     probs = logits.masked_fill(~chosen, float("-inf")).softmax(-1)
     out = torch.zeros_like(x)
     for expert in range(EXPERTS):
-        gate, value = (x @ w[f"{at}experts.{expert}.linear_fc1.weight"].t()).chunk(2, -1)
-        done = (torch.nn.functional.silu(gate) * value) @ w[f"{at}experts.{expert}.linear_fc2.weight"].t()
-        out = out + probs[..., expert : expert + 1] * done
-    return out
+        out = out + probs[..., expert : expert + 1] * _expert(x, w, f"{at}experts.{expert}.")
+    return out + _expert(x, w, f"{at}shared_experts.") if f"{at}shared_experts.linear_fc1.weight" in w else out
+
+
+def _expert(x: torch.Tensor, w: dict[str, torch.Tensor], at: str) -> torch.Tensor:
+    gate, value = (x @ w[f"{at}linear_fc1.weight"].t()).chunk(2, -1)
+    return (torch.nn.functional.silu(gate) * value) @ w[f"{at}linear_fc2.weight"].t()
 
 
 def worst_error(case: Case, ranks: list[dict[str, Any]]) -> dict[str, float]:

@@ -55,6 +55,7 @@ def everything(checkpoint: str, folder: str) -> dict[str, Any]:
     from megatron.core import parallel_state
 
     from fluid_npu.mcore.lines.moe_layer import MEGATRON_DISPATCHERS
+    from tests.support.context import run_stack
     from tests.support.dispatchers import errors_by_kind, in_stock_layer
     from tests.support.doors import all_doors
     from tests.support.gpt import Run, train
@@ -76,9 +77,20 @@ def everything(checkpoint: str, folder: str) -> dict[str, Any]:
     # alltoall_seq refuses experts that are not split as the dense layers are.
     found["dispatchers_tp2"] = errors_by_kind([kind for kind in kinds if kind != "alltoall_seq"], 2)
     parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(**context_cases()[0].sizes)
+    found["context"] = [run_stack(case) for case in context_cases()]
+    parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(**EP2)
     found["doors"] = all_doors(folder)  # last: the launch stays in force
     return found
+
+
+def context_cases() -> list[Any]:
+    """Layers under context parallelism: by Ulysses with carry-over, in chunks of heads, and by a ring."""
+    from tests.support.context import Case
+
+    ring = Case(config={"cp_comm_type": "ring"})
+    return [Case(carry=True, layers=2, micro_batches=2), Case(chunks=2, key_heads=8, qk_norm=True), ring]
 
 
 def modules(run: Any) -> dict[str, str]:

@@ -35,8 +35,10 @@ def test_mixtral_tiny_with_cp_2_and_ep_2_has_the_losses_of_ep_2_alone(tmp_path: 
 
 @pytest.mark.nightly
 def test_sixty_steps_of_mixtral_tiny(tmp_path: Path) -> None:
-    plain = trained(tmp_path, "plain", **MIXTRAL, steps=60)
-    shared = trained(tmp_path, "shared", **MIXTRAL, steps=60, cp=2, nproc=4)
+    """At a learning rate at which rounding differences stay small: at 2e-3 they grow tenfold every few steps."""
+    calm = {**MIXTRAL, "lr": 3e-4, "min_lr": 3e-5, "steps": 60}
+    plain = trained(tmp_path, "plain", **calm)
+    shared = trained(tmp_path, "shared", **calm, cp=2, nproc=4)
     assert shared["losses"] == pytest.approx(plain["losses"], rel=1e-3)
     assert shared["losses"][60] < shared["losses"][1] - 1.5
 

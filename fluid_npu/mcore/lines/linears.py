@@ -10,8 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import layers
+from megatron.core.tensor_parallel import layers, mappings
 from torch import Tensor
+
+from fluid_npu.mcore.lines.arguments import taken
 
 
 def stock_product(*, weight: Any, **keywords: Any) -> Tensor:
@@ -38,3 +40,24 @@ def only_stock_can(weight: Any, keywords: dict[str, Any]) -> str:
     if hasattr(weight, "__fsdp_param__"):
         return "Megatron-FSDP makes main_grad inside its own backward"
     return ""
+
+
+def enter_columns(linear: Any, x: Tensor) -> Tensor:
+    """The whole input of a column-parallel linear, as its tensor ranks share it; its gradient is reduced over them."""
+    if linear.sequence_parallel:
+        return _mapped(linear, "gather_from_sequence_parallel_region", x)
+    return _mapped(linear, "copy_to_tensor_model_parallel_region", x) if linear.allreduce_dgrad else x
+
+
+def leave_rows(linear: Any, y: Tensor) -> Tensor:
+    """The sum over the tensor ranks of a row-parallel linear's products: all of it, or this rank's rows."""
+    if linear.sequence_parallel:
+        return _mapped(linear, "reduce_scatter_to_sequence_parallel_region", y)
+    return _mapped(linear, "reduce_from_tensor_model_parallel_region", y)
+
+
+def _mapped(linear: Any, name: str, x: Tensor) -> Tensor:
+    """Through Megatron's mapping of that name, over the linear's tensor-parallel group where the line takes one."""
+    mapping, group = getattr(mappings, name), getattr(linear, "tp_group", None)
+    there: Tensor = mapping(x) if group is None else mapping(x, **taken(mapping, group=group))
+    return there

@@ -1,0 +1,130 @@
+"""Self-attention of a context-parallel group in chunks of heads, each exchange beside the computation of others.
+
+    qkv of chunk 0 -> sp2hp of chunk 0 || qkv of chunk 1 -> sp2hp of chunk 1 || ...
+    attention of chunk 0 || sp2hp of the others -> hp2sp of chunk 0 || attention of chunk 1 -> ...
+    projection of chunk 0 || hp2sp of the others -> added to it, in order, that of chunk 1 -> ...
+
+The backward is the same, read from right to left: autograd runs later nodes first. T rows of this rank, B batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluid_npu.comm.all_to_all import AllToAllHandle
+from fluid_npu.comm.ulysses import start_hp2sp, start_sp2hp
+from fluid_npu.mcore.context import ContextParallelCore, check_mask
+from fluid_npu.mcore.head_chunks import HeadChunks
+from fluid_npu.mcore.linear import InParts
+from fluid_npu.mcore.lines.rotary import apply_rotary
+
+#: Options of the configuration under which Megatron's forward does more than this one.
+_OPTIONS = (
+    "attention_output_gate",
+    "fused_single_qkv_rope",
+    "fine_grained_activation_offloading",
+    "cpu_offloading",
+    "test_mode",
+)
+
+
+def why_whole(attention: Any, hidden_states: Tensor, args: tuple[Any, ...], given: dict[str, Any]) -> str:
+    """Why a call of ``attention`` must take Megatron's forward; empty: it can be cut. The same on every rank."""
+    named = [name for name, value in given.items() if value is not None and name != "rotary_pos_emb"]
+    if args or named:
+        return f"the call has {', '.join(named) or 'positional arguments'}"
+    for option in _OPTIONS:
+        if getattr(attention.config, option, False):
+            return f"{option} is set"
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        return "autocast chooses the dtypes"
+    return ""
+
+
+def in_chunks(
+    attention: Any, chunks: HeadChunks, hidden_states: Tensor, attention_mask: Tensor | None, rotary: Any
+) -> tuple[Tensor, Tensor | None]:
+    """What Megatron's SelfAttention.forward returns: ``([T, B, H], bias or None)``.
+
+    Args:
+        attention: a SelfAttention with our core and linears.
+        chunks: of its heads.
+        hidden_states: ``[T, B, H]``; a tensor rank's part of the rows under sequence parallelism.
+        attention_mask: of the whole sequence, or None.
+        rotary: angles, or those of queries and of keys, or None.
+    """
+    size, shared = attention.hidden_size_per_attention_head, _shared(attention)
+    flights = _Flights(attention.core_attention, chunks, attention_mask, attention.attn_mask_type)
+
+    def send(number: int, mixed: Tensor) -> None:
+        flights.send(number, _heads(attention, mixed, chunks, number, rotary))
+
+    blocks = [chunk.blocks(shared) for chunk in chunks.chunks]
+    attention.linear_qkv(InParts(parts=blocks, size=size, x=hidden_states, consume=send))
+    for number in range(len(blocks)):
+        flights.attend(number)
+    queries = [chunk.queries for chunk in chunks.chunks]
+    out, bias = attention.linear_proj(InParts(parts=queries, size=size, produce=flights.collect))
+    return out, bias
+
+
+class _Flights:
+    """The exchanges of one call, from chunk to chunk."""
+
+    def __init__(self, core: ContextParallelCore, chunks: HeadChunks, mask: Tensor | None, mask_type: Any) -> None:
+        assert core.context is not None
+        self._core, self._context, self._chunks = core, core.context, chunks
+        self._mask, self._mask_type = mask, mask_type
+        self._there: list[AllToAllHandle] = []
+        self._back: list[AllToAllHandle] = []
+        self._keys: Sequence[Tensor] = ()
+
+    def send(self, number: int, tensors: Sequence[Tensor]) -> None:
+        """Starts the sp2hp of q, and of k and v where the chunk has some: ``[T, B, heads, D]``."""
+        context = self._context
+        self._shards, _ = context.shards(tensors[0].shape[0], None, tensors[0].device)
+        check_mask(self._mask, self._shards.total, None)
+        self._there.append(start_sp2hp(context.peers, tensors, self._shards, **self._how(number)))
+
+    def attend(self, number: int) -> None:
+        """Attention of a chunk's heads over the whole sequence; starts its hp2sp."""
+        got = self._there[number].wait()
+        query, *keys = (got,) if isinstance(got, Tensor) else got
+        self._keys = keys or self._keys
+        share = (self._chunks.heads, self._chunks.key_heads)
+        out = self._core.attend_whole((query, *self._keys), self._mask, share=share, attn_mask_type=self._mask_type)
+        self._back.append(start_hp2sp(self._context.peers, out.unsqueeze(-2), self._shards, **self._how(number)))
+
+    def collect(self, number: int) -> Tensor:
+        """``[T, B, heads * D]`` of a chunk, in the order of its queries."""
+        out: Tensor = self._back[number].wait()
+        return out.flatten(-2)
+
+    def _how(self, number: int) -> dict[str, Any]:
+        label = f"chunk {number + 1} of {len(self._chunks.chunks)}, {self._context.label}"
+        return {"label": label, "sink": self._context.sink}
+
+
+def _shared(attention: Any) -> int:
+    """Query heads of one key head."""
+    return int(attention.num_attention_heads_per_partition // attention.num_query_groups_per_partition)
+
+
+def _heads(attention: Any, mixed: Tensor, chunks: HeadChunks, number: int, rotary: Any) -> list[Tensor]:
+    """q, and k and v if the chunk has some, of its columns ``[T, B, blocks * D]``: normed and turned."""
+    chunk = chunks.chunks[number]
+    heads = mixed.unflatten(-1, (-1, attention.hidden_size_per_attention_head))
+    counts = [len(chunk.queries), *([len(chunk.keys)] * 2 if chunk.keys else [])]
+    turns = rotary if isinstance(rotary, tuple) else (rotary, rotary)
+    made = []
+    for which, part in enumerate(heads.split(counts, -2)):
+        norm = (attention.q_layernorm, attention.k_layernorm, None)[which]
+        part = part if norm is None else norm(part)
+        if which < 2 and turns[which] is not None:
+            part = apply_rotary(attention, part, turns[which])
+        made.append(part)
+    return made
