@@ -102,7 +102,11 @@ def _fluid_spec(config: TrainConfig, overlap: str) -> Callable[..., Any]:
     from fluid_npu.mcore.layer_spec import get_fluid_moe_block_spec
 
     binder = SchedulerBinder(
-        overlap, carry_over=config.carry_over, transport=_transport(config), dispatch=config.dispatch
+        overlap,
+        carry_over=config.carry_over,
+        transport=_transport(config),
+        dispatch=config.dispatch,
+        attention_chunks=config.attention_chunks,
     )
     return partial(get_fluid_moe_block_spec, backend="local", binder=binder)
 
