@@ -83,9 +83,10 @@ class RowParts:
 
     def add(self, x_c: Tensor, number: int) -> Tensor:
         """Adds the products of ``[..., n * D]``; ``[..., N]`` from the last part, an empty tensor from the others."""
-        self._token = _Rows.apply(x_c, self._token, self.w_NK, self.gate, self, number)
-        assert self._token is not None
-        return self._token
+        out: Tensor = _Rows.apply(x_c, self._token, self.w_NK, self.gate, self, number)
+        # The graph holds this object: with its own output in it neither would ever be freed.
+        self._token = None if self.last(number) else out
+        return out
 
     def weight_of(self, number: int) -> Tensor:
         """``[N, n * D]``: the columns of one part."""

@@ -99,6 +99,8 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dispatch", default=_DEFAULTS.dispatch, metavar="NAME", help=text)
     text = "with --overlap full: groups of its experts in which an MoE layer is pipelined, or auto (auto)"
     group.add_argument("--moe-chunks", default="auto", metavar="N", type=_number_or_auto, help=text)
+    text = "with --cp: parts of a rank's heads, each part's AllToAlls beside the computation of others (1)"
+    group.add_argument("--attention-chunks", type=int, default=_DEFAULTS.attention_chunks, metavar="N", help=text)
     impl = _DEFAULTS.impl
     group.add_argument("--impl", default=impl, metavar="NAME", help=f"MoE layers: {' or '.join(IMPLS)} ({impl})")
 

@@ -23,7 +23,7 @@ DISPATCHES = ("plain", "once-per-rank", "auto")
 #: Fields that may differ between a checkpoint and the run that resumes it; all others must be equal.
 RESUME_MAY_DIFFER = frozenset(
     ("device", "data", "steps", "overlap", "timeout", "out", "resume", "checkpoint_every", "twin_every")
-    + ("plant_delay_ms", "carry_over", "trace", "profile", "dispatch", "moe_chunks")
+    + ("plant_delay_ms", "carry_over", "trace", "profile", "dispatch", "moe_chunks", "attention_chunks")
 )
 
 
@@ -39,7 +39,8 @@ class TrainConfig:
     ``plant_delay_ms`` delays every AllToAll, for tests and demonstrations. ``carry_over`` lets dW of FC2 and of the
     router wait for the combine of the layer below. ``dispatch`` 'once-per-rank' sends a token once to each rank that
     holds some of its experts. ``vpp`` is the number of model chunks per pipeline stage. ``moe_chunks`` is in how many
-    groups of its experts ``overlap`` 'full' pipelines an MoE layer: a number, or 'auto'.
+    groups of its experts ``overlap`` 'full' pipelines an MoE layer: a number, or 'auto'. ``attention_chunks`` are the
+    parts in which a context-parallel rank computes its heads.
     """
 
     preset: str = "mixtral-tiny"
@@ -75,6 +76,7 @@ class TrainConfig:
     profile: str | None = None
     dispatch: str = "plain"
     moe_chunks: int | str = "auto"
+    attention_chunks: int = 1
     impl: str = "fluid"
 
     def model(self) -> Preset:
@@ -222,7 +224,8 @@ def _check_profile(c: TrainConfig, path: str) -> None:
 
 
 def _check_numbers(c: TrainConfig) -> None:
-    for name in ("nproc", "ep", "tp", "pp", "vpp", "cp", "steps", "micro_batches", "checkpoint_every", "twin_every"):
+    counts = ("nproc", "ep", "tp", "pp", "vpp", "cp", "steps", "micro_batches", "checkpoint_every", "twin_every")
+    for name in (*counts, "attention_chunks"):
         if getattr(c, name) < 1:
             raise ConfigError(f"{flag_of(name)} {getattr(c, name)}: must be at least 1; use {flag_of(name)} 1")
     for name in ("warmup_steps", "plant_delay_ms", "weight_decay", "min_lr", "clip_grad", "seed"):
@@ -293,6 +296,8 @@ def _check_sizes(c: TrainConfig, p: Preset) -> None:
 
 def _check_context(c: TrainConfig, p: Preset) -> None:
     """With context parallelism each rank holds two chunks of every sequence."""
+    if c.attention_chunks > 1:
+        _check_attention_chunks(c, p)
     if c.cp == 1:
         return
     parts = 2 * c.cp * c.tp
@@ -300,6 +305,24 @@ def _check_context(c: TrainConfig, p: Preset) -> None:
         raise ConfigError(
             f"--seq-length {p.seq_length}: must be a multiple of 2*cp*tp = 2*{c.cp}*{c.tp} = {parts}, because each "
             f"rank holds two chunks of a sequence; use --seq-length {_round_up(p.seq_length, parts)}"
+        )
+
+
+def _check_attention_chunks(c: TrainConfig, p: Preset) -> None:
+    """The model refuses by itself, with more reasons, key heads that the chunks would cut."""
+    flag = f"--attention-chunks {c.attention_chunks}"
+    if c.cp == 1:
+        raise ConfigError(f"{flag}: with --cp 1 no heads are exchanged; use --cp 2 or leave --attention-chunks out")
+    if p.mla is not None:
+        raise ConfigError(f"{flag}: the multi-latent attention of preset {p.name} has none; leave it out")
+    local, rest = divmod(p.heads, c.tp * c.cp)
+    if rest:
+        raise ConfigError(f"{flag}: --cp {c.cp} does not divide --heads {p.heads} / --tp {c.tp}; leave it out")
+    if local % c.attention_chunks:
+        fit = max(size for size in range(1, c.attention_chunks) if local % size == 0)
+        raise ConfigError(
+            f"{flag}: must divide the {local} heads of a rank (heads / tp / cp = {p.heads} / {c.tp} / {c.cp}); use "
+            f"--attention-chunks {fit}"
         )
 
 

@@ -107,6 +107,7 @@ def _fluid_spec(config: TrainConfig, overlap: str) -> Callable[..., Any]:
         transport=_transport(config),
         dispatch=config.dispatch,
         chunks=config.moe_chunks if overlap == "full" else "auto",
+        attention_chunks=config.attention_chunks,
     )
     return partial(get_fluid_moe_block_spec, backend="local", binder=binder)
 

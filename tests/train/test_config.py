@@ -72,6 +72,12 @@ REFUSED = [
     (["--profile", "p.json", "--impl", "stock"], r"--profile p.json: stock Megatron"),
     (["--dispatch", "twice"], r"--dispatch 'twice': allowed are plain, once-per-rank, auto"),
     (["--dispatch", "auto", "--impl", "stock"], r"--dispatch auto: stock Megatron .* use --dispatch plain"),
+    (["--attention-chunks", "0"], r"--attention-chunks 0: must be at least 1"),
+    (["--attention-chunks", "2"], r"--attention-chunks 2: with --cp 1 no heads are exchanged; use --cp 2"),
+    (
+        ["--attention-chunks", "3", "--cp", "2"],
+        r"--attention-chunks 3: must divide the 4 heads of a rank .*; use --attention-chunks 2",
+    ),
     (["--topk", "9"], r"--topk 9: must be at most --experts 8"),
     (["--hidden", "257"], r"--heads 8: must divide --hidden 257"),
     (["--resume"], r"--resume: there is no run of mixtral-tiny"),
