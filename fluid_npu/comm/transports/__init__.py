@@ -3,5 +3,17 @@
 from fluid_npu.comm.transports.base import PendingWork, Transport
 from fluid_npu.comm.transports.collective import CollectiveTransport
 from fluid_npu.comm.transports.delayed import DelayedTransport
+from fluid_npu.comm.transports.few_ctas import FewCtasTransport, carve_out
+from fluid_npu.comm.transports.pairwise import PairwiseTransport
+from fluid_npu.comm.transports.peer_copy import PeerCopyTransport
 
-__all__ = ["CollectiveTransport", "DelayedTransport", "PendingWork", "Transport"]
+__all__ = [
+    "CollectiveTransport",
+    "DelayedTransport",
+    "FewCtasTransport",
+    "PairwiseTransport",
+    "PeerCopyTransport",
+    "PendingWork",
+    "Transport",
+    "carve_out",
+]

@@ -1,0 +1,154 @@
+"""Windows on CUDA: torch's symmetric memory, the copy engines, stream memory operations.
+
+The two lanes are streams of high priority. One tensor of symmetric memory holds the counters and then the window; every
+rank has the addresses of all of them. The counters of one rank lie 128 bytes apart, first what has arrived from each
+rank, then what each has freed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fluid_npu.comm.guard import one_line
+from fluid_npu.comm.transports.agreement import gathered, node_name
+from fluid_npu.comm.transports.peer_memory import Block, PeerMemory, PendingCopies, WindowSize
+from fluid_npu.device.choice import Choice
+from fluid_npu.device.cuda_driver import cuda_driver
+
+_SINCE = (2, 9)
+_COUNTER_BYTES = 128
+
+
+class CudaPeerMemory(PeerMemory):
+    """``buffers[rank]`` are that rank's counters and window, as this process sees them."""
+
+    def __init__(self, index: int, size: WindowSize, buffers: list[torch.Tensor]) -> None:
+        super().__init__(index, len(buffers), size)
+        self._driver = cuda_driver()
+        self._buffers = buffers
+        self._base = [buffer.data_ptr() for buffer in buffers]
+        self._device = torch.device("cuda", torch.cuda.current_device())
+        self._sending = torch.cuda.Stream(device=self._device, priority=-1)
+        self._receiving = torch.cuda.Stream(device=self._device, priority=-1)
+        self._out, self._in = self._sending.cuda_stream, self._receiving.cuda_stream
+
+    def fork(self) -> None:
+        now = torch.cuda.current_stream(self._device).record_event()
+        self._sending.wait_event(now)
+        self._receiving.wait_event(now)
+
+    def put(self, peer: int, slot: int, block: Block) -> None:
+        self._driver.copy(self._slot(peer, self.index, slot), _address(block), block.size, self._out)
+
+    def tell_arrived(self, peer: int, count: int) -> None:
+        self._driver.write(self._counter(peer, self.index), count, self._out)
+
+    def await_freed(self, peer: int, count: int) -> None:
+        self._driver.wait(self._counter(self.index, self.world + peer), count, self._out)
+
+    def await_arrived(self, peer: int, count: int) -> None:
+        self._driver.wait(self._counter(self.index, peer), count, self._in)
+
+    def take(self, peer: int, slot: int, block: Block) -> None:
+        self._driver.copy_beside_compute(_address(block), self._slot(self.index, peer, slot), block.size, self._in)
+
+    def tell_freed(self, peer: int, count: int) -> None:
+        self._driver.write(self._counter(peer, self.world + self.index), count, self._in)
+
+    def keep(self, source: Block, target: Block) -> None:
+        self._driver.copy_beside_compute(_address(target), _address(source), source.size, self._in)
+
+    def join(self) -> PendingCopies:
+        return _CudaCopies(self._device, self._sending.record_event(), self._receiving.record_event())
+
+    def close(self) -> None:
+        torch.cuda.synchronize(self._device)
+        self._buffers.clear()
+
+    def _slot(self, reader: int, writer: int, slot: int) -> int:
+        return self._base[reader] + _head_bytes(self.world) + self.size.offset(reader, writer, slot, self.world)
+
+    def _counter(self, rank: int, number: int) -> int:
+        return self._base[rank] + number * _COUNTER_BYTES
+
+
+class _CudaCopies:
+    """Both lanes' ends: the sending lane still reads the source when everything has arrived."""
+
+    def __init__(self, device: torch.device, *ends: torch.cuda.Event) -> None:
+        self._device = device
+        self._ends = ends
+
+    def wait(self) -> None:
+        current = torch.cuda.current_stream(self._device)
+        for end in self._ends:
+            current.wait_event(end)
+
+
+def _address(block: Block) -> int:
+    return block.tensor.data_ptr() + block.start
+
+
+def _head_bytes(world: int) -> int:
+    return -(-2 * world * _COUNTER_BYTES // 4096) * 4096
+
+
+def open_cuda_memory(group: Any, size: WindowSize) -> Choice[PeerMemory | None]:
+    """The windows of a group of CUDA ranks; a collective call, with the same answer on all of them."""
+    missing = [text for text in gathered(_missing(group), group) if text]
+    if missing:
+        return Choice(None, missing[0])
+    if len(set(gathered(node_name(), group))) > 1:
+        return Choice(None, "the ranks are on several nodes")
+    return _open(group, size)
+
+
+def _missing(group: Any) -> str:
+    """What this rank lacks; empty when nothing."""
+    if torch.cuda.device_count() == 0:
+        return "torch sees no CUDA GPU"
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < _SINCE:
+        return f"torch {torch.__version__}: symmetric memory is used from torch {'.'.join(map(str, _SINCE))} on"
+    try:
+        cuda_driver()
+    except (OSError, AttributeError) as error:
+        return f"libcuda.so.1: {error}"
+    others = {index for index in range(torch.cuda.device_count())} - {torch.cuda.current_device()}
+    far = [index for index in others if not torch.cuda.can_device_access_peer(torch.cuda.current_device(), index)]
+    return f"GPU {torch.cuda.current_device()} cannot reach the memory of GPU {far[0]}" if far else ""
+
+
+def _open(group: Any, size: WindowSize) -> Choice[PeerMemory | None]:
+    """Memory, then the others' addresses. Each step is agreed on before the next one is begun."""
+    import torch.distributed._symmetric_memory as symmetric
+
+    world, index = dist.get_world_size(group), dist.get_rank(group)
+    total = _head_bytes(world) + size.window_bytes(world)
+    own: Any = None
+    buffers: list[torch.Tensor] = []
+
+    def allocate() -> None:
+        nonlocal own
+        own = symmetric.empty(total, dtype=torch.uint8, device=torch.device("cuda", torch.cuda.current_device()))
+        own[: _head_bytes(world)].zero_()
+        torch.cuda.synchronize()
+
+    def exchange() -> None:
+        handle = symmetric.rendezvous(own, group.group_name)
+        buffers.extend(handle.get_buffer(rank, (total,), torch.uint8) for rank in range(world))
+        buffers[index] = own
+
+    for step in (allocate, exchange):
+        error = ""
+        try:
+            step()
+        except RuntimeError as failure:
+            error = f"symmetric memory of {total} bytes: {one_line(str(failure))}"
+        failures = [text for text in gathered(error, group) if text]
+        if failures:
+            return Choice(None, failures[0])
+    return Choice(CudaPeerMemory(index, size, buffers), f"symmetric memory, {total >> 20} MiB a rank")

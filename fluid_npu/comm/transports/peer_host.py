@@ -1,0 +1,141 @@
+"""Windows on the host: shared memory of the processes of one node, two threads as lanes, counters that are polled.
+
+On a CPU this is a transport like any other; it is also what the protocol is tested with, by real processes.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fluid_npu.comm.transports.host_lane import HostLane, Mark
+from fluid_npu.comm.transports.peer_memory import Block, PeerMemory, PendingCopies, WindowSize
+from fluid_npu.comm.transports.shared_files import SharedFile, share
+from fluid_npu.device.choice import Choice
+
+_COUNTER_INTS = 16  # 64 bytes: a cache line each
+_LOOK_S = 0.2
+
+
+class HostPeerMemory(PeerMemory):
+    """``files[rank]`` is that rank's memory: counters, then the window. A wait ends after ``timeout_s`` seconds."""
+
+    def __init__(self, index: int, size: WindowSize, files: list[SharedFile], timeout_s: float) -> None:
+        super().__init__(index, len(files), size)
+        head = _head_bytes(len(files))
+        self._files = files
+        self._timeout_s = timeout_s
+        self._counters = [file.bytes[:head].view(torch.int32).numpy() for file in files]
+        self._windows = [file.bytes[head:] for file in files]
+        self._sending, self._receiving = HostLane("peer-copy sends"), HostLane("peer-copy receives")
+        self._fence = threading.Lock()
+
+    def fork(self) -> None:
+        """Operators of a CPU have ended when their call returns."""
+
+    def put(self, peer: int, slot: int, block: Block) -> None:
+        target, source = self._slot(peer, self.index, slot, block.size), _bytes_of(block)
+        self._sending.submit(lambda: _copy(target, source))
+
+    def tell_arrived(self, peer: int, count: int) -> None:
+        self._sending.submit(lambda: self._tell(peer, self.index, count))
+
+    def await_freed(self, peer: int, count: int) -> None:
+        self._sending.submit(lambda: self._await(peer, self.world + peer, count))
+
+    def await_arrived(self, peer: int, count: int) -> None:
+        self._receiving.submit(lambda: self._await(peer, peer, count))
+
+    def take(self, peer: int, slot: int, block: Block) -> None:
+        target, source = _bytes_of(block), self._slot(self.index, peer, slot, block.size)
+        self._receiving.submit(lambda: _copy(target, source))
+
+    def tell_freed(self, peer: int, count: int) -> None:
+        self._receiving.submit(lambda: self._tell(peer, self.world + self.index, count))
+
+    def keep(self, source: Block, target: Block) -> None:
+        to, of = _bytes_of(target), _bytes_of(source)
+        self._receiving.submit(lambda: _copy(to, of))
+
+    def join(self) -> PendingCopies:
+        return _HostCopies(self._sending.mark(), self._receiving.mark())
+
+    def close(self) -> None:
+        self._sending.close()
+        self._receiving.close()
+        self._counters.clear()
+        self._windows.clear()
+        for file in self._files:
+            file.close()
+
+    def _slot(self, reader: int, writer: int, slot: int, size: int) -> torch.Tensor:
+        start = self.size.offset(reader, writer, slot, self.world)
+        return self._windows[reader][start : start + size]
+
+    def _tell(self, rank: int, counter: int, count: int) -> None:
+        # A lock orders memory on every processor: nobody sees the counter before what was copied.
+        with self._fence:
+            pass
+        with self._fence:
+            self._counters[rank][counter * _COUNTER_INTS] = _wrapped(count)
+
+    def _await(self, peer: int, counter: int, count: int) -> None:
+        place, pause, waited = counter * _COUNTER_INTS, 0.0, time.monotonic()
+        looked = waited
+        while _wrapped(int(self._counters[self.index][place]) - count) < 0:
+            time.sleep(pause)
+            pause = min(pause + 1e-5, 1e-3)
+            now = time.monotonic()
+            if now - looked > _LOOK_S:
+                looked = now
+                self._look(peer, place, count, now - waited)
+        with self._fence:
+            pass
+
+    def _look(self, peer: int, place: int, count: int, waited: float) -> None:
+        lives = self._files[peer].owner_lives()
+        if _wrapped(int(self._counters[self.index][place]) - count) >= 0:
+            return  # its last words
+        if not lives:
+            raise RuntimeError(f"peer-copy: connection to rank {peer} of the group lost: its process has ended")
+        if waited > self._timeout_s:
+            raise RuntimeError(f"peer-copy: timed out after {waited:.0f} s waiting for rank {peer} of the group")
+
+
+class _HostCopies:
+    def __init__(self, *ends: Mark) -> None:
+        self._ends = ends
+
+    def wait(self) -> None:
+        for end in self._ends:
+            end.wait()
+
+
+def _wrapped(number: int) -> int:
+    """As a signed 32-bit number: counters may wrap around."""
+    return (number + 2**31) % 2**32 - 2**31
+
+
+def _bytes_of(block: Block) -> torch.Tensor:
+    return block.tensor.detach().view(-1).view(torch.uint8)[block.start : block.start + block.size]
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    target.copy_(source)
+
+
+def _head_bytes(world: int) -> int:
+    return -(-2 * world * _COUNTER_INTS * 4 // 4096) * 4096
+
+
+def open_host_memory(group: Any, size: WindowSize, timeout_s: float) -> Choice[PeerMemory | None]:
+    """The windows of a group of CPU ranks; a collective call, with the same answer on all of them."""
+    world = dist.get_world_size(group)
+    files, reason = share(group, _head_bytes(world) + size.window_bytes(world))
+    if files is None:
+        return Choice(None, reason)
+    return Choice(HostPeerMemory(dist.get_rank(group), size, files, timeout_s), reason)

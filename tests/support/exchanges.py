@@ -1,0 +1,77 @@
+"""AllToAlls whose result is known: every row says who sent it, to whom, in which step and at which place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+#: [source][target] rows.
+Table = list[list[int]]
+
+
+def tables(world: int, steps: int, seed: int, most: int = 40) -> list[Table]:
+    """Random splits, the same on every rank; one in four steps has a rank that sends or gets nothing, or a hot one."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for step in range(steps):
+        table = torch.randint(0, most, (world, world), generator=generator)
+        victim = int(torch.randint(0, world, (1,), generator=generator))
+        if step % 4 == 1:
+            table[victim] = 0
+        elif step % 4 == 2:
+            table[:, victim] = 0
+        elif step % 4 == 3:
+            table[:, victim] *= 8
+        found.append(table.tolist())
+    return found
+
+
+def even(world: int, rows: int) -> Table:
+    """The same number of rows for every pair."""
+    return [[rows] * world for _ in range(world)]
+
+
+def rows_of(source: int, target: int, count: int, step: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """What ``source`` sends to ``target``: ``[count, width]`` of small whole numbers, which every dtype holds."""
+    place = torch.arange(count * width).view(count, width)
+    return ((place * 7 + source * 3 + target * 5 + step * 11) % 127).to(dtype)
+
+
+def cargo(table: Table, step: int, width: int, dtype: torch.dtype, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(source, expected) of one rank, on the CPU."""
+    world = len(table)
+    sent = [rows_of(index, peer, table[index][peer], step, width, dtype) for peer in range(world)]
+    received = [rows_of(peer, index, table[peer][index], step, width, dtype) for peer in range(world)]
+    return torch.cat(sent), torch.cat(received)
+
+
+class Exchange:
+    """One AllToAll of a transport, started; ``ok()`` waits and compares."""
+
+    def __init__(
+        self,
+        transport: Any,
+        group: Any,
+        table: Table,
+        step: int,
+        *,
+        width: int = 16,
+        dtype: torch.dtype = torch.float32,
+        device: Any = "cpu",
+        lists: bool = True,
+    ) -> None:
+        index = dist.get_rank(group)
+        source, self.expected = cargo(table, step, width, dtype, index)
+        self.source = source.to(device)
+        self.output = torch.full_like(self.expected, 99, device=device)
+        incoming, outgoing = [row[index] for row in table], table[index]
+        splits: Sequence[Any] = (incoming, outgoing) if lists else (None, None)
+        self.work = transport.start(self.output, self.source, *splits, group)
+
+    def ok(self) -> bool:
+        """Whether every byte is right."""
+        self.work.wait()
+        return torch.equal(self.output.cpu(), self.expected)
