@@ -47,7 +47,8 @@ def _flights_that_overlap() -> bool:
     steps = tables(world, 12, seed=7)
     for at in range(0, 12, 3):
         flights = [
-            Exchange(transport, other if step % 2 else group, steps[step], step, width=300) for step in range(at, at + 3)
+            Exchange(transport, other if step % 2 else group, steps[step], step, width=300)
+            for step in range(at, at + 3)
         ]
         if not all(flight.ok() for flight in reversed(flights)):
             return False

@@ -38,7 +38,7 @@ class FewCtasTransport:
         options.config.max_ctas, options.config.min_ctas = self._ctas, 1
         # Ranks outside of the group do not take part: groups may be made by each on its own.
         self._twins[group.group_name] = dist.new_group(
-            dist.get_process_group_ranks(group), pg_options=options, use_local_synchronization=True
+            dist.get_process_group_ranks(group), backend="nccl", pg_options=options, use_local_synchronization=True
         )
         return Choice(True, f"at most {self._ctas} CTAs")
 

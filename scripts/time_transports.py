@@ -1,0 +1,224 @@
+#!/usr/bin/env python3
+"""Times the AllToAll of each transport on CUDA GPUs, alone and beside dW products. Started by gpu_transports.sh.
+
+    torchrun --nproc-per-node 2 scripts/time_transports.py --out FILE --budget SECONDS
+
+In every round each item runs once, in the same order, after a small all-reduce that brings the ranks together. Times
+are of CUDA events; the median of a rank's rounds, then the largest of the ranks. Hidden is 1 - (both - product) /
+exchange: the median of the differences of a round over the median of the exchange alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fluid_npu.comm.transports import CollectiveTransport, FewCtasTransport, PairwiseTransport, carve_out
+from fluid_npu.comm.transports.peer_open import peer_copy_transport
+from fluid_npu.device.cuda_driver import cuda_driver
+
+MIB = 1 << 20
+WIDTH = 4096  # bf16: 8 KiB a row
+Item = Callable[[], None]
+
+
+def main() -> None:
+    """Prints one line a measurement on rank 0."""
+    args = _arguments()
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl", device_id=torch.device("cuda", int(os.environ["LOCAL_RANK"])))
+    clock = Clock(time.monotonic() + args.budget)
+    results = [*local_copies(clock)]
+    for mib in (16, 64, 4, 1):
+        results += exchanges(mib, clock)
+    if dist.get_rank() == 0:
+        with open(args.out, "w") as file:
+            json.dump({"torch": torch.__version__, "results": results}, file, indent=1)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True, help="JSON file")
+    parser.add_argument("--budget", type=float, default=45.0, help="seconds after which no further block is begun")
+    return parser.parse_args()
+
+
+class Clock:
+    """Rounds of items, and the time that is left."""
+
+    def __init__(self, end: float) -> None:
+        self._end = end
+        self._small = torch.zeros(1, device="cuda")
+
+    def over(self) -> bool:
+        """Whether any rank has no time left."""
+        left = torch.tensor([self._end - time.monotonic()], device="cuda")
+        dist.all_reduce(left, op=dist.ReduceOp.MIN)
+        return float(left) < 0
+
+    def rounds(self, items: dict[str, Item], count: int = 15, warm: int = 3) -> dict[str, list[float]]:
+        """Milliseconds of each item in each round."""
+        marks: dict[str, list[Any]] = {name: [] for name in items}
+        for number in range(warm + count):
+            for name, item in items.items():
+                dist.all_reduce(self._small)
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                begin.record()
+                item()
+                end.record()
+                if number >= warm:
+                    marks[name].append((begin, end))
+        torch.cuda.synchronize()
+        return {name: [begin.elapsed_time(end) for begin, end in pairs] for name, pairs in marks.items()}
+
+
+def slowest(value: float) -> float:
+    """The largest of the ranks."""
+    told = torch.tensor([value], device="cuda", dtype=torch.float64)
+    dist.all_reduce(told, op=dist.ReduceOp.MAX)
+    return float(told)
+
+
+def products() -> dict[str, Item]:
+    """dW of a step: four large experts, 32 small ones, and these with 16 multiprocessors left free."""
+    bf16 = {"device": "cuda", "dtype": torch.bfloat16}
+    x, dy = torch.randn(4, 4096, 2048, **bf16), torch.randn(4, 2048, 14336, **bf16)
+    into = torch.zeros(4, 4096, 14336, device="cuda")
+    rows = 24576
+    x_small, dy_small = torch.randn(rows, 2048, **bf16), torch.randn(rows, 2816, **bf16)
+    ends = torch.arange(1, 33, device="cuda", dtype=torch.int32) * (rows // 32)
+
+    def large() -> None:
+        torch.baddbmm(into, x, dy, out_dtype=torch.float32, out=into)
+
+    def grouped() -> None:
+        torch.nn.functional.grouped_mm(x_small.t(), dy_small, offs=ends)
+
+    def carved() -> None:
+        with carve_out(16):
+            grouped()
+
+    return {"large baddbmm fp32": large, "small grouped_mm": grouped, "small grouped_mm carved": carved}
+
+
+def _report(line: str, entry: dict[str, Any]) -> dict[str, Any]:
+    if dist.get_rank() == 0:
+        print(line, flush=True)
+    return entry
+
+
+def _beside(start: Any, clock: Clock, what: str, size: str) -> list[dict[str, Any]]:
+    """One item's share hidden behind each product."""
+    found = []
+    for name, product in PRODUCTS.items():
+        items: dict[str, Item] = {
+            "product": product,
+            "both": lambda product=product: around(start, product),  # type: ignore[misc]
+            "alone": lambda: around(start, None),
+        }
+        times = clock.rounds(items)
+        extra = [both - own for both, own in zip(times["both"], times["product"], strict=True)]
+        own, exchange = slowest(statistics.median(times["product"])), slowest(statistics.median(times["alone"]))
+        hidden = 1 - slowest(statistics.median(extra)) / exchange
+        line = f"{what:34} {size:>8} beside {name:24} ({own:.3f} ms): exchange {exchange:.3f} ms, hidden {hidden:5.2f}"
+        entry = {"what": what, "size": size, "beside": name, "product_ms": own, "ms": exchange, "hidden": hidden}
+        found.append(_report(line, entry))
+    return found
+
+
+def around(start: Any, product: Item | None) -> None:
+    """Starts, lets the product run, waits."""
+    wait = start()
+    if product is not None:
+        product()
+    wait()
+
+
+PRODUCTS: dict[str, Item] = {}
+
+
+def local_copies(clock: Clock) -> list[dict[str, Any]]:
+    """A copy inside one GPU, with and without the hint: is it a kernel?"""
+    PRODUCTS.update(products())
+    driver, found = cuda_driver(), []
+    side = torch.cuda.Stream(priority=-1)
+    source = torch.randint(0, 255, (64 * MIB,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    for name, copy in (("plain", driver.copy), ("hint", driver.copy_beside_compute)):
+
+        def start(copy: Any = copy) -> Any:
+            side.wait_stream(torch.cuda.current_stream())
+            copy(target.data_ptr(), source.data_ptr(), source.numel(), side.cuda_stream)
+            return lambda: torch.cuda.current_stream().wait_stream(side)
+
+        target.zero_()
+        around(start, None)
+        assert torch.equal(target, source), name
+        found += _beside(start, clock, f"copy inside one GPU, {name}", "64 MiB")
+    return found
+
+
+TRANSPORTS: dict[str, Any] = {}
+
+
+def transports() -> dict[str, Any]:
+    """By name; made once."""
+    if not TRANSPORTS:
+        TRANSPORTS["collective"] = CollectiveTransport()
+        TRANSPORTS["peer-copy 64 MiB, 4 slots"] = peer_copy_transport("cuda")
+        TRANSPORTS["peer-copy 256 MiB, 2 slots"] = peer_copy_transport("cuda", window_bytes=256 * MIB, slots=2)
+        TRANSPORTS["peer-copy 32 MiB, 8 slots"] = peer_copy_transport("cuda", window_bytes=32 * MIB, slots=8)
+        TRANSPORTS["few-ctas 8"] = FewCtasTransport(8)
+        TRANSPORTS["pairwise"] = PairwiseTransport()
+    return TRANSPORTS
+
+
+def exchanges(mib: int, clock: Clock) -> list[dict[str, Any]]:
+    """``mib`` MiB to each peer: alone, the host's part of it, and beside the products."""
+    group, world, found = dist.group.WORLD, dist.get_world_size(), []
+    rows = mib * MIB // (2 * WIDTH)
+    source = torch.randn(rows * world, WIDTH, device="cuda", dtype=torch.bfloat16)
+    outputs = {name: torch.empty_like(source) for name in transports()}
+    splits = [rows] * world
+
+    def starting(name: str) -> Any:
+        return lambda: TRANSPORTS[name].start(outputs[name], source, splits, splits, group).wait
+
+    starts = {name: starting(name) for name in TRANSPORTS}
+    for name, start in starts.items():
+        around(start, None)
+        torch.cuda.synchronize()
+        if not torch.equal(outputs[name], outputs["collective"]):
+            _report(f"WRONG BYTES: {name}, {mib} MiB", {})
+    items: dict[str, Item] = {name: (lambda start=start: around(start, None)) for name, start in starts.items()}
+    times = clock.rounds(items, count=21)
+    for name in starts:
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(10):
+            around(starts[name], None)
+        host = slowest((time.perf_counter() - began) / 10 * 1e6)
+        ms = slowest(statistics.median(times[name]))
+        rate = mib * MIB * (world - 1) / ms / 1e6
+        line = f"{name:34} {mib:4} MiB alone {ms:.3f} ms, {rate:6.1f} GB/s to the peers, host {host:5.0f} us a call"
+        found.append(_report(line, {"what": name, "size": f"{mib} MiB", "ms": ms, "host_us": host}))
+    for name, start in starts.items():
+        if clock.over():
+            break
+        if mib >= 16 or name in ("collective", "peer-copy 64 MiB, 4 slots"):
+            found += _beside(start, clock, name, f"{mib} MiB")
+    return found
+
+
+if __name__ == "__main__":
+    main()
