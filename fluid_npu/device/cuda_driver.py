@@ -80,6 +80,16 @@ class CudaDriver:
         """The stream goes on when the word is at least ``value``, counted around 2**32."""
         self._check(self._wait(stream, address, value & 0xFFFFFFFF, _WAIT_UNTIL_AT_LEAST))
 
+    def context(self) -> int:
+        """The CUDA context of the calling thread, for ``enter`` on another one."""
+        found = ctypes.c_void_p()
+        self._check(self._cuda.cuCtxGetCurrent(ctypes.byref(found)))
+        return found.value or 0
+
+    def enter(self, context: int) -> None:
+        """Makes the context that of the calling thread."""
+        self._check(self._cuda.cuCtxSetCurrent(ctypes.c_void_p(context)))
+
     def _check(self, result: int) -> None:
         if result:
             name = ctypes.c_char_p()

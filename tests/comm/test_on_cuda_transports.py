@@ -12,7 +12,7 @@ import torch.distributed as dist
 from fluid_npu.comm.transports import CollectiveTransport, FewCtasTransport, PairwiseTransport, carve_out
 from fluid_npu.comm.transports.peer_open import peer_copy_transport
 from tests.support.exchanges import Exchange, even, tables
-from tests.support.ranks import run_ranks
+from tests.support.ranks import RankError, run_ranks
 
 pytestmark = [
     pytest.mark.cuda,
@@ -92,3 +92,24 @@ def _beside_products(name: str) -> list[bool]:
 def test_bytes_arrive_beside_matrix_products(name: str) -> None:
     for good in run_ranks(2, _beside_products, name, timeout=60):
         assert all(good), good
+
+
+def _one_rank_dies() -> None:
+    from fluid_npu.comm.all_to_all import fluid_all_to_all
+    from fluid_npu.comm.sink import DirectSink
+
+    group, sink = _group(), DirectSink(transport=peer_copy_transport("cuda"))
+    x = torch.ones(4, 1024, device="cuda")
+    fluid_all_to_all(group, x, [2, 2], [2, 2], sink=sink)
+    torch.cuda.synchronize()
+    if dist.get_rank() == 1:
+        os._exit(0)
+    for _ in range(2):  # the first is let go by the watch, the second is told
+        fluid_all_to_all(group, x, [2, 2], [2, 2], sink=sink)
+        torch.cuda.synchronize()
+
+
+def test_the_death_of_a_peer_is_an_error_and_not_a_hang() -> None:
+    with pytest.raises(RankError) as caught:
+        run_ranks(2, _one_rank_dies, timeout=40)
+    assert "CollectiveError" in str(caught.value) and "its process has ended" in str(caught.value)

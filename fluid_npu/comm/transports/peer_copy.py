@@ -14,7 +14,8 @@ for one lane alone, so hardware that serves all streams from one queue (CUDA_DEV
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -95,8 +96,11 @@ class PeerCopyTransport:
 
     name = "peer-copy"
 
-    def __init__(self, open_memory: OpenMemory, fallback: Transport | None = None) -> None:
+    def __init__(
+        self, open_memory: OpenMemory, fallback: Transport | None = None, *, timeout_s: float = 1800.0
+    ) -> None:
         self._open = open_memory
+        self._timeout_s = timeout_s
         self._fallback: Transport = fallback if fallback is not None else CollectiveTransport()
         self._exchanges: dict[str, PeerExchange | None] = {}
         self._memories: list[PeerMemory] = []
@@ -106,6 +110,7 @@ class PeerCopyTransport:
         memory, reason = self._open(group)
         self._exchanges[group.group_name] = PeerExchange(memory) if memory is not None else None
         if memory is not None:
+            memory.timeout_s = self._timeout_s
             self._memories.append(memory)
         return Choice(memory is not None, reason)
 
@@ -129,6 +134,17 @@ class PeerCopyTransport:
             return self._fallback.start(output, source, output_splits, input_splits, group)
         world = dist.get_world_size(group)
         return exchange.start(output, source, _bytes(output, output_splits, world), _bytes(source, input_splits, world))
+
+    @contextmanager
+    def time_limit(self, seconds: float) -> Iterator[None]:
+        """Inside a peer is waited for at most that long, by groups that are prepared."""
+        for memory in self._memories:
+            memory.timeout_s = seconds
+        try:
+            yield
+        finally:
+            for memory in self._memories:
+                memory.timeout_s = self._timeout_s
 
     def close(self) -> None:
         """Gives all windows back; nothing may be under way."""

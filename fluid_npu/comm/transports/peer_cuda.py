@@ -7,6 +7,7 @@ rank, then what each has freed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,27 +16,38 @@ import torch.distributed as dist
 from fluid_npu.comm.guard import one_line
 from fluid_npu.comm.transports.agreement import gathered, node_name
 from fluid_npu.comm.transports.peer_memory import Block, PeerMemory, PendingCopies, WindowSize
+from fluid_npu.comm.transports.peer_watch import PeerWatch
+from fluid_npu.comm.transports.shared_files import SharedFile, share
 from fluid_npu.device.choice import Choice
 from fluid_npu.device.cuda_driver import cuda_driver
 
 _SINCE = (2, 9)
 _COUNTER_BYTES = 128
+_FAR = 1 << 30
 
 
 class CudaPeerMemory(PeerMemory):
     """``buffers[rank]`` are that rank's counters and window, as this process sees them."""
 
-    def __init__(self, index: int, size: WindowSize, buffers: list[torch.Tensor]) -> None:
-        super().__init__(index, len(buffers), size)
+    def __init__(
+        self, name: str, index: int, size: WindowSize, buffers: list[torch.Tensor], lives: Sequence[SharedFile]
+    ) -> None:
+        super().__init__(name, index, len(buffers), size)
         self._driver = cuda_driver()
+        self._context = self._driver.context()
         self._buffers = buffers
         self._base = [buffer.data_ptr() for buffer in buffers]
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._sending = torch.cuda.Stream(device=self._device, priority=-1)
         self._receiving = torch.cuda.Stream(device=self._device, priority=-1)
         self._out, self._in = self._sending.cuda_stream, self._receiving.cuda_stream
+        self._help = torch.cuda.Stream(device=self._device)
+        self._highest = 0
+        self._watch = PeerWatch(index, lives, self._let_all_waits_pass)
 
     def fork(self) -> None:
+        self._watch.timeout_s = self.timeout_s
+        self._watch.check()
         now = torch.cuda.current_stream(self._device).record_event()
         self._sending.wait_event(now)
         self._receiving.wait_event(now)
@@ -47,9 +59,11 @@ class CudaPeerMemory(PeerMemory):
         self._driver.write(self._counter(peer, self.index), count, self._out)
 
     def await_freed(self, peer: int, count: int) -> None:
+        self._highest = max(self._highest, count)
         self._driver.wait(self._counter(self.index, self.world + peer), count, self._out)
 
     def await_arrived(self, peer: int, count: int) -> None:
+        self._highest = max(self._highest, count)
         self._driver.wait(self._counter(self.index, peer), count, self._in)
 
     def take(self, peer: int, slot: int, block: Block) -> None:
@@ -62,11 +76,20 @@ class CudaPeerMemory(PeerMemory):
         self._driver.copy_beside_compute(_address(target), _address(source), source.size, self._in)
 
     def join(self) -> PendingCopies:
-        return _CudaCopies(self._device, self._sending.record_event(), self._receiving.record_event())
+        sent, received = self._sending.record_event(), self._receiving.record_event()
+        self._watch.add(sent)
+        self._watch.add(received)
+        return _CudaCopies(self._device, self._watch, sent, received)
 
     def close(self) -> None:
         torch.cuda.synchronize(self._device)
+        self._watch.close()
         self._buffers.clear()
+
+    def _let_all_waits_pass(self) -> None:
+        self._driver.enter(self._context)
+        for number in range(2 * self.world):
+            self._driver.write(self._counter(self.index, number), self._highest + _FAR, self._help.cuda_stream)
 
     def _slot(self, reader: int, writer: int, slot: int) -> int:
         return self._base[reader] + _head_bytes(self.world) + self.size.offset(reader, writer, slot, self.world)
@@ -78,11 +101,13 @@ class CudaPeerMemory(PeerMemory):
 class _CudaCopies:
     """Both lanes' ends: the sending lane still reads the source when everything has arrived."""
 
-    def __init__(self, device: torch.device, *ends: torch.cuda.Event) -> None:
+    def __init__(self, device: torch.device, watch: PeerWatch, *ends: torch.cuda.Event) -> None:
         self._device = device
+        self._watch = watch
         self._ends = ends
 
     def wait(self) -> None:
+        self._watch.check()
         current = torch.cuda.current_stream(self._device)
         for end in self._ends:
             current.wait_event(end)
@@ -151,4 +176,8 @@ def _open(group: Any, size: WindowSize) -> Choice[PeerMemory | None]:
         failures = [text for text in gathered(error, group) if text]
         if failures:
             return Choice(None, failures[0])
-    return Choice(CudaPeerMemory(index, size, buffers), f"symmetric memory, {total >> 20} MiB a rank")
+    lives, reason = share(group, 4096)
+    if lives is None:
+        return Choice(None, reason)
+    memory = CudaPeerMemory(group.group_name, index, size, buffers, lives)
+    return Choice(memory, f"symmetric memory, {total >> 20} MiB a rank")

@@ -22,13 +22,12 @@ _LOOK_S = 0.2
 
 
 class HostPeerMemory(PeerMemory):
-    """``files[rank]`` is that rank's memory: counters, then the window. A wait ends after ``timeout_s`` seconds."""
+    """``files[rank]`` is that rank's memory: counters, then the window."""
 
-    def __init__(self, index: int, size: WindowSize, files: list[SharedFile], timeout_s: float) -> None:
-        super().__init__(index, len(files), size)
+    def __init__(self, name: str, index: int, size: WindowSize, files: list[SharedFile]) -> None:
+        super().__init__(name, index, len(files), size)
         head = _head_bytes(len(files))
         self._files = files
-        self._timeout_s = timeout_s
         self._counters = [file.bytes[:head].view(torch.int32).numpy() for file in files]
         self._windows = [file.bytes[head:] for file in files]
         self._sending, self._receiving = HostLane("peer-copy sends"), HostLane("peer-copy receives")
@@ -102,7 +101,7 @@ class HostPeerMemory(PeerMemory):
             return  # its last words
         if not lives:
             raise RuntimeError(f"peer-copy: connection to rank {peer} of the group lost: its process has ended")
-        if waited > self._timeout_s:
+        if waited > self.timeout_s:
             raise RuntimeError(f"peer-copy: timed out after {waited:.0f} s waiting for rank {peer} of the group")
 
 
@@ -132,10 +131,10 @@ def _head_bytes(world: int) -> int:
     return -(-2 * world * _COUNTER_INTS * 4 // 4096) * 4096
 
 
-def open_host_memory(group: Any, size: WindowSize, timeout_s: float) -> Choice[PeerMemory | None]:
+def open_host_memory(group: Any, size: WindowSize) -> Choice[PeerMemory | None]:
     """The windows of a group of CPU ranks; a collective call, with the same answer on all of them."""
     world = dist.get_world_size(group)
     files, reason = share(group, _head_bytes(world) + size.window_bytes(world))
     if files is None:
         return Choice(None, reason)
-    return Choice(HostPeerMemory(dist.get_rank(group), size, files, timeout_s), reason)
+    return Choice(HostPeerMemory(group.group_name, dist.get_rank(group), size, files), reason)

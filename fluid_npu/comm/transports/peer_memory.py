@@ -53,12 +53,18 @@ class WindowSize:
 
 
 class PeerMemory(ABC):
-    """The windows of a group and the two lanes. Counts are of pieces since the start; they only grow."""
+    """The windows of a group and the two lanes. Counts are of pieces since the start; they only grow.
 
-    def __init__(self, index: int, world: int, size: WindowSize) -> None:
+    ``name`` is the same on all ranks of the group and that of no other group. ``timeout_s`` is how long a peer is
+    waited for.
+    """
+
+    def __init__(self, name: str, index: int, world: int, size: WindowSize) -> None:
+        self.name = name
         self.index = index
         self.world = world
         self.size = size
+        self.timeout_s = 1800.0
 
     @abstractmethod
     def fork(self) -> None:

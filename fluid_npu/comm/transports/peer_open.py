@@ -33,7 +33,7 @@ def peer_copy_transport(
         device: "cpu", "cuda" or "npu"; on an NPU no group gets windows.
         window_bytes: memory that each rank gives to each group.
         slots: into how many pieces that can be under way a window is cut for each peer.
-        timeout_s: on a CPU, how long a piece of a peer is waited for.
+        timeout_s: how long a peer is waited for.
     """
     if slots < 2:
         raise ValueError(f"slots={slots}: with less than 2 a sender always waits for the receiver; give 2 or more")
@@ -43,7 +43,7 @@ def peer_copy_transport(
         if device == "cuda":
             return open_cuda_memory(group, size)
         if device == "cpu":
-            return open_host_memory(group, size, timeout_s)
+            return open_host_memory(group, size)
         return Choice(None, f"there are no windows between devices of kind {device}")
 
-    return PeerCopyTransport(open_memory)
+    return PeerCopyTransport(open_memory, timeout_s=timeout_s)
