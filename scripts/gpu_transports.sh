@@ -16,13 +16,13 @@ start=$SECONDS
 export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 OMP_NUM_THREADS=1
 
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee -a "$record"
-timeout --kill-after=5 60 python3 -m pytest -q -p no:cacheprovider tests/comm/test_on_cuda_transports.py -m cuda \
-    --durations=5 >"$out/tests.txt" 2>&1 || { failed=1; echo "FAILED or over 60 s: tests" | tee -a "$record"; }
+timeout --kill-after=3 70 python3 -m pytest -q -p no:cacheprovider tests/comm/test_on_cuda_transports.py -m cuda \
+    --durations=5 >"$out/tests.txt" 2>&1 || { failed=1; echo "FAILED or over 70 s: tests" | tee -a "$record"; }
 tail -n 40 "$out/tests.txt" | cut -c1-600 | tee -a "$record"
 echo "-- tests: $((SECONDS - start)) s" | tee -a "$record"
 
-timeout --kill-after=5 60 python3 -m torch.distributed.run --standalone --nproc-per-node 2 scripts/time_transports.py \
-    --out "$out/transports.json" --budget 45 >"$out/speed.txt" 2>&1 ||
+timeout --kill-after=3 47 python3 -m torch.distributed.run --standalone --nproc-per-node 2 scripts/time_transports.py \
+    --out "$out/transports.json" --budget 30 >"$out/speed.txt" 2>&1 ||
     { failed=1; echo "FAILED or over time: speed" | tee -a "$record"; }
 tail -n 70 "$out/speed.txt" | cut -c1-600 | tee -a "$record"
 echo "-- all: $((SECONDS - start)) s" | tee -a "$record"
