@@ -63,6 +63,17 @@ class FewCtasTransport:
         self._twins.clear()
 
 
+def few_ctas_missing(device: str) -> str:
+    """What a communicator with few CTAs lacks here; empty when nothing."""
+    if device != "cuda":
+        return f"CTAs are NCCL's, and this device is {device}"
+    if not dist.is_nccl_available():
+        return "this torch has no NCCL"
+    if not hasattr(dist.ProcessGroupNCCL.Options(), "config"):
+        return f"torch {torch.__version__} has no ProcessGroupNCCL.Options().config"
+    return ""
+
+
 @contextmanager
 def carve_out(multiprocessors: int) -> Iterator[None]:
     """Matrix products launched inside leave that many multiprocessors free, where torch can; 0 changes nothing."""
