@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 
 from fluid_npu.comm.transports import CollectiveTransport, FewCtasTransport, PairwiseTransport, carve_out
+from fluid_npu.comm.transports.choose import close
 from fluid_npu.comm.transports.peer_open import peer_copy_transport
+from fluid_npu.device.choice import Choice
 from tests.support.exchanges import Exchange, even, tables
 from tests.support.ranks import RankError, run_ranks
 
@@ -38,12 +40,8 @@ def _make(name: str) -> Any:
     return peer_copy_transport("cuda", window_bytes=64 << 10 if "small" in name else 64 << 20)
 
 
-def _all_splits(name: str) -> list[str]:
+def _all_splits(transport: Any, group: Any) -> list[str]:
     """What was wrong, by step."""
-    group, transport = _group(), _make(name)
-    if hasattr(transport, "prepare"):
-        ready = transport.prepare(group)
-        assert ready.value, ready.reason
     where, world, wrong = torch.device("cuda", torch.cuda.current_device()), dist.get_world_size(), []
     common: dict[str, Any] = {"device": where}
 
@@ -61,37 +59,49 @@ def _all_splits(name: str) -> list[str]:
     flights = [Exchange(transport, group, t, i, width=512, **common) for i, t in enumerate(tables(world, 200, seed=9))]
     for index, flight in enumerate(flights):
         take(f"back to back {index}", flight)
-    torch.cuda.synchronize()
-    return wrong
+    return wrong + _beside_products(transport, group)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_byte_arrives(name: str) -> None:
-    for wrong in run_ranks(2, _all_splits, name, timeout=60):
-        assert not wrong, wrong[:5]
-
-
-def _beside_products(name: str) -> list[bool]:
+def _beside_products(transport: Any, group: Any) -> list[str]:
     """Exchanges whose flight is full of matrix products; buffers are dropped and reused at once."""
-    group, transport = _group(), _make(name)
-    where, world, good = torch.device("cuda", torch.cuda.current_device()), dist.get_world_size(), []
+    where, world, wrong = torch.device("cuda", torch.cuda.current_device()), dist.get_world_size(), []
     a = torch.randn(4096, 4096, device=where, dtype=torch.bfloat16)
     for step, table in enumerate(tables(world, 40, seed=11, most=2000)):
         exchange = Exchange(transport, group, table, step, width=1024, dtype=torch.bfloat16, device=where)
-        with carve_out(8 if name == "few-ctas" else 0):
+        with carve_out(8 if transport.name == "few-ctas" else 0):
             for _ in range(3):
                 a @ a
         exchange.work.wait()
         del exchange.source
         torch.full((table[0][0] * 1024 + 8,), 7.0, device=where)
-        good.append(exchange.ok())
-    return good
+        if not exchange.ok():
+            wrong.append(f"beside products {step}")
+    return wrong
 
 
-@pytest.mark.parametrize("name", ["peer-copy", "few-ctas"])
-def test_bytes_arrive_beside_matrix_products(name: str) -> None:
-    for good in run_ranks(2, _beside_products, name, timeout=60):
-        assert all(good), good
+def _every_transport() -> dict[str, list[str]]:
+    group, found = _group(), {}
+    for name in NAMES:
+        transport = _make(name)
+        try:
+            ready = transport.prepare(group) if hasattr(transport, "prepare") else Choice(True, "")
+            found[name] = _all_splits(transport, group) if ready.value else [ready.reason]
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            found[name] = [repr(error)]
+        close(transport)
+    return found
+
+
+@pytest.fixture(scope="module")
+def wrong() -> list[dict[str, list[str]]]:
+    return run_ranks(2, _every_transport, timeout=60, start="spawn")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_byte_arrives(name: str, wrong: list[dict[str, list[str]]]) -> None:
+    for of_rank in wrong:
+        assert not of_rank[name], of_rank[name][:5]
 
 
 def _one_rank_dies() -> None:
@@ -111,5 +121,5 @@ def _one_rank_dies() -> None:
 
 def test_the_death_of_a_peer_is_an_error_and_not_a_hang() -> None:
     with pytest.raises(RankError) as caught:
-        run_ranks(2, _one_rank_dies, timeout=40)
+        run_ranks(2, _one_rank_dies, timeout=40, start="spawn")
     assert "CollectiveError" in str(caught.value) and "its process has ended" in str(caught.value)

@@ -68,6 +68,7 @@ def run_ranks(
     seed: int = 1234,
     timeout: float = 120.0,
     env: dict[str, str] | None = None,
+    start: str = "forkserver",
     **kwargs: Any,
 ) -> list[Any]:
     """Calls ``function(*args, **kwargs)`` on ``nproc`` fresh processes of one process group.
@@ -81,6 +82,7 @@ def run_ranks(
         seed: of Megatron's random states and of torch.
         timeout: seconds for everything; stuck ranks are killed and their stacks shown.
         env: extra environment of the children.
+        start: how processes begin. 'spawn' for CUDA: what the server has imported may have asked for GPUs.
 
     Returns:
         The results in rank order, their tensors on the CPU.
@@ -88,8 +90,9 @@ def run_ranks(
     Raises:
         RankError: with the traceback of the rank that failed first, then of the others.
     """
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context: Any = mp.get_context(start)
+    if start == "forkserver":
+        context.set_forkserver_preload(_PRELOAD)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         job = _make_job(function, (args, kwargs), f"{folder}/store", sizes, seed, timeout, env or {})
         pipes, processes = [], []
