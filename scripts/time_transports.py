@@ -11,7 +11,6 @@ exchange: the median of the differences of a round over the median of the exchan
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import statistics
@@ -24,7 +23,6 @@ import torch.distributed as dist
 
 from fluid_npu.comm.transports import CollectiveTransport, FewCtasTransport, PairwiseTransport, carve_out
 from fluid_npu.comm.transports.peer_open import peer_copy_transport
-from fluid_npu.device.cuda_driver import cuda_driver
 
 MIB = 1 << 20
 WIDTH = 4096  # bf16: 8 KiB a row
@@ -37,8 +35,9 @@ def main() -> None:
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl", device_id=torch.device("cuda", int(os.environ["LOCAL_RANK"])))
     clock = Clock(time.monotonic() + args.budget)
-    results = [*local_copies(clock)]
-    for mib in (16, 64, 4, 1):
+    PRODUCTS.update(products())
+    results: list[dict[str, Any]] = []
+    for mib in (32, 64, 8, 1):
         results += exchanges(mib, clock)
     if dist.get_rank() == 0:
         with open(args.out, "w") as file:
@@ -131,7 +130,7 @@ def _beside(start: Any, clock: Clock, what: str, size: str) -> list[dict[str, An
         extra = [both - own for both, own in zip(times["both"], times["product"], strict=True)]
         own, exchange = slowest(statistics.median(times["product"])), slowest(statistics.median(times["alone"]))
         hidden = 1 - slowest(statistics.median(extra)) / exchange
-        line = f"{what:34} {size:>8} beside {name:24} ({own:.3f} ms): exchange {exchange:.3f} ms, hidden {hidden:5.2f}"
+        line = f"{what:16} {size:>8} beside {name:24} ({own:.3f} ms): exchange {exchange:.3f} ms, hidden {hidden:5.2f}"
         entry = {"what": what, "size": size, "beside": name, "product_ms": own, "ms": exchange, "hidden": hidden}
         found.append(_report(line, entry))
     return found
@@ -148,74 +147,6 @@ def around(start: Any, product: Item | None) -> None:
 PRODUCTS: dict[str, Item] = {}
 
 
-def local_copies(clock: Clock) -> list[dict[str, Any]]:
-    """A copy inside one GPU, with and without the hint: is it a kernel?"""
-    PRODUCTS.update(products())
-    driver, found = cuda_driver(), []
-    side = torch.cuda.Stream(priority=-1)
-    source = torch.randint(0, 255, (64 * MIB,), dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    ways = {"plain": driver.copy, "hint": driver.copy_beside_compute, "as of a peer": _copy_peer, "in 2D": _copy_2d}
-    for name, copy in ways.items():
-
-        def start(copy: Any = copy) -> Any:
-            side.wait_stream(torch.cuda.current_stream())
-            copy(target.data_ptr(), source.data_ptr(), source.numel(), side.cuda_stream)
-            return lambda: torch.cuda.current_stream().wait_stream(side)
-
-        target.zero_()
-        try:
-            around(start, None)
-        except RuntimeError as error:
-            _report(f"copy inside one GPU, {name}: {error}", {})
-            continue
-        if not torch.equal(target, source):
-            _report(f"WRONG BYTES: copy inside one GPU, {name}", {})
-        found += _beside(start, clock, f"copy inside one GPU, {name}", "64 MiB")
-    return found
-
-
-def _copy_peer(target: int, source: int, size: int, stream: int) -> None:
-    """``cuMemcpyPeerAsync`` from a GPU to itself."""
-    cuda, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p()
-    cuda.cuCtxGetCurrent(ctypes.byref(context))
-    address = ctypes.c_uint64
-    call = cuda.cuMemcpyPeerAsync
-    _must(call(address(target), context, address(source), context, ctypes.c_size_t(size), ctypes.c_void_p(stream)))
-
-
-class _Copy2d(ctypes.Structure):
-    """CUDA_MEMCPY2D: source, target, then width and height."""
-
-    _fields_ = tuple(
-        (f"{end}_{name}", kind)
-        for end in ("source", "target")
-        for name, kind in (
-            ("x", ctypes.c_size_t),
-            ("y", ctypes.c_size_t),
-            ("memory", ctypes.c_int),
-            ("host", ctypes.c_void_p),
-            ("device", ctypes.c_uint64),
-            ("array", ctypes.c_void_p),
-            ("pitch", ctypes.c_size_t),
-        )
-    ) + (("width", ctypes.c_size_t), ("height", ctypes.c_size_t))
-
-
-def _copy_2d(target: int, source: int, size: int, stream: int) -> None:
-    """Every other row of 64 KiB, then the rest: no driver can take either for one piece."""
-    width = 64 << 10
-    for shift in (0, width):
-        copy = _Copy2d(source_memory=2, target_memory=2, source_pitch=2 * width, target_pitch=2 * width, width=width)
-        copy.source_device, copy.target_device, copy.height = source + shift, target + shift, size // (2 * width)
-        _must(ctypes.CDLL("libcuda.so.1").cuMemcpy2DAsync_v2(ctypes.byref(copy), ctypes.c_void_p(stream)))
-
-
-def _must(result: int) -> None:
-    if result:
-        raise RuntimeError(f"CUDA driver: code {result}")
-
-
 TRANSPORTS: dict[str, Any] = {}
 
 
@@ -223,9 +154,8 @@ def transports() -> dict[str, Any]:
     """By name; made once."""
     if not TRANSPORTS:
         TRANSPORTS["collective"] = CollectiveTransport()
-        TRANSPORTS["peer-copy 64 MiB, 4 slots"] = peer_copy_transport("cuda")
-        TRANSPORTS["peer-copy 256 MiB, 2 slots"] = peer_copy_transport("cuda", window_bytes=256 * MIB, slots=2)
-        TRANSPORTS["peer-copy 32 MiB, 8 slots"] = peer_copy_transport("cuda", window_bytes=32 * MIB, slots=8)
+        TRANSPORTS["peer-copy"] = peer_copy_transport("cuda", landing_bytes=160 * MIB)
+        TRANSPORTS["peer-copy, ring"] = peer_copy_transport("cuda", ring_bytes=64 * MIB, landing_bytes=0)
         TRANSPORTS["few-ctas 8"] = FewCtasTransport(8)
         TRANSPORTS["pairwise"] = PairwiseTransport()
     return TRANSPORTS
@@ -236,17 +166,26 @@ def exchanges(mib: int, clock: Clock) -> list[dict[str, Any]]:
     group, world, found = dist.group.WORLD, dist.get_world_size(), []
     rows = mib * MIB // (2 * WIDTH)
     source = torch.randn(rows * world, WIDTH, device="cuda", dtype=torch.bfloat16)
-    outputs = {name: torch.empty_like(source) for name in transports()}
-    splits = [rows] * world
+    splits, received = [rows] * world, {}
 
     def starting(name: str) -> Any:
-        return lambda: TRANSPORTS[name].start(outputs[name], source, splits, splits, group).wait
+        transport, table, output = TRANSPORTS[name], [splits] * world, torch.empty_like(source)
+        if name != "peer-copy":
+            received[name] = output
+            return lambda: transport.start(output, source, splits, splits, group).wait
 
-    starts = {name: starting(name) for name in TRANSPORTS}
+        def start() -> Any:
+            landing = transport.land(source, table, group)
+            received[name] = landing.rows
+            return lambda: (landing.wait(), landing.release())
+
+        return start
+
+    starts = {name: starting(name) for name in transports()}
     for name, start in starts.items():
         around(start, None)
         torch.cuda.synchronize()
-        if not torch.equal(outputs[name], outputs["collective"]):
+        if not torch.equal(received[name], received["collective"]):
             _report(f"WRONG BYTES: {name}, {mib} MiB", {})
     items: dict[str, Item] = {name: (lambda start=start: around(start, None)) for name, start in starts.items()}
     times = clock.rounds(items, count=21)
@@ -258,12 +197,12 @@ def exchanges(mib: int, clock: Clock) -> list[dict[str, Any]]:
         host = slowest((time.perf_counter() - began) / 10 * 1e6)
         ms = slowest(statistics.median(times[name]))
         rate = mib * MIB * (world - 1) / ms / 1e6
-        line = f"{name:34} {mib:4} MiB alone {ms:.3f} ms, {rate:6.1f} GB/s to the peers, host {host:5.0f} us a call"
+        line = f"{name:16} {mib:4} MiB alone {ms:.3f} ms, {rate:6.1f} GB/s to the peers, host {host:5.0f} us a call"
         found.append(_report(line, {"what": name, "size": f"{mib} MiB", "ms": ms, "host_us": host}))
     for name, start in starts.items():
         if clock.over():
             break
-        if mib >= 16 or name in ("collective", "peer-copy 64 MiB, 4 slots"):
+        if mib >= 32 or name in ("collective", "peer-copy"):
             found += _beside(start, clock, name, f"{mib} MiB")
     return found
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from fluid_npu.comm.cargo import AS_IS, Loading, Unloading
 from fluid_npu.comm.guard import collective
 from fluid_npu.comm.sink import DirectSink, OverlapSink, Passengers
-from fluid_npu.comm.transports import PendingWork
+from fluid_npu.comm.transports import Landing, PendingWork, Table, Transport
 from fluid_npu.device import device_of
 
 
@@ -52,6 +52,8 @@ class Route:
     label: str = ""
     plain_bytes: tuple[int, int] | None = None
     """Bytes to other ranks, there and back, if every (token, expert) had a row; None where every one has."""
+    table: Table | None = None
+    """[source][target] rows of all ranks, where they are known: a transport that has memory of its own needs them."""
 
     @property
     def name(self) -> str:
@@ -67,6 +69,7 @@ class Route:
             comm_type=comm_type or f"{self.comm_type}_backward",
             label=self.label,
             plain_bytes=None if self.plain_bytes is None else (self.plain_bytes[1], self.plain_bytes[0]),
+            table=None if self.table is None else list(zip(*self.table, strict=True)),
         )
 
 
@@ -79,8 +82,6 @@ class Flight:
         self._comm_type = route.comm_type
         self._ranks = route.peers.ranks
         self._source: torch.Tensor | None = source.contiguous()
-        rows = source.shape[0] if route.output_splits is None else sum(route.output_splits)
-        self.output = source.new_empty((rows, *source.shape[1:]))
         device = device_of(source)
         self._launched, self._reached, self._passed = device.event(), device.event(), device.event()
         sent = _bytes_to_peers(source, route)
@@ -88,12 +89,19 @@ class Flight:
         sink.recorder.add("launch", name)
         self._launched.record()
         with collective(name, self._ranks):
-            self._work: PendingWork | None = sink.transport.start(
-                self.output, self._source, route.output_splits, route.input_splits, route.peers.group
-            )
+            self.output, self._work, self._landing = _start(self._source, route, sink.transport)
         if sink.serialised or torch.is_anomaly_enabled():
             # Anomaly mode reads what a node returns, which must not still be in flight.
             self.land(at_once=True)
+
+    def give_back(self, made: tuple[Any, ...]) -> tuple[Any, ...]:
+        """``made`` of the received rows, after which their memory, where it is the transport's, is the transport's."""
+        if self._landing is None:
+            return made
+        apart = tuple(_apart(tensor, self.output) for tensor in made)
+        self._landing.release()
+        self._landing = None
+        return apart
 
     def land(self, at_once: bool = False) -> torch.Tensor:
         """The received rows, once they are there; a second call does not wait again."""
@@ -107,6 +115,27 @@ class Flight:
         self._sink.recorder.add("wait", self.name, at_once=at_once)
         self._sink.comm.timed(self._comm_type, self._launched, self._reached, self._passed, at_once)
         return self.output
+
+
+def _start(
+    source: torch.Tensor, route: Route, transport: Transport
+) -> tuple[torch.Tensor, PendingWork | None, Landing | None]:
+    """The receive buffer and the exchange; the third is there when the buffer is memory of the transport."""
+    group, land = route.peers.group, getattr(transport, "land", None)
+    if land is not None and route.table is not None:
+        landing: Landing | None = land(source, route.table, group)
+        if landing is not None:
+            return landing.rows, landing, landing
+    rows = source.shape[0] if route.output_splits is None else sum(route.output_splits)
+    output = source.new_empty((rows, *source.shape[1:]))
+    return output, transport.start(output, source, route.output_splits, route.input_splits, group), None
+
+
+def _apart(tensor: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:
+    """The tensor in memory of its own, with the same strides."""
+    if tensor is None or tensor.untyped_storage()._cdata != rows.untyped_storage()._cdata:
+        return tensor
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def _bytes_to_peers(source: torch.Tensor, route: Route) -> int:
@@ -135,7 +164,7 @@ class _Exchange:
     def land_forward(self) -> tuple[torch.Tensor, ...]:
         assert self._forward is not None, "an AllToAll is waited for once"
         flight, self._forward = self._forward, None
-        return self.unloading.unload(flight.land())
+        return flight.give_back(self.unloading.unload(flight.land()))
 
     def start_backward(self, grads: Sequence[torch.Tensor]) -> None:
         rows = self.unloading.load_grad(*grads)
@@ -146,7 +175,7 @@ class _Exchange:
         assert self._backward is not None, "the wait's backward launches the exchange"
         flight, self._backward = self._backward, None
         self.sink.fill(self.route.comm_type, self.route.name)
-        return self.loading.unload_grad(flight.land())
+        return flight.give_back(self.loading.unload_grad(flight.land()))
 
 
 class _Launch(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 A stream memory operation makes a stream wait until a 4-byte word of device memory has come to a value, or writes one
 when the stream comes there. Neither is a kernel: while GEMMs hold every multiprocessor, both go on. The same holds for
-copies between two GPUs; a copy inside one GPU may be a kernel, unless the driver heeds the hint that is given here.
+copies between two GPUs. A copy inside one GPU is a kernel.
 
 Addresses and streams are integers, as ``Tensor.data_ptr()`` and ``Stream.cuda_stream`` give them. A CUDA context must
 be current on the calling thread: any torch call for the device makes one.
@@ -15,20 +15,7 @@ from functools import cache
 from typing import Any
 
 _WAIT_UNTIL_AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ: the difference counts, so the numbers may wrap around
-_IN_STREAM_ORDER = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
-_BESIDE_COMPUTE = 1  # CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE
 _NEEDED = ("cuMemcpyAsync", "cuStreamWriteValue32_v2", "cuStreamWaitValue32_v2", "cuGetErrorName")
-
-
-class _Attributes(ctypes.Structure):
-    """CUmemcpyAttributes: order of access, two location hints (kind and number), flags."""
-
-    _fields_ = (
-        ("order", ctypes.c_int),
-        ("source_hint", ctypes.c_int * 2),
-        ("target_hint", ctypes.c_int * 2),
-        ("flags", ctypes.c_uint),
-    )
 
 
 class CudaDriver:
@@ -42,35 +29,15 @@ class CudaDriver:
         self._copy = self._typed("cuMemcpyAsync", address, address, size, stream)
         self._write = self._typed("cuStreamWriteValue32_v2", stream, address, ctypes.c_uint32, ctypes.c_uint)
         self._wait = self._typed("cuStreamWaitValue32_v2", stream, address, ctypes.c_uint32, ctypes.c_uint)
-        self._batch: Any = None
-        if hasattr(self._cuda, "cuMemcpyBatchAsync_v2"):  # CUDA 13; the one of 12.8 has an argument more
-            many = [ctypes.POINTER(address), ctypes.POINTER(address), ctypes.POINTER(size), size]
-            settings = [ctypes.POINTER(_Attributes), ctypes.POINTER(size), size]
-            self._batch = self._typed("cuMemcpyBatchAsync_v2", *many, *settings, stream)
-        self._attributes = _Attributes(order=_IN_STREAM_ORDER, flags=_BESIDE_COMPUTE)
-        self._first = ctypes.c_size_t(0)
 
     def _typed(self, name: str, *types: Any) -> Any:
         function = getattr(self._cuda, name)
         function.argtypes, function.restype = types, ctypes.c_int
         return function
 
-    @property
-    def hints_copies(self) -> bool:
-        """Whether a copy inside one GPU can be asked to leave the multiprocessors alone."""
-        return self._batch is not None
-
     def copy(self, target: int, source: int, size: int, stream: int) -> None:
         """``size`` bytes from one address to another; between two GPUs the copy engines do it."""
         self._check(self._copy(target, source, size, stream))
-
-    def copy_beside_compute(self, target: int, source: int, size: int, stream: int) -> None:
-        """The same with the hint; without ``hints_copies`` it is ``copy``."""
-        if self._batch is None:
-            self.copy(target, source, size, stream)
-            return
-        to, of, count = ctypes.c_uint64(target), ctypes.c_uint64(source), ctypes.c_size_t(size)
-        self._check(self._batch(to, of, count, 1, self._attributes, self._first, 1, stream))
 
     def write(self, address: int, value: int, stream: int) -> None:
         """The word at the address becomes ``value``, after everything before it on the stream is visible."""

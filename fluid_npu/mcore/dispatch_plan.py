@@ -40,6 +40,8 @@ class DispatchPlan:
     """[L] rows of each local expert."""
     plain: PlainCounts | None = None
     """What the plain form would move; None when this is the plain form."""
+    table: list[list[int]] | None = None
+    """[P, P] rows from each expert-parallel rank to each, where every rank was told them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +63,13 @@ class PlainCounts:
         return self.gathered_sent * row_bytes, self.gathered_received * row_bytes
 
 
-def exchange_counts(counts_E: Tensor, groups: ExpertGroups) -> Any:
+def exchange_counts(counts_E: Tensor, groups: ExpertGroups, everyone: bool = False) -> Any:
     """Starts telling the other ranks how many rows they get; returns what ``finish_counts`` takes.
 
     As many numbers for each rank: rows of each of its experts and, where tokens are sent once, before them its rows.
+    ``everyone``: each rank is told what all others get too, for transports that write into another rank's memory.
     """
-    if groups.etp_size > 1:
+    if everyone or groups.etp_size > 1:
         received = counts_E.new_empty(groups.etp_size * groups.ep_size * counts_E.shape[0])
         work = dist.all_gather_into_tensor(received, counts_E, group=groups.tp_ep.group, async_op=True)
     else:
@@ -109,20 +112,38 @@ class ExpertGroups:
         return self.ep_size * self.etp_size == 1
 
 
-def finish_counts(pending: Any, groups: ExpertGroups, numbers: int, name: str) -> tuple[Tensor, Tensor]:
-    """``[Q, P, numbers]`` on the device and on the host: what each (tp rank, source rank) told this rank."""
+@dataclass(frozen=True, kw_only=True)
+class ToldCounts:
+    """What each (tp rank, source rank) told this rank: ``[Q, P, numbers]`` on the device and on the host.
+
+    ``all_PPC``: on the host, what each expert-parallel rank told each, where every rank was told.
+    """
+
+    on_device: Tensor
+    host: Tensor
+    all_PPC: Tensor | None
+
+    def table(self, columns: slice = slice(None)) -> list[list[int]] | None:
+        """Rows from each rank to each: the sum over these numbers."""
+        return None if self.all_PPC is None else self.all_PPC[:, :, columns].sum(2).tolist()
+
+
+def finish_counts(pending: Any, groups: ExpertGroups, numbers: int, name: str) -> ToldCounts:
+    """Waits for the counts. ``numbers``: for each rank."""
     received, work = pending
     with collective(f"token counts of {name}", groups.tp_ep.ranks):
         work.wait()
         host = received.cpu()
-    return _by_source(received, groups, numbers), _by_source(host, groups, numbers)
-
-
-def _by_source(received: Tensor, groups: ExpertGroups, numbers: int) -> Tensor:
-    if groups.etp_size == 1:
-        return received.view(1, groups.ep_size, numbers)
-    by_rank = received.view(groups.ep_size, groups.etp_size, groups.ep_size, numbers)
-    return by_rank[:, :, groups.ep_rank].transpose(0, 1)
+    if host.numel() == groups.ep_size * numbers and groups.ep_size * groups.etp_size > 1:
+        shape = (1, groups.ep_size, numbers)
+        return ToldCounts(on_device=received.view(shape), host=host.view(shape), all_PPC=None)
+    shape_of_all = (groups.ep_size, groups.etp_size, groups.ep_size, numbers)
+    by_rank, host_by_rank = received.view(shape_of_all), host.view(shape_of_all)
+    return ToldCounts(
+        on_device=by_rank[:, :, groups.ep_rank].transpose(0, 1),
+        host=host_by_rank[:, :, groups.ep_rank].transpose(0, 1),
+        all_PPC=host_by_rank[:, groups.etp_rank],
+    )
 
 
 def make_plan(
@@ -132,6 +153,7 @@ def make_plan(
     counts_QPL: Tensor,
     on_device_QPL: Tensor,
     groups: ExpertGroups,
+    table: list[list[int]] | None = None,
 ) -> DispatchPlan:
     """The plan for these counts. ``counts_E``: rows of this rank per expert; both counts are on the host."""
     by_source = counts_QPL.numpy()
@@ -150,6 +172,7 @@ def make_plan(
         output_splits=from_rank[groups.etp_rank].tolist(),
         gather_splits=from_rank.sum(1).tolist(),
         tokens_per_expert=GroupRows(by_source.sum((0, 1)).tolist(), on_device, ends),
+        table=table,
     )
 
 
@@ -157,14 +180,14 @@ def make_once_plan(
     layout: OnceLayout,
     tokens_shape: torch.Size,
     sent_PC: Tensor,
-    counts_QPC: Tensor,
-    on_device_QPC: Tensor,
+    told: ToldCounts,
     groups: ExpertGroups,
 ) -> DispatchPlan:
     """The plan of a dispatch that sends a token once to each rank; C is 1 + L: rows, then rows of each local expert.
 
-    ``sent_PC``: of this rank to each. Both counts are on the host.
+    ``sent_PC``: of this rank to each, on the host; ``told``: of each to this rank.
     """
+    counts_QPC, on_device_QPC = told.host, told.on_device
     here, rows_QP = groups.etp_rank, counts_QPC[:, :, 0]
     experts_L = counts_QPC[:, :, 1:].sum((0, 1))
     pairs_Q = counts_QPC[:, :, 1:].sum((1, 2))
@@ -182,4 +205,5 @@ def make_once_plan(
             gathered_sent=int(pairs_Q[here]) * (groups.etp_size - 1),
             gathered_received=int(pairs_Q.sum() - pairs_Q[here]),
         ),
+        table=told.table(slice(0, 1)),
     )

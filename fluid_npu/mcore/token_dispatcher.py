@@ -87,18 +87,17 @@ class FluidTokenDispatcher(MoETokenDispatcher):
             ep, etp = self.groups.ep_size, self.groups.etp_size
             counts_QPL = counts_E.view(ep, -1)[:1].repeat(etp * ep, 1).view(etp, ep, self.num_local_experts)
             on_device = torch.full(counts_QPL.shape, capacity, dtype=torch.int64, device=routing_map_TE.device)
-            return make_plan(layout, tokens_shape, counts_E, counts_QPL, on_device, self.groups)
+            table = [[capacity * self.num_local_experts] * ep for _ in range(ep)]
+            return make_plan(layout, tokens_shape, counts_E, counts_QPL, on_device, self.groups, table)
         topk = self.config.moe_router_topk if self.config.moe_expert_capacity_factor is None else None
         counts_E, routed = counts_of_experts(routing_map_TE, topk)
-        pending = None if self.groups.alone else exchange_counts(counts_E, self.groups)
+        pending = None if self.groups.alone else exchange_counts(counts_E, self.groups, self._everyone_counts)
         layout = PermuteLayout.from_routing_map(routing_map_TE, topk, routed=routed)
         host_E = counts_E.cpu()
         if pending is None:
-            on_device, counts_QPL = counts_E.view(1, 1, -1), host_E.view(1, 1, -1)
-        else:
-            where = self._where("dispatch")
-            on_device, counts_QPL = finish_counts(pending, self.groups, self.num_local_experts, where)
-        return make_plan(layout, tokens_shape, host_E, counts_QPL, on_device, self.groups)
+            return make_plan(layout, tokens_shape, host_E, host_E.view(1, 1, -1), counts_E.view(1, 1, -1), self.groups)
+        told = finish_counts(pending, self.groups, self.num_local_experts, self._where("dispatch"))
+        return make_plan(layout, tokens_shape, host_E, told.host, told.on_device, self.groups, told.table())
 
     def _plan_once(self, routing_map_TE: Tensor, tokens_shape: torch.Size) -> DispatchPlan:
         """One row for each (token, rank); what a rank is told is its rows, then the rows of each of its experts."""
@@ -106,11 +105,16 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         expert_TK = experts_of_tokens(routing_map_TE, self.config.moe_router_topk)
         map_TP = groups_of_tokens(expert_TK, self.num_experts, ranks)
         counts_PC = torch.cat([map_TP.sum(0).unsqueeze(1), routing_map_TE.sum(0).view(ranks, -1)], dim=1)
-        pending = exchange_counts(counts_PC.view(-1), self.groups)
+        pending = exchange_counts(counts_PC.view(-1), self.groups, self._everyone_counts)
         host_PC = counts_PC.cpu()
         layout = once_layout(expert_TK, map_TP, self.num_experts, int(host_PC[:, 0].sum()))
-        on_device, counts_QPC = finish_counts(pending, self.groups, self.num_local_experts + 1, self._where("dispatch"))
-        return make_once_plan(layout, tokens_shape, host_PC, counts_QPC, on_device, self.groups)
+        told = finish_counts(pending, self.groups, self.num_local_experts + 1, self._where("dispatch"))
+        return make_once_plan(layout, tokens_shape, host_PC, told, self.groups)
+
+    @property
+    def _everyone_counts(self) -> bool:
+        """Whether the transport writes into other ranks' memory, and so must know what they get from each other."""
+        return self.sink is not None and hasattr(self.sink.transport, "land")
 
     def send(
         self, x_TH: Tensor, probs_TE: Tensor, plan: DispatchPlan, passengers: Passengers | None = None
@@ -173,6 +177,7 @@ class FluidTokenDispatcher(MoETokenDispatcher):
             comm_type=comm_type,
             label=self.label,
             plain_bytes=plan.plain.bytes(row_bytes) if plan.plain is not None else None,
+            table=plan.table,
         )
         return dispatch if comm_type == "moe_dispatch" else dispatch.reversed(comm_type)
 

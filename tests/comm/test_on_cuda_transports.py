@@ -37,13 +37,13 @@ def _make(name: str) -> Any:
         return FewCtasTransport(4)
     if name == "pairwise":
         return PairwiseTransport()
-    return peer_copy_transport("cuda", window_bytes=64 << 10 if "small" in name else 64 << 20)
+    return peer_copy_transport("cuda", ring_bytes=64 << 10, landing_bytes=1 << 20 if "small" in name else 160 << 20)
 
 
 def _all_splits(transport: Any, group: Any) -> list[str]:
     """What was wrong, by step."""
     where, world, wrong = torch.device("cuda", torch.cuda.current_device()), dist.get_world_size(), []
-    common: dict[str, Any] = {"device": where}
+    common: dict[str, Any] = {"device": where, "lands": hasattr(transport, "land")}
 
     def take(what: str, exchange: Exchange) -> None:
         if not exchange.ok():
@@ -56,9 +56,11 @@ def _all_splits(transport: Any, group: Any) -> list[str]:
         exchange = Exchange(transport, group, table, step, width=(1, 33, 1024)[step % 3], dtype=dtype, **common)
         take(f"step {step}: {table}", exchange)
     take("64 MiB", Exchange(transport, group, even(world, 16384), 3, width=2048, dtype=torch.bfloat16, **common))
-    flights = [Exchange(transport, group, t, i, width=512, **common) for i, t in enumerate(tables(world, 200, seed=9))]
+    flights = [Exchange(transport, group, t, i, width=512, **common) for i, t in enumerate(tables(world, 100, seed=9))]
     for index, flight in enumerate(flights):
-        take(f"back to back {index}", flight)
+        take(f"all under way {index}", flight)
+    for index, table in enumerate(tables(world, 200, seed=10)):
+        take(f"back to back {index}", Exchange(transport, group, table, index, width=512, **common))
     return wrong + _beside_products(transport, group)
 
 
@@ -67,7 +69,8 @@ def _beside_products(transport: Any, group: Any) -> list[str]:
     where, world, wrong = torch.device("cuda", torch.cuda.current_device()), dist.get_world_size(), []
     a = torch.randn(4096, 4096, device=where, dtype=torch.bfloat16)
     for step, table in enumerate(tables(world, 40, seed=11, most=2000)):
-        exchange = Exchange(transport, group, table, step, width=1024, dtype=torch.bfloat16, device=where)
+        lands = hasattr(transport, "land")
+        exchange = Exchange(transport, group, table, step, width=1024, dtype=torch.bfloat16, device=where, lands=lands)
         with carve_out(8 if transport.name == "few-ctas" else 0):
             for _ in range(3):
                 a @ a

@@ -10,18 +10,21 @@ import torch
 import torch.distributed as dist
 
 from fluid_npu.comm.guard import CollectiveError
+from fluid_npu.comm.transports.peer_copy import PeerCopyTransport
 from fluid_npu.comm.transports.peer_memory import WindowSize
 from fluid_npu.comm.transports.peer_open import peer_copy_transport, window_size
 from tests.support.exchanges import Exchange, even, tables
 from tests.support.ranks import run_ranks
 
-_SMALL = 3 * 2 * 4096
-"""A window of two slots of a page for each peer of four ranks: most messages go through it in several turns."""
+
+def _small(landing_bytes: int = 0) -> PeerCopyTransport:
+    """Rings of two slots of a page for each peer of four ranks: most messages go through them in several turns."""
+    return peer_copy_transport("cpu", ring_bytes=3 * 2 * 4096, slots=2, landing_bytes=landing_bytes)
 
 
 def _many_shapes() -> list[bool]:
     world, group = dist.get_world_size(), dist.group.WORLD
-    transport = peer_copy_transport("cpu", window_bytes=_SMALL, slots=2)
+    transport = _small()
     assert transport.prepare(group).value
     good = [Exchange(transport, group, even(world, 5), 0, lists=False).ok()]
     good.append(Exchange(transport, group, even(world, 0), 1).ok())
@@ -43,7 +46,7 @@ def test_uneven_empty_hot_and_long_messages_arrive_whole(world: int) -> None:
 def _flights_that_overlap() -> bool:
     """Up to three exchanges under way, landed out of order, in two groups at once."""
     world, group, other = dist.get_world_size(), dist.group.WORLD, dist.new_group()
-    transport = peer_copy_transport("cpu", window_bytes=_SMALL, slots=2)
+    transport = _small()
     steps = tables(world, 12, seed=7)
     for at in range(0, 12, 3):
         flights = [
@@ -59,10 +62,38 @@ def test_several_exchanges_are_under_way_at_once() -> None:
     assert run_ranks(2, _flights_that_overlap) == [True, True]
 
 
+def _landings() -> list[str]:
+    """Exchanges that land, some too large for an area, some begun while both areas are held; what went wrong."""
+    world, group, wrong = dist.get_world_size(), dist.group.WORLD, []
+    transport = _small(landing_bytes=20 << 10)
+    how = []
+    for step, table in enumerate(tables(world, 24, seed=13)):
+        dtype = (torch.float32, torch.bfloat16, torch.int64)[step % 3]
+        exchange = Exchange(transport, group, table, step, width=16, dtype=dtype, lands=True)
+        most = max(sum(column) for column in zip(*table, strict=True)) * 16 * dtype.itemsize
+        how.append(exchange.landed)
+        if exchange.landed != (most <= 20 << 10) or not exchange.ok():
+            wrong.append(f"step {step}")
+    if len(set(how)) < 2:
+        wrong.append("all went the same way")
+    for step in range(0, 24, 4):
+        flights = [Exchange(transport, group, even(world, at), step + at, width=8, lands=True) for at in range(1, 5)]
+        if [flight.landed for flight in flights] != [True, True, False, False]:
+            wrong.append(f"flights from {step}")
+        wrong += [f"flight {at} from {step}" for at, flight in enumerate(flights) if not flight.ok()]
+    transport.close()
+    return wrong
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_rows_land_where_they_are_read_unless_they_do_not_fit(world: int) -> None:
+    assert run_ranks(world, _landings) == [[]] * world
+
+
 def _back_to_back(steps: int) -> tuple[bool, int, int]:
     """Exchanges without any synchronisation between the ranks but their own; returns growth of descriptors, KiB."""
     world, group = dist.get_world_size(), dist.group.WORLD
-    transport = peer_copy_transport("cpu", window_bytes=_SMALL, slots=2)
+    transport = _small(landing_bytes=6 << 10)
     planned = tables(world, steps, seed=3, most=20)
     good, before = True, (0, 0)
     for step, table in enumerate(planned):
@@ -70,7 +101,7 @@ def _back_to_back(steps: int) -> tuple[bool, int, int]:
             before = _held()
         if dist.get_rank() == step % world and step % 50 == 0:
             time.sleep(0.01)  # ranks drift apart
-        good &= Exchange(transport, group, table, step).ok()
+        good &= Exchange(transport, group, table, step, lands=step % 5 > 0).ok()
     after = _held()
     return good, after[0] - before[0], after[1] - before[1]
 
@@ -102,7 +133,6 @@ def _one_rank_dies() -> str:
     try:
         fluid_all_to_all(group, x, [2, 2], [2, 2], sink=sink)
     except CollectiveError as error:
-        os.write(2, b"")
         raise RuntimeError(f"seen after {time.monotonic() - started:.0f} s: {error}") from None
     return "not seen"
 
@@ -116,9 +146,10 @@ def test_the_death_of_a_peer_is_an_error_and_not_a_hang() -> None:
 
 
 def test_a_window_is_cut_into_slots_for_every_peer() -> None:
-    size = window_size(4, window_bytes=24 << 20, slots=4)
-    assert size == WindowSize(slots=4, slot_bytes=2 << 20)
-    places = {size.offset(1, writer, slot, 4) for writer in (0, 2, 3) for slot in range(4)}
-    assert places == set(range(0, size.window_bytes(4), 2 << 20))
+    size = window_size(4, ring_bytes=24 << 20, slots=4, landing_bytes=5000)
+    assert size == WindowSize(world=4, slots=4, slot_bytes=2 << 20, landing_bytes=8192)
+    places = {size.slot(1, writer, slot) for writer in (0, 2, 3) for slot in range(4)}
+    assert places == set(range(0, 24 << 20, 2 << 20))
+    assert (size.landing(0), size.landing(1), size.total) == (24 << 20, (24 << 20) + 8192, (24 << 20) + 16384)
     with pytest.raises(ValueError, match=r"slots=1: .* give 2 or more"):
         peer_copy_transport("cpu", slots=1)

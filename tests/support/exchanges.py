@@ -49,7 +49,10 @@ def cargo(table: Table, step: int, width: int, dtype: torch.dtype, index: int) -
 
 
 class Exchange:
-    """One AllToAll of a transport, started; ``ok()`` waits and compares."""
+    """One AllToAll of a transport, started; ``ok()`` waits and compares.
+
+    ``lands``: into the transport's memory if that has room; ``landed`` says whether it did.
+    """
 
     def __init__(
         self,
@@ -62,16 +65,25 @@ class Exchange:
         dtype: torch.dtype = torch.float32,
         device: Any = "cpu",
         lists: bool = True,
+        lands: bool = False,
     ) -> None:
         index = dist.get_rank(group)
         source, self.expected = cargo(table, step, width, dtype, index)
         self.source = source.to(device)
+        self.landing = transport.land(self.source, table, group) if lands else None
+        self.landed = self.landing is not None
+        if self.landing is not None:
+            self.work, self.output = self.landing, self.landing.rows
+            return
         self.output = torch.full_like(self.expected, 99, device=device)
         incoming, outgoing = [row[index] for row in table], table[index]
         splits: Sequence[Any] = (incoming, outgoing) if lists else (None, None)
         self.work = transport.start(self.output, self.source, *splits, group)
 
     def ok(self) -> bool:
-        """Whether every byte is right."""
+        """Whether every byte is right; gives the transport its memory back."""
         self.work.wait()
-        return torch.equal(self.output.cpu(), self.expected)
+        got = self.output.clone()
+        if self.landing is not None:
+            self.landing.release()
+        return torch.equal(got.cpu(), self.expected)

@@ -1,6 +1,6 @@
 """How the bytes of an AllToAll move. A transport starts an exchange and returns something to wait on."""
 
-from fluid_npu.comm.transports.base import PendingWork, Transport
+from fluid_npu.comm.transports.base import Landing, PendingWork, Table, Transport
 from fluid_npu.comm.transports.collective import CollectiveTransport
 from fluid_npu.comm.transports.delayed import DelayedTransport
 from fluid_npu.comm.transports.few_ctas import FewCtasTransport, carve_out
@@ -11,9 +11,11 @@ __all__ = [
     "CollectiveTransport",
     "DelayedTransport",
     "FewCtasTransport",
+    "Landing",
     "PairwiseTransport",
     "PeerCopyTransport",
     "PendingWork",
+    "Table",
     "Transport",
     "carve_out",
 ]

@@ -15,6 +15,20 @@ class PendingWork(Protocol):
         """Returns when the receive buffer may be read by what is issued next on the current stream."""
 
 
+Table = Sequence[Sequence[int]]
+"""[source][target] rows of an exchange, of all ranks of the group."""
+
+
+class Landing(PendingWork, Protocol):
+    """An exchange under way whose rows come to lie in memory of the transport."""
+
+    rows: torch.Tensor
+    """[R, ...] received rows, in rank order; to be read after ``wait()``."""
+
+    def release(self) -> None:
+        """Gives the memory back: what is issued next on the current stream does not read ``rows`` any more."""
+
+
 class Transport(Protocol):
     """Moves rows between the ranks of a group. Split sizes are on the host: rows per peer, in rank order."""
 

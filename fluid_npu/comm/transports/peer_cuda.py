@@ -1,8 +1,11 @@
 """Windows on CUDA: torch's symmetric memory, the copy engines, stream memory operations.
 
-The two lanes are streams of high priority. One tensor of symmetric memory holds the counters and then the window; every
-rank has the addresses of all of them. The counters of one rank lie 128 bytes apart, first what has arrived from each
-rank, then what each has freed.
+The two lanes are streams of high priority. One tensor of symmetric memory holds the counters, 128 bytes apart, and then
+the window; every rank has the addresses of all of them.
+
+A copy between two GPUs is the copy engines' work and needs no multiprocessor. A copy inside one GPU is a kernel
+(measured on an H200 with driver 580: plain, with the driver's hint to leave compute alone, as a copy of a peer, and in
+two dimensions), so ``take`` and ``keep`` wait behind GEMMs that hold them all.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import torch.distributed as dist
 
 from fluid_npu.comm.guard import one_line
 from fluid_npu.comm.transports.agreement import gathered, node_name
-from fluid_npu.comm.transports.peer_memory import Block, PeerMemory, PendingCopies, WindowSize
+from fluid_npu.comm.transports.peer_memory import Block, Counter, Lane, PeerMemory, PendingCopies, WindowSize
 from fluid_npu.comm.transports.peer_watch import PeerWatch
 from fluid_npu.comm.transports.shared_files import SharedFile, share
 from fluid_npu.device.choice import Choice
@@ -32,7 +35,7 @@ class CudaPeerMemory(PeerMemory):
     def __init__(
         self, name: str, index: int, size: WindowSize, buffers: list[torch.Tensor], lives: Sequence[SharedFile]
     ) -> None:
-        super().__init__(name, index, len(buffers), size)
+        super().__init__(name, index, size)
         self._driver = cuda_driver()
         self._context = self._driver.context()
         self._buffers = buffers
@@ -52,28 +55,27 @@ class CudaPeerMemory(PeerMemory):
         self._sending.wait_event(now)
         self._receiving.wait_event(now)
 
-    def put(self, peer: int, slot: int, block: Block) -> None:
-        self._driver.copy(self._slot(peer, self.index, slot), _address(block), block.size, self._out)
+    def put(self, peer: int, place: int, block: Block) -> None:
+        target = self._base[peer] + _head_bytes(self.world) + place
+        self._driver.copy(target, _address(block), block.size, self._out)
 
-    def tell_arrived(self, peer: int, count: int) -> None:
-        self._driver.write(self._counter(peer, self.index), count, self._out)
-
-    def await_freed(self, peer: int, count: int) -> None:
-        self._highest = max(self._highest, count)
-        self._driver.wait(self._counter(self.index, self.world + peer), count, self._out)
-
-    def await_arrived(self, peer: int, count: int) -> None:
-        self._highest = max(self._highest, count)
-        self._driver.wait(self._counter(self.index, peer), count, self._in)
-
-    def take(self, peer: int, slot: int, block: Block) -> None:
-        self._driver.copy_beside_compute(_address(block), self._slot(self.index, peer, slot), block.size, self._in)
-
-    def tell_freed(self, peer: int, count: int) -> None:
-        self._driver.write(self._counter(peer, self.world + self.index), count, self._in)
+    def take(self, place: int, block: Block) -> None:
+        source = self._base[self.index] + _head_bytes(self.world) + place
+        self._driver.copy(_address(block), source, block.size, self._in)
 
     def keep(self, source: Block, target: Block) -> None:
-        self._driver.copy_beside_compute(_address(target), _address(source), source.size, self._in)
+        self._driver.copy(_address(target), _address(source), source.size, self._in)
+
+    def tell(self, lane: Lane, peer: int, counter: Counter, count: int) -> None:
+        self._driver.write(self._counter(peer, counter, self.index), count, self._stream(lane))
+
+    def wait_until(self, lane: Lane, peer: int, counter: Counter, count: int) -> None:
+        self._highest = max(self._highest, count)
+        self._driver.wait(self._counter(self.index, counter, peer), count, self._stream(lane))
+
+    def own(self, place: int, size: int) -> torch.Tensor:
+        start = _head_bytes(self.world) + place
+        return self._buffers[self.index][start : start + size]
 
     def join(self) -> PendingCopies:
         sent, received = self._sending.record_event(), self._receiving.record_event()
@@ -88,14 +90,18 @@ class CudaPeerMemory(PeerMemory):
 
     def _let_all_waits_pass(self) -> None:
         self._driver.enter(self._context)
-        for number in range(2 * self.world):
-            self._driver.write(self._counter(self.index, number), self._highest + _FAR, self._help.cuda_stream)
+        for counter in Counter:
+            for peer in range(self.world):
+                address = self._counter(self.index, counter, peer)
+                self._driver.write(address, self._highest + _FAR, self._help.cuda_stream)
 
-    def _slot(self, reader: int, writer: int, slot: int) -> int:
-        return self._base[reader] + _head_bytes(self.world) + self.size.offset(reader, writer, slot, self.world)
+    def _stream(self, lane: Lane) -> int:
+        if lane is Lane.PROGRAM:
+            return int(torch.cuda.current_stream(self._device).cuda_stream)
+        return self._out if lane is Lane.SENDING else self._in
 
-    def _counter(self, rank: int, number: int) -> int:
-        return self._base[rank] + number * _COUNTER_BYTES
+    def _counter(self, rank: int, counter: Counter, teller: int) -> int:
+        return self._base[rank] + (counter * self.world + teller) * _COUNTER_BYTES
 
 
 class _CudaCopies:
@@ -118,7 +124,7 @@ def _address(block: Block) -> int:
 
 
 def _head_bytes(world: int) -> int:
-    return -(-2 * world * _COUNTER_BYTES // 4096) * 4096
+    return -(-len(Counter) * world * _COUNTER_BYTES // 4096) * 4096
 
 
 def open_cuda_memory(group: Any, size: WindowSize) -> Choice[PeerMemory | None]:
@@ -152,7 +158,7 @@ def _open(group: Any, size: WindowSize) -> Choice[PeerMemory | None]:
     import torch.distributed._symmetric_memory as symmetric
 
     world, index = dist.get_world_size(group), dist.get_rank(group)
-    total = _head_bytes(world) + size.window_bytes(world)
+    total = _head_bytes(world) + size.total
     own: Any = None
     buffers: list[torch.Tensor] = []
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from fluid_npu.comm.transports.host_lane import HostLane, Mark
-from fluid_npu.comm.transports.peer_memory import Block, PeerMemory, PendingCopies, WindowSize
+from fluid_npu.comm.transports.peer_memory import Block, Counter, Lane, PeerMemory, PendingCopies, WindowSize
 from fluid_npu.comm.transports.shared_files import SharedFile, share
 from fluid_npu.device.choice import Choice
 
@@ -25,65 +26,70 @@ class HostPeerMemory(PeerMemory):
     """``files[rank]`` is that rank's memory: counters, then the window."""
 
     def __init__(self, name: str, index: int, size: WindowSize, files: list[SharedFile]) -> None:
-        super().__init__(name, index, len(files), size)
-        head = _head_bytes(len(files))
+        super().__init__(name, index, size)
+        head = _head_bytes(size.world)
         self._files = files
         self._counters = [file.bytes[:head].view(torch.int32).numpy() for file in files]
         self._windows = [file.bytes[head:] for file in files]
-        self._sending, self._receiving = HostLane("peer-copy sends"), HostLane("peer-copy receives")
+        self._lanes = {
+            Lane.SENDING: HostLane("peer-copy sends"),
+            Lane.RECEIVING: HostLane("peer-copy receives"),
+        }
         self._fence = threading.Lock()
 
     def fork(self) -> None:
         """Operators of a CPU have ended when their call returns."""
 
-    def put(self, peer: int, slot: int, block: Block) -> None:
-        target, source = self._slot(peer, self.index, slot, block.size), _bytes_of(block)
-        self._sending.submit(lambda: _copy(target, source))
+    def put(self, peer: int, place: int, block: Block) -> None:
+        target, source = self._windows[peer][place : place + block.size], _bytes_of(block)
+        self._submit(Lane.SENDING, lambda: _copy(target, source))
 
-    def tell_arrived(self, peer: int, count: int) -> None:
-        self._sending.submit(lambda: self._tell(peer, self.index, count))
-
-    def await_freed(self, peer: int, count: int) -> None:
-        self._sending.submit(lambda: self._await(peer, self.world + peer, count))
-
-    def await_arrived(self, peer: int, count: int) -> None:
-        self._receiving.submit(lambda: self._await(peer, peer, count))
-
-    def take(self, peer: int, slot: int, block: Block) -> None:
-        target, source = _bytes_of(block), self._slot(self.index, peer, slot, block.size)
-        self._receiving.submit(lambda: _copy(target, source))
-
-    def tell_freed(self, peer: int, count: int) -> None:
-        self._receiving.submit(lambda: self._tell(peer, self.world + self.index, count))
+    def take(self, place: int, block: Block) -> None:
+        target, source = _bytes_of(block), self.own(place, block.size)
+        self._submit(Lane.RECEIVING, lambda: _copy(target, source))
 
     def keep(self, source: Block, target: Block) -> None:
         to, of = _bytes_of(target), _bytes_of(source)
-        self._receiving.submit(lambda: _copy(to, of))
+        self._submit(Lane.RECEIVING, lambda: _copy(to, of))
+
+    def tell(self, lane: Lane, peer: int, counter: Counter, count: int) -> None:
+        self._submit(lane, lambda: self._tell(peer, counter, count))
+
+    def wait_until(self, lane: Lane, peer: int, counter: Counter, count: int) -> None:
+        self._submit(lane, lambda: self._await(peer, self._place(counter, peer), count))
+
+    def own(self, place: int, size: int) -> torch.Tensor:
+        return self._windows[self.index][place : place + size]
 
     def join(self) -> PendingCopies:
-        return _HostCopies(self._sending.mark(), self._receiving.mark())
+        return _HostCopies(*(lane.mark() for lane in self._lanes.values()))
 
     def close(self) -> None:
-        self._sending.close()
-        self._receiving.close()
+        for lane in self._lanes.values():
+            lane.close()
         self._counters.clear()
         self._windows.clear()
         for file in self._files:
             file.close()
 
-    def _slot(self, reader: int, writer: int, slot: int, size: int) -> torch.Tensor:
-        start = self.size.offset(reader, writer, slot, self.world)
-        return self._windows[reader][start : start + size]
+    def _submit(self, lane: Lane, step: Callable[[], None]) -> None:
+        if lane is Lane.PROGRAM:
+            step()
+        else:
+            self._lanes[lane].submit(step)
 
-    def _tell(self, rank: int, counter: int, count: int) -> None:
+    def _place(self, counter: Counter, teller: int) -> int:
+        return (counter * self.world + teller) * _COUNTER_INTS
+
+    def _tell(self, peer: int, counter: Counter, count: int) -> None:
         # A lock orders memory on every processor: nobody sees the counter before what was copied.
         with self._fence:
             pass
         with self._fence:
-            self._counters[rank][counter * _COUNTER_INTS] = _wrapped(count)
+            self._counters[peer][self._place(counter, self.index)] = _wrapped(count)
 
-    def _await(self, peer: int, counter: int, count: int) -> None:
-        place, pause, waited = counter * _COUNTER_INTS, 0.0, time.monotonic()
+    def _await(self, peer: int, place: int, count: int) -> None:
+        pause, waited = 0.0, time.monotonic()
         looked = waited
         while _wrapped(int(self._counters[self.index][place]) - count) < 0:
             time.sleep(pause)
@@ -128,13 +134,12 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
 
 
 def _head_bytes(world: int) -> int:
-    return -(-2 * world * _COUNTER_INTS * 4 // 4096) * 4096
+    return -(-len(Counter) * world * _COUNTER_INTS * 4 // 4096) * 4096
 
 
 def open_host_memory(group: Any, size: WindowSize) -> Choice[PeerMemory | None]:
     """The windows of a group of CPU ranks; a collective call, with the same answer on all of them."""
-    world = dist.get_world_size(group)
-    files, reason = share(group, _head_bytes(world) + size.window_bytes(world))
+    files, reason = share(group, _head_bytes(size.world) + size.total)
     if files is None:
         return Choice(None, reason)
     return Choice(HostPeerMemory(group.group_name, dist.get_rank(group), size, files), reason)

@@ -1,19 +1,42 @@
 """What an AllToAll by peer copies needs of the hardware: windows, copies, counters that other ranks write.
 
-A *window* is memory of one rank that the others may write: for each other rank a ring of ``slots`` slots of
-``slot_bytes``. Beside it lie two counters for each other rank: pieces that have *arrived* from it, and pieces that it
-has *freed* of those that this rank sent. Work goes on two *lanes*, which run beside the program and beside each other,
-each in the order of submission: the *sending* lane copies into peers' windows, the *receiving* lane out of the own one.
-The protocol that uses them is in ``peer_copy.py``. P ranks; a rank is its index in the group.
+A *window* is memory of one rank that the others may write. It has a *ring* of slots for each other rank, and two
+*landing areas*, each for all that is received in one exchange. Beside it lie four counters for each other rank.
+Work goes on two *lanes*, which run beside the program and beside each other, each in the order of submission: the
+*sending* lane copies into peers' windows, the *receiving* lane out of the own one. The protocol that uses them is in
+``peer_copy.py``. P ranks; a rank is its index in the group.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from enum import Enum, IntEnum
 from typing import Protocol
 
 import torch
+
+
+class Counter(IntEnum):
+    """What a rank tells another one; each pair has one of each kind in each direction. Counts only grow."""
+
+    ARRIVED = 0
+    """Pieces that the teller has put into the other's ring."""
+    FREED = 1
+    """Pieces of the other's that the teller has copied out of its ring."""
+    LANDED = 2
+    """Exchanges whose rows the teller has put into the other's landing area."""
+    RELEASED = 3
+    """Exchanges whose landing area the teller does not read any more."""
+
+
+class Lane(Enum):
+    """Where a step is done, in the order of submission to it."""
+
+    SENDING = "sending"
+    RECEIVING = "receiving"
+    PROGRAM = "program"
+    """The current stream, or on a CPU at once."""
 
 
 class PendingCopies(Protocol):
@@ -35,68 +58,74 @@ class Block:
     size: int
 
 
+LANDINGS = 2
+
+
 @dataclass(frozen=True, kw_only=True)
 class WindowSize:
-    """How much memory each rank gives."""
+    """How much memory each of ``world`` ranks gives: for each peer ``slots`` slots, then ``LANDINGS`` areas."""
 
+    world: int
     slots: int
     slot_bytes: int
+    landing_bytes: int
 
-    def window_bytes(self, world: int) -> int:
-        """Of one rank's window: a ring for each other rank."""
-        return (world - 1) * self.slots * self.slot_bytes
+    @property
+    def total(self) -> int:
+        """Bytes of one rank's window."""
+        return self.landing(LANDINGS)
 
-    def offset(self, reader: int, writer: int, slot: int, world: int) -> int:
+    def slot(self, reader: int, writer: int, slot: int) -> int:
         """Where in the window of ``reader`` a slot of ``writer`` begins."""
-        ring = (writer - reader - 1) % world
+        ring = (writer - reader - 1) % self.world
         return (ring * self.slots + slot) * self.slot_bytes
+
+    def landing(self, area: int) -> int:
+        """Where in any window a landing area begins."""
+        return (self.world - 1) * self.slots * self.slot_bytes + area * self.landing_bytes
 
 
 class PeerMemory(ABC):
-    """The windows of a group and the two lanes. Counts are of pieces since the start; they only grow.
+    """The windows of a group and the two lanes.
 
     ``name`` is the same on all ranks of the group and that of no other group. ``timeout_s`` is how long a peer is
-    waited for.
+    waited for. A *place* is a byte in a window.
     """
 
-    def __init__(self, name: str, index: int, world: int, size: WindowSize) -> None:
+    def __init__(self, name: str, index: int, size: WindowSize) -> None:
         self.name = name
         self.index = index
-        self.world = world
+        self.world = size.world
         self.size = size
         self.timeout_s = 1800.0
 
     @abstractmethod
     def fork(self) -> None:
-        """What is submitted from here on comes after what the current stream was given so far."""
+        """What is submitted to the lanes from here on comes after what the current stream was given so far."""
 
     @abstractmethod
-    def put(self, peer: int, slot: int, block: Block) -> None:
-        """Sending lane: copies the block into this rank's slot of the peer's window."""
+    def put(self, peer: int, place: int, block: Block) -> None:
+        """Sending lane: copies the block into the peer's window."""
 
     @abstractmethod
-    def tell_arrived(self, peer: int, count: int) -> None:
-        """Sending lane: the peer may read the first ``count`` pieces of this rank."""
-
-    @abstractmethod
-    def await_freed(self, peer: int, count: int) -> None:
-        """Sending lane: goes on when the peer has freed ``count`` pieces of this rank."""
-
-    @abstractmethod
-    def await_arrived(self, peer: int, count: int) -> None:
-        """Receiving lane: goes on when ``count`` pieces of the peer have arrived."""
-
-    @abstractmethod
-    def take(self, peer: int, slot: int, block: Block) -> None:
-        """Receiving lane: copies the peer's slot of the own window into the block."""
-
-    @abstractmethod
-    def tell_freed(self, peer: int, count: int) -> None:
-        """Receiving lane: the peer may overwrite its first ``count`` pieces."""
+    def take(self, place: int, block: Block) -> None:
+        """Receiving lane: copies from the own window into the block."""
 
     @abstractmethod
     def keep(self, source: Block, target: Block) -> None:
         """Receiving lane: copies the rows that stay on this rank."""
+
+    @abstractmethod
+    def tell(self, lane: Lane, peer: int, counter: Counter, count: int) -> None:
+        """The peer's counter for this rank becomes ``count``, when all earlier steps of the lane are done."""
+
+    @abstractmethod
+    def wait_until(self, lane: Lane, peer: int, counter: Counter, count: int) -> None:
+        """The lane goes on when the peer has told this rank ``count`` or more."""
+
+    @abstractmethod
+    def own(self, place: int, size: int) -> torch.Tensor:
+        """``[size]`` uint8: a part of the own window."""
 
     @abstractmethod
     def join(self) -> PendingCopies:

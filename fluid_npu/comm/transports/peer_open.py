@@ -12,34 +12,46 @@ from fluid_npu.comm.transports.peer_host import open_host_memory
 from fluid_npu.comm.transports.peer_memory import PeerMemory, WindowSize
 from fluid_npu.device.choice import Choice
 
-#: Bytes of one rank's window, over all peers.
-WINDOW_BYTES = 64 << 20
+#: Bytes of one rank's rings, over all peers.
+RING_BYTES = 16 << 20
 SLOTS = 4
+#: Of one landing area.
+LANDING_BYTES = 80 << 20
 _ALIGNED = 4096
 
 
-def window_size(world: int, window_bytes: int = WINDOW_BYTES, slots: int = SLOTS) -> WindowSize:
-    """The slots of a window of about that many bytes for a group of ``world`` ranks."""
-    slot = window_bytes // (slots * max(world - 1, 1)) // _ALIGNED * _ALIGNED
-    return WindowSize(slots=slots, slot_bytes=max(slot, _ALIGNED))
+def window_size(
+    world: int, ring_bytes: int = RING_BYTES, slots: int = SLOTS, landing_bytes: int = LANDING_BYTES
+) -> WindowSize:
+    """A window of about that many bytes for a group of ``world`` ranks."""
+    slot = ring_bytes // (slots * max(world - 1, 1)) // _ALIGNED * _ALIGNED
+    area = -(-landing_bytes // _ALIGNED) * _ALIGNED
+    return WindowSize(world=world, slots=slots, slot_bytes=max(slot, _ALIGNED), landing_bytes=area)
 
 
 def peer_copy_transport(
-    device: str, *, window_bytes: int = WINDOW_BYTES, slots: int = SLOTS, timeout_s: float = 1800.0
+    device: str,
+    *,
+    ring_bytes: int = RING_BYTES,
+    slots: int = SLOTS,
+    landing_bytes: int = LANDING_BYTES,
+    timeout_s: float = 1800.0,
 ) -> PeerCopyTransport:
     """For groups whose ranks are on one node.
 
     Args:
         device: "cpu", "cuda" or "npu"; on an NPU no group gets windows.
-        window_bytes: memory that each rank gives to each group.
-        slots: into how many pieces that can be under way a window is cut for each peer.
+        ring_bytes: memory that each rank gives to each group for exchanges that go in pieces.
+        slots: pieces of a peer that can be in the ring.
+        landing_bytes: memory for all that a rank receives in one exchange; each group has two such areas. An exchange
+            that gives some rank more goes through the ring. 0: all of them do.
         timeout_s: how long a peer is waited for.
     """
     if slots < 2:
         raise ValueError(f"slots={slots}: with less than 2 a sender always waits for the receiver; give 2 or more")
 
     def open_memory(group: Any) -> Choice[PeerMemory | None]:
-        size = window_size(dist.get_world_size(group), window_bytes, slots)
+        size = window_size(dist.get_world_size(group), ring_bytes, slots, landing_bytes)
         if device == "cuda":
             return open_cuda_memory(group, size)
         if device == "cpu":
