@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "megatron_lm": set(),
     "cluster": {"megatron_lm", "train", "adaptor"},
     "sim": {"device"},
-    "order": {"device", "report"},
+    "order": {"comm", "device", "report"},
     "cli": {"cluster", "doctor", "bench", "train", "report", "megatron_lm", "sim", "order"},
     "__main__": {"cli"},
     "__init__": set(),

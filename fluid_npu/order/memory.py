@@ -32,8 +32,8 @@ class Memory:
 
     def __init__(self, log: Log) -> None:
         self._log = log
-        self._numbers: dict[int, tuple[int, weakref.ref[Any]]] = {}
-        self._told: dict[int, dict[str, None]] = {}
+        self._numbers: dict[int, tuple[int | str, weakref.ref[Any]]] = {}
+        self._told: dict[int | str, dict[str, None]] = {}
         self._count = 0
 
     def access(self, tensor: torch.Tensor) -> Access | None:
@@ -53,7 +53,7 @@ class Memory:
         found = [access for tensor in tensors if (access := self.access(tensor)) is not None]
         return tuple(dict.fromkeys(found))
 
-    def number(self, tensor: torch.Tensor) -> int:
+    def number(self, tensor: torch.Tensor) -> int | str:
         """The number of the tensor's storage; noted as allocated when it is new."""
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -67,6 +67,11 @@ class Memory:
         owner = stream_of(tensor.device)
         self._log.add("alloc", alloc=number, size=storage.nbytes(), stream=None if owner == HOST else owner)
         return number
+
+    def adopt(self, tensor: torch.Tensor, name: str) -> None:
+        """The tensor's storage is memory that other ranks know by this name; it is never given back."""
+        storage = tensor.untyped_storage()
+        self._numbers[storage._cdata] = (name, weakref.ref(storage))
 
     def tell(self, tensor: torch.Tensor, stream: str) -> None:
         """``record_stream``: the allocator will wait for that stream before it uses the memory again."""

@@ -4,8 +4,9 @@
         train_step()
     recorder.save("records")        # then, when every rank has: fluid-npu check-order records
 
-Seen are operators that pass torch's dispatcher, collectives of torch.distributed, events and streams of torch.cuda and
-torch.npu, and the life of every storage. A record grows by about 300 bytes an operator: record a few steps.
+Seen are operators that pass torch's dispatcher, collectives of torch.distributed, peer copies, events and streams of
+torch.cuda and torch.npu, and the life of every storage. A record grows by about 300 bytes an operator: record a few
+steps.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fluid_npu.order.log import Log
 from fluid_npu.order.memory import Memory, stream_of
 from fluid_npu.order.operators import OperatorMode
 from fluid_npu.order.patching import Patches
+from fluid_npu.order.peer_copies import PeerCopyHooks
 from fluid_npu.order.process_groups import ProcessGroupHooks
 from fluid_npu.order.records import Entry
 from fluid_npu.order.streams import StreamHooks, note_host_reads
@@ -55,6 +57,7 @@ class OrderRecorder:
         for module in (torch.cuda if torch.cuda.is_available() else None, sys.modules.get("torch_npu")):
             if module is not None:
                 streams.install(self._patches, getattr(module, "npu", module))
+        PeerCopyHooks(self._log, self._memory).install(self._patches)
         note_host_reads(self._patches, self._log, self._memory)
         self._mode.__enter__()
         return self

@@ -33,9 +33,15 @@ class CudaPeerMemory(PeerMemory):
     """``buffers[rank]`` are that rank's counters and window, as this process sees them."""
 
     def __init__(
-        self, name: str, index: int, size: WindowSize, buffers: list[torch.Tensor], lives: Sequence[SharedFile]
+        self,
+        name: str,
+        index: int,
+        ranks: Sequence[int],
+        size: WindowSize,
+        buffers: list[torch.Tensor],
+        lives: Sequence[SharedFile],
     ) -> None:
-        super().__init__(name, index, size)
+        super().__init__(name, index, ranks, size)
         self._driver = cuda_driver()
         self._context = self._driver.context()
         self._buffers = buffers
@@ -67,15 +73,24 @@ class CudaPeerMemory(PeerMemory):
         self._driver.copy(_address(target), _address(source), source.size, self._in)
 
     def tell(self, lane: Lane, peer: int, counter: Counter, count: int) -> None:
-        self._driver.write(self._counter(peer, counter, self.index), count, self._stream(lane))
+        self._driver.write(self._counter(peer, counter, self.index), count, self._number(lane))
 
     def wait_until(self, lane: Lane, peer: int, counter: Counter, count: int) -> None:
         self._highest = max(self._highest, count)
-        self._driver.wait(self._counter(self.index, counter, peer), count, self._stream(lane))
+        self._driver.wait(self._counter(self.index, counter, peer), count, self._number(lane))
 
     def own(self, place: int, size: int) -> torch.Tensor:
         start = _head_bytes(self.world) + place
         return self._buffers[self.index][start : start + size]
+
+    @property
+    def window_start(self) -> int:
+        return _head_bytes(self.world)
+
+    def stream(self, lane: Lane) -> torch.cuda.Stream:
+        if lane is Lane.PROGRAM:
+            return torch.cuda.current_stream(self._device)
+        return self._sending if lane is Lane.SENDING else self._receiving
 
     def join(self) -> PendingCopies:
         sent, received = self._sending.record_event(), self._receiving.record_event()
@@ -95,7 +110,7 @@ class CudaPeerMemory(PeerMemory):
                 address = self._counter(self.index, counter, peer)
                 self._driver.write(address, self._highest + _FAR, self._help.cuda_stream)
 
-    def _stream(self, lane: Lane) -> int:
+    def _number(self, lane: Lane) -> int:
         if lane is Lane.PROGRAM:
             return int(torch.cuda.current_stream(self._device).cuda_stream)
         return self._out if lane is Lane.SENDING else self._in
@@ -185,5 +200,6 @@ def _open(group: Any, size: WindowSize) -> Choice[PeerMemory | None]:
     lives, reason = share(group, 4096)
     if lives is None:
         return Choice(None, reason)
-    memory = CudaPeerMemory(group.group_name, index, size, buffers, lives)
+    ranks = dist.get_process_group_ranks(group)
+    memory = CudaPeerMemory(group.group_name, index, ranks, size, buffers, lives)
     return Choice(memory, f"symmetric memory, {total >> 20} MiB a rank")

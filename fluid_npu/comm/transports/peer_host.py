@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from fluid_npu.comm.transports.host_lane import HostLane, Mark
-from fluid_npu.comm.transports.peer_memory import Block, Counter, Lane, PeerMemory, PendingCopies, WindowSize
+from fluid_npu.comm.transports.peer_memory import Block, Counter, Lane, PeerMemory, WindowSize
 from fluid_npu.comm.transports.shared_files import SharedFile, share
 from fluid_npu.device.choice import Choice
 
@@ -25,8 +25,8 @@ _LOOK_S = 0.2
 class HostPeerMemory(PeerMemory):
     """``files[rank]`` is that rank's memory: counters, then the window."""
 
-    def __init__(self, name: str, index: int, size: WindowSize, files: list[SharedFile]) -> None:
-        super().__init__(name, index, size)
+    def __init__(self, name: str, index: int, ranks: Sequence[int], size: WindowSize, files: list[SharedFile]) -> None:
+        super().__init__(name, index, ranks, size)
         head = _head_bytes(size.world)
         self._files = files
         self._counters = [file.bytes[:head].view(torch.int32).numpy() for file in files]
@@ -61,8 +61,15 @@ class HostPeerMemory(PeerMemory):
     def own(self, place: int, size: int) -> torch.Tensor:
         return self._windows[self.index][place : place + size]
 
-    def join(self) -> PendingCopies:
-        return _HostCopies(*(lane.mark() for lane in self._lanes.values()))
+    @property
+    def window_start(self) -> int:
+        return _head_bytes(self.world)
+
+    def stream(self, lane: Lane) -> None:
+        return None
+
+    def join(self) -> HostCopies:
+        return HostCopies(*(lane.mark() for lane in self._lanes.values()))
 
     def close(self) -> None:
         for lane in self._lanes.values():
@@ -111,7 +118,9 @@ class HostPeerMemory(PeerMemory):
             raise RuntimeError(f"peer-copy: timed out after {waited:.0f} s waiting for rank {peer} of the group")
 
 
-class _HostCopies:
+class HostCopies:
+    """Both lanes' ends."""
+
     def __init__(self, *ends: Mark) -> None:
         self._ends = ends
 
@@ -142,4 +151,5 @@ def open_host_memory(group: Any, size: WindowSize) -> Choice[PeerMemory | None]:
     files, reason = share(group, _head_bytes(size.world) + size.total)
     if files is None:
         return Choice(None, reason)
-    return Choice(HostPeerMemory(group.group_name, dist.get_rank(group), size, files), reason)
+    ranks = dist.get_process_group_ranks(group)
+    return Choice(HostPeerMemory(group.group_name, dist.get_rank(group), ranks, size, files), reason)

@@ -10,9 +10,10 @@ Work goes on two *lanes*, which run beside the program and beside each other, ea
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -88,13 +89,14 @@ class WindowSize:
 class PeerMemory(ABC):
     """The windows of a group and the two lanes.
 
-    ``name`` is the same on all ranks of the group and that of no other group. ``timeout_s`` is how long a peer is
-    waited for. A *place* is a byte in a window.
+    ``name`` is the same on all ranks of the group and that of no other group, ``ranks`` are their global ranks.
+    ``timeout_s`` is how long a peer is waited for. A *place* is a byte in a window.
     """
 
-    def __init__(self, name: str, index: int, size: WindowSize) -> None:
+    def __init__(self, name: str, index: int, ranks: Sequence[int], size: WindowSize) -> None:
         self.name = name
         self.index = index
+        self.ranks = ranks
         self.world = size.world
         self.size = size
         self.timeout_s = 1800.0
@@ -126,6 +128,15 @@ class PeerMemory(ABC):
     @abstractmethod
     def own(self, place: int, size: int) -> torch.Tensor:
         """``[size]`` uint8: a part of the own window."""
+
+    @property
+    @abstractmethod
+    def window_start(self) -> int:
+        """Where in the storage of ``own`` a window begins, in bytes; alike on all ranks."""
+
+    @abstractmethod
+    def stream(self, lane: Lane) -> Any:
+        """The torch stream that a lane is; None on a host."""
 
     @abstractmethod
     def join(self) -> PendingCopies:
