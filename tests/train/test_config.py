@@ -61,6 +61,8 @@ REFUSED = [
     (["--profile", "p.json", "--impl", "stock"], r"--profile p.json: stock Megatron"),
     (["--dispatch", "twice"], r"--dispatch 'twice': allowed are plain, once-per-rank, auto"),
     (["--dispatch", "auto", "--impl", "stock"], r"--dispatch auto: stock Megatron .* use --dispatch plain"),
+    (["--a2a-transport", "pigeon"], r"--a2a-transport 'pigeon': allowed are auto, collective, peer-copy"),
+    (["--a2a-transport", "pairwise", "--impl", "stock"], r"--a2a-transport pairwise: stock Megatron .* has none"),
     (["--topk", "9"], r"--topk 9: must be at most --experts 8"),
     (["--hidden", "257"], r"--heads 8: must divide --hidden 257"),
     (["--resume"], r"--resume: there is no run of mixtral-tiny"),
