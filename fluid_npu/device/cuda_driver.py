@@ -1,4 +1,4 @@
-"""The calls of CUDA's driver that torch has no name for: copies by the copy engines, and waits and writes of a stream.
+"""Calls of CUDA's driver: copies by the copy engines, waits and writes of a stream, events without torch's overhead.
 
 A stream memory operation makes a stream wait until a 4-byte word of device memory has come to a value, or writes one
 when the stream comes there. Neither is a kernel: while GEMMs hold every multiprocessor, both go on. The same holds for
@@ -15,7 +15,8 @@ from functools import cache
 from typing import Any
 
 _WAIT_UNTIL_AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ: the difference counts, so the numbers may wrap around
-_NEEDED = ("cuMemcpyAsync", "cuStreamWriteValue32_v2", "cuStreamWaitValue32_v2", "cuGetErrorName")
+_WITHOUT_TIME = 2  # CU_EVENT_DISABLE_TIMING
+_NOT_YET = 600  # CUDA_ERROR_NOT_READY
 
 
 class CudaDriver:
@@ -23,12 +24,15 @@ class CudaDriver:
 
     def __init__(self) -> None:
         self._cuda = ctypes.CDLL("libcuda.so.1")
-        for name in _NEEDED:
-            getattr(self._cuda, name)
-        address, size, stream = ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p
-        self._copy = self._typed("cuMemcpyAsync", address, address, size, stream)
+        address, stream, event = ctypes.c_uint64, ctypes.c_void_p, ctypes.c_void_p
+        self._copy = self._typed("cuMemcpyAsync", address, address, ctypes.c_size_t, stream)
         self._write = self._typed("cuStreamWriteValue32_v2", stream, address, ctypes.c_uint32, ctypes.c_uint)
         self._wait = self._typed("cuStreamWaitValue32_v2", stream, address, ctypes.c_uint32, ctypes.c_uint)
+        self._create = self._typed("cuEventCreate", ctypes.POINTER(ctypes.c_void_p), ctypes.c_uint)
+        self._record = self._typed("cuEventRecord", event, stream)
+        self._follow = self._typed("cuStreamWaitEvent", stream, event, ctypes.c_uint)
+        self._query = self._typed("cuEventQuery", event)
+        self._events: list[int] = []
 
     def _typed(self, name: str, *types: Any) -> Any:
         function = getattr(self._cuda, name)
@@ -47,6 +51,17 @@ class CudaDriver:
         """The stream goes on when the word is at least ``value``, counted around 2**32."""
         self._check(self._wait(stream, address, value & 0xFFFFFFFF, _WAIT_UNTIL_AT_LEAST))
 
+    def mark(self, stream: int) -> CudaMark:
+        """The point that the stream has been given work up to."""
+        if self._events:
+            event = self._events.pop()
+        else:
+            made = ctypes.c_void_p()
+            self._check(self._create(ctypes.byref(made), _WITHOUT_TIME))
+            event = made.value or 0
+        self._check(self._record(event, stream))
+        return CudaMark(self, event)
+
     def context(self) -> int:
         """The CUDA context of the calling thread, for ``enter`` on another one."""
         found = ctypes.c_void_p()
@@ -62,6 +77,29 @@ class CudaDriver:
             name = ctypes.c_char_p()
             self._cuda.cuGetErrorName(result, ctypes.byref(name))
             raise RuntimeError(f"CUDA driver: {(name.value or b'?').decode()} (code {result})")
+
+
+class CudaMark:
+    """An event of the driver: cheaper for the host than torch's. It is used again when nobody holds this object."""
+
+    def __init__(self, driver: CudaDriver, event: int) -> None:
+        self._driver = driver
+        self._event = event
+
+    def hold_back(self, stream: int) -> None:
+        """The stream goes on when the mark has been reached."""
+        self._driver._check(self._driver._follow(stream, self._event, 0))
+
+    def query(self) -> bool:
+        """Whether it has been reached."""
+        result = self._driver._query(self._event)
+        if result != _NOT_YET:
+            self._driver._check(result)
+        return bool(result == 0)
+
+    def __del__(self) -> None:
+        # A stream that was told to wait for it has taken note of it, so the event may mark another point.
+        self._driver._events.append(self._event)
 
 
 @cache

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from fluid_npu.comm.transports.peer_cuda import CudaPeerMemory
+from fluid_npu.comm.transports.peer_cuda import CudaCopies, CudaPeerMemory
 from fluid_npu.comm.transports.peer_host import HostCopies, HostPeerMemory
 from fluid_npu.comm.transports.peer_memory import Block, Counter, Lane, PeerMemory
 from fluid_npu.order.log import Log
@@ -27,7 +27,7 @@ class PeerCopyHooks:
     def __init__(self, log: Log, memory: Memory) -> None:
         self._log = log
         self._memory = memory
-        self._joins = 0
+        self._events = 0
 
     def install(self, patches: Patches) -> None:
         """Wraps the methods of the two kinds of peer memory."""
@@ -35,12 +35,27 @@ class PeerCopyHooks:
             patches.wrap(kind, "put", self._put)
             patches.wrap(kind, "take", self._take)
             patches.wrap(kind, "keep", self._keep)
-            patches.wrap(kind, "own", self._own)
             patches.wrap(kind, "tell", lambda old: self._counter(old, "signal"))
             patches.wrap(kind, "wait_until", lambda old: self._counter(old, "await"))
-        # On CUDA both are events of streams, which are noted anyway.
-        patches.wrap(HostPeerMemory, "join", self._join)
-        patches.wrap(HostCopies, "wait", self._wait)
+            patches.wrap(kind, "fork", self._fork)
+            patches.wrap(kind, "join", self._join)
+        for copies in (HostCopies, CudaCopies):
+            patches.wrap(copies, "wait", self._wait)
+
+    def _fork(self, old: Any) -> Any:
+        """On a host the lanes come after the program anyway."""
+
+        def fork(memory: PeerMemory, *lanes: Lane) -> None:
+            old(memory, *lanes)
+            self._memory.adopt(memory.own(0, 1), _name(memory))
+            if memory.stream(Lane.PROGRAM) is None:
+                return
+            event = self._event()
+            self._log.add("record", event=event, stream=_stream(memory, Lane.PROGRAM))
+            for lane in lanes:
+                self._log.add("wait", event=event, stream=_stream(memory, lane))
+
+        return fork
 
     def _put(self, old: Any) -> Any:
         def put(memory: PeerMemory, peer: int, place: int, block: Block) -> None:
@@ -59,19 +74,11 @@ class PeerCopyHooks:
         return take
 
     def _keep(self, old: Any) -> Any:
-        def keep(memory: PeerMemory, source: Block, target: Block) -> None:
-            self._op("peer-copy keep", memory, Lane.RECEIVING, self._block(source), self._block(target))
-            old(memory, source, target)
+        def keep(memory: PeerMemory, lane: Lane, source: Block, target: Block) -> None:
+            self._op("peer-copy keep", memory, lane, self._block(source), self._block(target))
+            old(memory, lane, source, target)
 
         return keep
-
-    def _own(self, old: Any) -> Any:
-        def own(memory: PeerMemory, place: int, size: int) -> Any:
-            part = old(memory, place, size)
-            self._memory.adopt(part, _name(memory))
-            return part
-
-        return own
 
     def _counter(self, old: Any, kind: str) -> Any:
         def call(memory: PeerMemory, lane: Lane, peer: int, counter: Counter, count: int) -> None:
@@ -84,12 +91,12 @@ class PeerCopyHooks:
         return call
 
     def _join(self, old: Any) -> Any:
-        def join(memory: PeerMemory) -> Any:
-            copies = old(memory)
-            self._joins += 1
-            copies.order_events = [f"peer-copy {self._joins} {lane.value}" for lane in _LANES]
-            for event, lane in zip(copies.order_events, _LANES, strict=True):
+        def join(memory: PeerMemory, *lanes: Lane) -> Any:
+            copies = old(memory, *lanes)
+            events = [self._event() for _ in lanes]
+            for event, lane in zip(events, lanes, strict=True):
                 self._log.add("record", event=event, stream=_stream(memory, lane))
+            copies.order_memory, copies.order_events = memory, events
             return copies
 
         return join
@@ -98,10 +105,18 @@ class PeerCopyHooks:
         def wait(copies: Any) -> None:
             at = time.perf_counter()
             old(copies)
-            for event in getattr(copies, "order_events", ()):
-                self._log.add("sync", event=event, at=at)
+            if not hasattr(copies, "order_events"):
+                return
+            program = _stream(copies.order_memory, Lane.PROGRAM)
+            for event in copies.order_events:
+                kind = {"kind": "sync"} if program == HOST else {"kind": "wait", "stream": program}
+                self._log.add(**kind, event=event, at=at)
 
         return wait
+
+    def _event(self) -> str:
+        self._events += 1
+        return f"peer-copy {self._events}"
 
     def _op(self, name: str, memory: PeerMemory, lane: Lane, reads: Any, writes: Any) -> None:
         at = time.perf_counter()

@@ -12,7 +12,16 @@ from typing import Any
 
 from fluid_npu.adaptor.versions import installed_version
 from fluid_npu.train import exit_codes
-from fluid_npu.train.config import DISPATCHES, DTYPES, IMPLS, OVERLAPS, ConfigError, TrainConfig, validate
+from fluid_npu.train.config import (
+    A2A_TRANSPORTS,
+    DISPATCHES,
+    DTYPES,
+    IMPLS,
+    OVERLAPS,
+    ConfigError,
+    TrainConfig,
+    validate,
+)
 from fluid_npu.train.launch import launch, write_config
 from fluid_npu.train.presets import CUT_FIELDS, PRESETS, PresetError, flag_of
 from fluid_npu.train.profile import Profile
@@ -101,6 +110,8 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--moe-chunks", default="auto", metavar="N", type=_number_or_auto, help=text)
     text = "with --cp: parts of a rank's heads, each part's AllToAlls beside the computation of others (1)"
     group.add_argument("--attention-chunks", type=int, default=_DEFAULTS.attention_chunks, metavar="N", help=text)
+    text = f"what moves the bytes of AllToAlls: {', '.join(A2A_TRANSPORTS)} ({_DEFAULTS.a2a_transport})"
+    group.add_argument("--a2a-transport", default=_DEFAULTS.a2a_transport, metavar="NAME", help=text)
     impl = _DEFAULTS.impl
     group.add_argument("--impl", default=impl, metavar="NAME", help=f"MoE layers: {' or '.join(IMPLS)} ({impl})")
 

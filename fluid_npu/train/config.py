@@ -19,11 +19,21 @@ DTYPES = ("fp32", "bf16", "fp16")
 OVERLAPS = ("off", "dw", "full", "auto")
 IMPLS = ("fluid", "stock")
 DISPATCHES = ("plain", "once-per-rank", "auto")
+A2A_TRANSPORTS = ("auto", "collective", "peer-copy", "few-ctas", "pairwise")
 
 #: Fields that may differ between a checkpoint and the run that resumes it; all others must be equal.
 RESUME_MAY_DIFFER = frozenset(
     ("device", "data", "steps", "overlap", "timeout", "out", "resume", "checkpoint_every", "twin_every")
-    + ("plant_delay_ms", "carry_over", "trace", "profile", "dispatch", "moe_chunks", "attention_chunks")
+    + (
+        "plant_delay_ms",
+        "carry_over",
+        "trace",
+        "profile",
+        "dispatch",
+        "moe_chunks",
+        "attention_chunks",
+        "a2a_transport",
+    )
 )
 
 
@@ -38,9 +48,9 @@ class TrainConfig:
     ``dtype`` None is the device's own; ``data`` None the default corpus; ``lr_decay_steps`` None is ``steps``.
     ``plant_delay_ms`` delays every AllToAll, for tests and demonstrations. ``carry_over`` lets dW of FC2 and of the
     router wait for the combine of the layer below. ``dispatch`` 'once-per-rank' sends a token once to each rank that
-    holds some of its experts. ``vpp`` is the number of model chunks per pipeline stage. ``moe_chunks`` is in how many
-    groups of its experts ``overlap`` 'full' pipelines an MoE layer: a number, or 'auto'. ``attention_chunks`` are the
-    parts in which a context-parallel rank computes its heads.
+    holds some of its experts. ``a2a_transport`` moves the bytes of AllToAlls. ``vpp`` is the number of model chunks
+    per pipeline stage. ``moe_chunks`` is in how many groups of its experts ``overlap`` 'full' pipelines an MoE layer: a
+    number, or 'auto'. ``attention_chunks`` are the parts in which a context-parallel rank computes its heads.
     """
 
     preset: str = "mixtral-tiny"
@@ -77,6 +87,7 @@ class TrainConfig:
     dispatch: str = "plain"
     moe_chunks: int | str = "auto"
     attention_chunks: int = 1
+    a2a_transport: str = "collective"
     impl: str = "fluid"
 
     def model(self) -> Preset:
@@ -156,7 +167,12 @@ def _differing_cut(theirs: Mapping[str, int], ours: Mapping[str, int]) -> str:
 
 
 def _check_choices(c: TrainConfig) -> None:
-    for name, allowed in (("device", DEVICES), ("impl", IMPLS), ("dispatch", DISPATCHES)):
+    for name, allowed in (
+        ("device", DEVICES),
+        ("impl", IMPLS),
+        ("dispatch", DISPATCHES),
+        ("a2a_transport", A2A_TRANSPORTS),
+    ):
         if getattr(c, name) not in allowed:
             raise ConfigError(f"{flag_of(name)} {getattr(c, name)!r}: allowed are {', '.join(allowed)}")
     if c.dtype is not None and c.dtype not in DTYPES:
@@ -200,6 +216,11 @@ def _check_stock(c: TrainConfig) -> None:
     missing = (
         (c.carry_over, "--carry-over", "has none; leave it out, or use --impl fluid"),
         (c.dispatch != "plain", f"--dispatch {c.dispatch}", "has none; use --dispatch plain or --impl fluid"),
+        (
+            c.a2a_transport != "collective",
+            f"--a2a-transport {c.a2a_transport}",
+            "has none; leave it out, or use --impl fluid",
+        ),
         (c.profile is not None, f"--profile {c.profile}", "has nothing to choose; leave it out, or use --impl fluid"),
         (c.cp > 1, f"--cp {c.cp}", "has no context parallelism without Transformer Engine; use --cp 1 or --impl fluid"),
         (c.plant_delay_ms > 0, "--plant-delay-ms", "cannot be delayed; leave it out, or use --impl fluid"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from fluid_npu.device import get_device
 from fluid_npu.train.config import TrainConfig
 from fluid_npu.train.latent_attention import FluidLatentDotProductAttention, LatentDotProductAttention
 from fluid_npu.train.presets import Preset
@@ -119,11 +121,29 @@ def _stock_spec(model_config: TransformerConfig, **chunk: int) -> Any:
 
 
 def _transport(config: TrainConfig) -> Any:
-    """The collective of torch.distributed, behind the planted delay if there is one."""
-    from fluid_npu.comm.transports import CollectiveTransport, DelayedTransport
+    """What ``--a2a-transport`` chooses, behind the planted delay if there is one; a collective call unless default."""
+    from fluid_npu.comm.transports import DelayedTransport
+    from fluid_npu.comm.transports.calibration import Calibration
+    from fluid_npu.comm.transports.choose import choose_transport
 
-    plain = CollectiveTransport()
-    return DelayedTransport(plain, config.plant_delay_ms) if config.plant_delay_ms else plain
+    tokens, hidden, topk, itemsize = _exchange_sizes(config)
+    chosen = choose_transport(
+        config.a2a_transport,
+        [parallel_state.get_expert_model_parallel_group(), parallel_state.get_context_parallel_group()],
+        get_device(config.device).value,
+        Calibration(Path(config.out) / "transports.json" if config.out else None),
+        bytes_to_peers=tokens * topk * hidden * itemsize * (config.ep - 1) // config.ep,
+        timeout_s=config.timeout,
+    ).value
+    return DelayedTransport(chosen, config.plant_delay_ms) if config.plant_delay_ms else chosen
+
+
+def _exchange_sizes(config: TrainConfig) -> tuple[int, int, int, int]:
+    """Tokens of a rank, hidden size, experts of a token, bytes of a number."""
+    preset = config.model()
+    tokens = preset.micro_batch_size * preset.seq_length // (config.tp * config.cp)
+    dtype = config.dtype or ("fp32" if get_device(config.device).value.name == "cpu" else "bf16")
+    return tokens, preset.hidden, preset.topk, TORCH_DTYPES[dtype].itemsize
 
 
 _FIXED: dict[str, Any] = {

@@ -13,6 +13,9 @@ from fluid_npu.comm.transports import CollectiveTransport, FewCtasTransport, Pai
 from fluid_npu.comm.transports.choose import close
 from fluid_npu.comm.transports.peer_open import peer_copy_transport
 from fluid_npu.device.choice import Choice
+from fluid_npu.order.checker import check
+from fluid_npu.order.recorder import OrderRecorder
+from fluid_npu.order.records import Entry
 from tests.support.exchanges import Exchange, even, tables
 from tests.support.ranks import RankError, run_ranks
 
@@ -55,11 +58,11 @@ def _all_splits(transport: Any, group: Any) -> list[str]:
         dtype = (torch.bfloat16, torch.float32, torch.int64, torch.uint8)[step % 4]
         exchange = Exchange(transport, group, table, step, width=(1, 33, 1024)[step % 3], dtype=dtype, **common)
         take(f"step {step}: {table}", exchange)
-    take("64 MiB", Exchange(transport, group, even(world, 16384), 3, width=2048, dtype=torch.bfloat16, **common))
-    flights = [Exchange(transport, group, t, i, width=512, **common) for i, t in enumerate(tables(world, 100, seed=9))]
+    take("8 MiB", Exchange(transport, group, even(world, 2048), 3, width=2048, dtype=torch.bfloat16, **common))
+    flights = [Exchange(transport, group, t, i, width=512, **common) for i, t in enumerate(tables(world, 40, seed=9))]
     for index, flight in enumerate(flights):
         take(f"all under way {index}", flight)
-    for index, table in enumerate(tables(world, 200, seed=10)):
+    for index, table in enumerate(tables(world, 100, seed=10)):
         take(f"back to back {index}", Exchange(transport, group, table, index, width=512, **common))
     return wrong + _beside_products(transport, group)
 
@@ -68,7 +71,7 @@ def _beside_products(transport: Any, group: Any) -> list[str]:
     """Exchanges whose flight is full of matrix products; buffers are dropped and reused at once."""
     where, world, wrong = torch.device("cuda", torch.cuda.current_device()), dist.get_world_size(), []
     a = torch.randn(4096, 4096, device=where, dtype=torch.bfloat16)
-    for step, table in enumerate(tables(world, 40, seed=11, most=2000)):
+    for step, table in enumerate(tables(world, 16, seed=11, most=100)):
         lands = hasattr(transport, "land")
         exchange = Exchange(transport, group, table, step, width=1024, dtype=torch.bfloat16, device=where, lands=lands)
         with carve_out(8 if transport.name == "few-ctas" else 0):
@@ -82,7 +85,22 @@ def _beside_products(transport: Any, group: Any) -> list[str]:
     return wrong
 
 
-def _every_transport() -> dict[str, list[str]]:
+def _recorded(group: Any) -> list[Entry]:
+    """A few exchanges through both ways of a window beside products, for the order checker."""
+    transport, where = peer_copy_transport("cuda", ring_bytes=64 << 10, landing_bytes=1 << 20), torch.device("cuda")
+    transport.prepare(group)
+    a = torch.randn(1024, 1024, device=where)
+    with OrderRecorder() as recorder:
+        for step, table in enumerate(tables(dist.get_world_size(), 8, seed=2)):
+            exchange = Exchange(transport, group, table, step, width=512, device=where, lands=step % 2 > 0)
+            a @ a
+            exchange.ok()
+    torch.cuda.synchronize()
+    transport.close()
+    return recorder.entries
+
+
+def _every_transport() -> dict[str, Any]:
     group, found = _group(), {}
     for name in NAMES:
         transport = _make(name)
@@ -93,18 +111,24 @@ def _every_transport() -> dict[str, list[str]]:
         except RuntimeError as error:
             found[name] = [repr(error)]
         close(transport)
-    return found
+        print(name, found[name][:3], flush=True)
+    return {**found, "recorded": _recorded(group)}
 
 
 @pytest.fixture(scope="module")
-def wrong() -> list[dict[str, list[str]]]:
-    return run_ranks(2, _every_transport, timeout=60, start="spawn")
+def wrong() -> list[dict[str, Any]]:
+    return run_ranks(2, _every_transport, timeout=45, start="spawn")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_byte_arrives(name: str, wrong: list[dict[str, list[str]]]) -> None:
+def test_every_byte_arrives(name: str, wrong: list[dict[str, Any]]) -> None:
     for of_rank in wrong:
         assert not of_rank[name], of_rank[name][:5]
+
+
+def test_peer_copies_are_in_order(wrong: list[dict[str, Any]]) -> None:
+    report = check({rank: of_rank["recorded"] for rank, of_rank in enumerate(wrong)})
+    assert report.clean and report.counts["await"], report.findings[:2]
 
 
 def _one_rank_dies() -> None:
@@ -124,5 +148,5 @@ def _one_rank_dies() -> None:
 
 def test_the_death_of_a_peer_is_an_error_and_not_a_hang() -> None:
     with pytest.raises(RankError) as caught:
-        run_ranks(2, _one_rank_dies, timeout=40, start="spawn")
+        run_ranks(2, _one_rank_dies, timeout=25, start="spawn")
     assert "CollectiveError" in str(caught.value) and "its process has ended" in str(caught.value)

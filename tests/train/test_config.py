@@ -78,6 +78,8 @@ REFUSED = [
         ["--attention-chunks", "3", "--cp", "2"],
         r"--attention-chunks 3: must divide the 4 heads of a rank .*; use --attention-chunks 2",
     ),
+    (["--a2a-transport", "pigeon"], r"--a2a-transport 'pigeon': allowed are auto, collective, peer-copy"),
+    (["--a2a-transport", "pairwise", "--impl", "stock"], r"--a2a-transport pairwise: stock Megatron .* has none"),
     (["--topk", "9"], r"--topk 9: must be at most --experts 8"),
     (["--hidden", "257"], r"--heads 8: must divide --hidden 257"),
     (["--resume"], r"--resume: there is no run of mixtral-tiny"),

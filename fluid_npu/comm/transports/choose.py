@@ -36,18 +36,34 @@ class TransportUnavailable(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Needs:
+    """Of the job: seconds to wait for a peer, and bytes of a usual exchange."""
+
+    timeout_s: float
+    sent: int
+    received: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Kind:
-    make: Callable[[str], Transport]
+    make: Callable[[str, float, int], Transport]
+    """From the device's name, seconds to wait for a peer, bytes that a rank receives in a usual exchange."""
     missing: Callable[[str], str]
+
+
+def _peer_copy(device: str, timeout_s: float, received: int) -> Transport:
+    """Landing areas with room for a quarter more than usual."""
+    area = {"landing_bytes": received + received // 4} if received else {}
+    return peer_copy_transport(device, timeout_s=timeout_s, **area)
 
 
 _KINDS = {
     "peer-copy": _Kind(
-        make=peer_copy_transport,
+        make=_peer_copy,
         missing=lambda device: "no copies into another NPU's memory from Python" if device == "npu" else "",
     ),
-    "few-ctas": _Kind(make=lambda device: FewCtasTransport(), missing=few_ctas_missing),
-    "pairwise": _Kind(make=lambda device: PairwiseTransport(), missing=lambda device: ""),
+    "few-ctas": _Kind(make=lambda device, timeout_s, received: FewCtasTransport(), missing=few_ctas_missing),
+    "pairwise": _Kind(make=lambda device, timeout_s, received: PairwiseTransport(), missing=lambda device: ""),
 }
 
 
@@ -58,6 +74,7 @@ def choose_transport(
     calibration: Calibration | None = None,
     *,
     bytes_to_peers: int = 0,
+    timeout_s: float = 1800.0,
 ) -> Choice[Transport]:
     """The transport called ``wanted`` for these groups, announced; a call that all ranks of the job make together.
 
@@ -67,6 +84,7 @@ def choose_transport(
         device: where the rows are.
         calibration: stored times for 'auto'; None measures and keeps nothing.
         bytes_to_peers: of a usual exchange, per rank; 0 for no particular size.
+        timeout_s: how long a peer is waited for, where the transport itself waits.
 
     Raises:
         ValueError: an unknown name, or a calibration that cannot be read.
@@ -77,10 +95,12 @@ def choose_transport(
     if wanted == "collective":
         return Choice(CollectiveTransport(), "--a2a-transport collective")
     groups = [group for group in groups if dist.get_world_size(group) > 1]
+    world = max((dist.get_world_size(group) for group in groups), default=2)
+    needs = _Needs(timeout_s=timeout_s, sent=bytes_to_peers, received=bytes_to_peers * world // (world - 1))
     if wanted == "auto":
-        chosen = _automatic(groups, device, calibration or Calibration(), bytes_to_peers)
+        chosen = _automatic(groups, device, calibration or Calibration(), needs)
     else:
-        transport, reason = _ready(wanted, groups, device)
+        transport, reason = _ready(wanted, groups, device, needs)
         if transport is None:
             raise TransportUnavailable(f"--a2a-transport {wanted}: {reason}; use --a2a-transport collective or auto")
         chosen = Choice(transport, f"--a2a-transport {wanted}; {reason}")
@@ -88,12 +108,12 @@ def choose_transport(
     return chosen
 
 
-def _ready(name: str, groups: Sequence[Any], device: Device) -> Choice[Transport | None]:
+def _ready(name: str, groups: Sequence[Any], device: Device, needs: _Needs) -> Choice[Transport | None]:
     """The transport, prepared and checked in every group on every rank; or None and the first reason."""
     lacks = _first(_KINDS[name].missing(device.name))
     if lacks:
         return Choice(None, lacks)
-    transport = _KINDS[name].make(device.name)
+    transport = _KINDS[name].make(device.name, needs.timeout_s, needs.received)
     where = _where(device)
     said, failed = "", ""
     for group in groups:  # each on its own: ranks may have different groups
@@ -113,13 +133,11 @@ def _first(reason: str) -> str:
     return next((text for text in gathered(reason, dist.group.WORLD) if text), "")
 
 
-def _automatic(
-    groups: Sequence[Any], device: Device, calibration: Calibration, bytes_to_peers: int
-) -> Choice[Transport]:
+def _automatic(groups: Sequence[Any], device: Device, calibration: Calibration, needs: _Needs) -> Choice[Transport]:
     ready: dict[str, Transport] = {"collective": CollectiveTransport()}
     absent = []
     for name in _KINDS:
-        transport, reason = _ready(name, groups, device)
+        transport, reason = _ready(name, groups, device, needs)
         if transport is None:
             absent.append(f"{name}: {reason}")
         else:
@@ -127,7 +145,7 @@ def _automatic(
     if not _anywhere(groups) or len(ready) == 1:
         return Choice(ready["collective"], "; ".join(absent) or "no group has two ranks")
     table = _table(ready, groups, device, calibration)
-    best, why = _best({name: table[name] for name in ready if name in table}, bytes_to_peers)
+    best, why = _best({name: table[name] for name in ready if name in table}, needs.sent)
     for name, transport in ready.items():
         if name != best:
             close(transport)

@@ -48,6 +48,7 @@ class PeerExchange:
         self._taken = [0] * memory.world
         self._landed = 0
         self._held = [False] * LANDINGS
+        self._areas: dict[tuple[int, torch.dtype], torch.Tensor] = {}
         own, world = memory.index, memory.world
         #: Each rank begins with its right neighbour, so no two begin with the same one.
         self._targets = [(own + shift) % world for shift in range(1, world)]
@@ -59,9 +60,9 @@ class PeerExchange:
         """Submits one exchange. ``from_peers`` and ``to_peers`` are bytes for each rank, in rank order."""
         memory, own, step = self._memory, self._memory.index, self._memory.size.slot_bytes
         sends, receives = _blocks(source, to_peers), _blocks(output, from_peers)
-        memory.fork()
+        memory.fork(Lane.SENDING, Lane.RECEIVING)
         if to_peers[own]:
-            memory.keep(sends[own], receives[own])
+            memory.keep(Lane.RECEIVING, sends[own], receives[own])
         longest = max((max(to_peers[peer], from_peers[peer]) for peer in self._targets), default=0)
         for at in range(0, longest, step):
             for peer in self._targets:
@@ -70,7 +71,7 @@ class PeerExchange:
             for peer in self._sources:
                 if from_peers[peer] > at:
                     self._take(peer, _part(receives[peer], at, step))
-        return memory.join()
+        return memory.join(Lane.SENDING, Lane.RECEIVING)
 
     def _put(self, peer: int, piece: Block) -> None:
         memory, number = self._memory, self._sent[peer]
@@ -102,7 +103,7 @@ class PeerExchange:
         area = memory.size.landing(number % LANDINGS)
         self._landed, self._held[number % LANDINGS] = number + 1, True
         sends = _blocks(source, bytes_PP[own])
-        memory.fork()
+        memory.fork(Lane.SENDING)
         for peer in self._targets:
             if sends[peer].size:
                 if number >= LANDINGS:
@@ -110,19 +111,32 @@ class PeerExchange:
                 before = sum(bytes_PP[rank][peer] for rank in range(own))
                 memory.put(peer, area + before, sends[peer])
                 memory.tell(Lane.SENDING, peer, Counter.LANDED, number + 1)
-        for peer in self._sources:
-            if bytes_PP[peer][own]:
-                memory.wait_until(Lane.RECEIVING, peer, Counter.LANDED, number + 1)
-        copies = memory.join()
-        size = sum(row[own] for row in bytes_PP)
-        got = memory.own(area, size)
-        before = sum(bytes_PP[rank][own] for rank in range(own))
-        # On the current stream: a copy inside one GPU is a kernel, and on a lane would wait behind the GEMMs.
-        _flat(source, sends[own], into=got[before : before + sends[own].size])
-        rows = got.view(like.dtype).view(size // _row_bytes(like), *like.shape[1:])
-        return PeerLanding(rows, copies, lambda: self._release(number))
+        copies = memory.join(Lane.SENDING)
+        from_peers = [row[own] for row in bytes_PP]
+        size = sum(from_peers)
+        rows = self._area(number % LANDINGS, like.dtype)[: size // like.itemsize]
+        rows = rows.view(size // _row_bytes(like), *like.shape[1:])
+        if from_peers[own]:
+            # By the program: a copy inside one GPU is a kernel, and on a lane would wait behind the GEMMs.
+            memory.keep(Lane.PROGRAM, sends[own], Block(tensor=rows, start=sum(from_peers[:own]), size=from_peers[own]))
+        senders = [peer for peer in self._sources if from_peers[peer]]
+        return PeerLanding(rows, self, number, senders, copies)
 
-    def _release(self, number: int) -> None:
+    def _area(self, area: int, dtype: torch.dtype) -> torch.Tensor:
+        """All of a landing area; made once, because it costs the host as much as a copy."""
+        key = (area, dtype)
+        if key not in self._areas:
+            size = self._memory.size
+            self._areas[key] = self._memory.own(size.landing(area), size.landing_bytes).view(dtype)
+        return self._areas[key]
+
+    def wait_for(self, senders: Sequence[int], number: int) -> None:
+        """The program goes on when these ranks have written their rows of an exchange."""
+        for peer in senders:
+            self._memory.wait_until(Lane.PROGRAM, peer, Counter.LANDED, number + 1)
+
+    def release(self, number: int) -> None:
+        """The program does not read the area of that exchange any more."""
         for peer in self._sources:
             self._memory.tell(Lane.PROGRAM, peer, Counter.RELEASED, number + 1)
         self._held[number % LANDINGS] = False
@@ -131,18 +145,23 @@ class PeerExchange:
 class PeerLanding:
     """Rows in a landing area."""
 
-    def __init__(self, rows: torch.Tensor, copies: PendingCopies, give_back: Callable[[], None]) -> None:
+    def __init__(
+        self, rows: torch.Tensor, exchange: PeerExchange, number: int, senders: Sequence[int], copies: PendingCopies
+    ) -> None:
         self.rows = rows
+        self._exchange = exchange
+        self._number = number
+        self._senders = senders
         self._copies = copies
-        self._give_back = give_back
 
     def wait(self) -> None:
-        """What is issued next may read the rows."""
+        """What is issued next may read the rows, and write what was sent."""
+        self._exchange.wait_for(self._senders, self._number)
         self._copies.wait()
 
     def release(self) -> None:
         """What is issued next does not read the rows any more."""
-        self._give_back()
+        self._exchange.release(self._number)
 
 
 def _blocks(tensor: torch.Tensor, sizes: Sequence[int]) -> list[Block]:
@@ -155,11 +174,6 @@ def _blocks(tensor: torch.Tensor, sizes: Sequence[int]) -> list[Block]:
 
 def _part(block: Block, at: int, step: int) -> Block:
     return Block(tensor=block.tensor, start=block.start + at, size=min(step, block.size - at))
-
-
-def _flat(tensor: torch.Tensor, block: Block, into: torch.Tensor) -> None:
-    if block.size:
-        into.copy_(tensor.detach().view(-1).view(torch.uint8)[block.start : block.start + block.size])
 
 
 class PeerCopyTransport:

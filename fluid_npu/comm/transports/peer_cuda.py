@@ -18,11 +18,11 @@ import torch.distributed as dist
 
 from fluid_npu.comm.guard import one_line
 from fluid_npu.comm.transports.agreement import gathered, node_name
-from fluid_npu.comm.transports.peer_memory import Block, Counter, Lane, PeerMemory, PendingCopies, WindowSize
+from fluid_npu.comm.transports.peer_memory import Block, Counter, Lane, PeerMemory, WindowSize
 from fluid_npu.comm.transports.peer_watch import PeerWatch
 from fluid_npu.comm.transports.shared_files import SharedFile, share
 from fluid_npu.device.choice import Choice
-from fluid_npu.device.cuda_driver import cuda_driver
+from fluid_npu.device.cuda_driver import CudaMark, cuda_driver
 
 _SINCE = (2, 9)
 _COUNTER_BYTES = 128
@@ -52,14 +52,15 @@ class CudaPeerMemory(PeerMemory):
         self._out, self._in = self._sending.cuda_stream, self._receiving.cuda_stream
         self._help = torch.cuda.Stream(device=self._device)
         self._highest = 0
-        self._watch = PeerWatch(index, lives, self._let_all_waits_pass)
+        self._watch = PeerWatch(index, lives, self._enter, self._let_all_waits_pass)
 
-    def fork(self) -> None:
+    def fork(self, *lanes: Lane) -> None:
         self._watch.timeout_s = self.timeout_s
         self._watch.check()
-        now = torch.cuda.current_stream(self._device).record_event()
-        self._sending.wait_event(now)
-        self._receiving.wait_event(now)
+        self._enter()
+        now = self._driver.mark(self._number(Lane.PROGRAM))
+        for lane in lanes:
+            now.hold_back(self._number(lane))
 
     def put(self, peer: int, place: int, block: Block) -> None:
         target = self._base[peer] + _head_bytes(self.world) + place
@@ -69,8 +70,8 @@ class CudaPeerMemory(PeerMemory):
         source = self._base[self.index] + _head_bytes(self.world) + place
         self._driver.copy(_address(block), source, block.size, self._in)
 
-    def keep(self, source: Block, target: Block) -> None:
-        self._driver.copy(_address(target), _address(source), source.size, self._in)
+    def keep(self, lane: Lane, source: Block, target: Block) -> None:
+        self._driver.copy(_address(target), _address(source), source.size, self._number(lane))
 
     def tell(self, lane: Lane, peer: int, counter: Counter, count: int) -> None:
         self._driver.write(self._counter(peer, counter, self.index), count, self._number(lane))
@@ -92,19 +93,31 @@ class CudaPeerMemory(PeerMemory):
             return torch.cuda.current_stream(self._device)
         return self._sending if lane is Lane.SENDING else self._receiving
 
-    def join(self) -> PendingCopies:
-        sent, received = self._sending.record_event(), self._receiving.record_event()
-        self._watch.add(sent)
-        self._watch.add(received)
-        return _CudaCopies(self._device, self._watch, sent, received)
+    def join(self, *lanes: Lane) -> CudaCopies:
+        ends = [self._driver.mark(self._number(lane)) for lane in lanes]
+        for end in ends:
+            self._watch.add(end)
+        return CudaCopies(self, ends)
+
+    def follow(self, ends: Sequence[CudaMark]) -> None:
+        """The current stream goes on behind these points."""
+        self._watch.check()
+        self._enter()
+        current = self._number(Lane.PROGRAM)
+        for end in ends:
+            end.hold_back(current)
+        self._watch.add(self._driver.mark(current))
 
     def close(self) -> None:
         torch.cuda.synchronize(self._device)
         self._watch.close()
         self._buffers.clear()
 
-    def _let_all_waits_pass(self) -> None:
+    def _enter(self) -> None:
+        """The calling thread may not have used the device yet."""
         self._driver.enter(self._context)
+
+    def _let_all_waits_pass(self) -> None:
         for counter in Counter:
             for peer in range(self.world):
                 address = self._counter(self.index, counter, peer)
@@ -112,26 +125,22 @@ class CudaPeerMemory(PeerMemory):
 
     def _number(self, lane: Lane) -> int:
         if lane is Lane.PROGRAM:
-            return int(torch.cuda.current_stream(self._device).cuda_stream)
+            return int(torch._C._cuda_getCurrentRawStream(self._device.index))
         return self._out if lane is Lane.SENDING else self._in
 
     def _counter(self, rank: int, counter: Counter, teller: int) -> int:
         return self._base[rank] + (counter * self.world + teller) * _COUNTER_BYTES
 
 
-class _CudaCopies:
-    """Both lanes' ends: the sending lane still reads the source when everything has arrived."""
+class CudaCopies:
+    """The lanes' ends: the sending lane may still read the source when everything has arrived."""
 
-    def __init__(self, device: torch.device, watch: PeerWatch, *ends: torch.cuda.Event) -> None:
-        self._device = device
-        self._watch = watch
+    def __init__(self, memory: CudaPeerMemory, ends: Sequence[CudaMark]) -> None:
+        self._memory = memory
         self._ends = ends
 
     def wait(self) -> None:
-        self._watch.check()
-        current = torch.cuda.current_stream(self._device)
-        for end in self._ends:
-            current.wait_event(end)
+        self._memory.follow(self._ends)
 
 
 def _address(block: Block) -> int:

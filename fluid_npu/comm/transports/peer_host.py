@@ -37,7 +37,7 @@ class HostPeerMemory(PeerMemory):
         }
         self._fence = threading.Lock()
 
-    def fork(self) -> None:
+    def fork(self, *lanes: Lane) -> None:
         """Operators of a CPU have ended when their call returns."""
 
     def put(self, peer: int, place: int, block: Block) -> None:
@@ -48,9 +48,9 @@ class HostPeerMemory(PeerMemory):
         target, source = _bytes_of(block), self.own(place, block.size)
         self._submit(Lane.RECEIVING, lambda: _copy(target, source))
 
-    def keep(self, source: Block, target: Block) -> None:
+    def keep(self, lane: Lane, source: Block, target: Block) -> None:
         to, of = _bytes_of(target), _bytes_of(source)
-        self._submit(Lane.RECEIVING, lambda: _copy(to, of))
+        self._submit(lane, lambda: _copy(to, of))
 
     def tell(self, lane: Lane, peer: int, counter: Counter, count: int) -> None:
         self._submit(lane, lambda: self._tell(peer, counter, count))
@@ -68,8 +68,8 @@ class HostPeerMemory(PeerMemory):
     def stream(self, lane: Lane) -> None:
         return None
 
-    def join(self) -> HostCopies:
-        return HostCopies(*(lane.mark() for lane in self._lanes.values()))
+    def join(self, *lanes: Lane) -> HostCopies:
+        return HostCopies(*(self._lanes[lane].mark() for lane in lanes))
 
     def close(self) -> None:
         for lane in self._lanes.values():

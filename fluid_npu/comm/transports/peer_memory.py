@@ -102,7 +102,7 @@ class PeerMemory(ABC):
         self.timeout_s = 1800.0
 
     @abstractmethod
-    def fork(self) -> None:
+    def fork(self, *lanes: Lane) -> None:
         """What is submitted to the lanes from here on comes after what the current stream was given so far."""
 
     @abstractmethod
@@ -114,8 +114,8 @@ class PeerMemory(ABC):
         """Receiving lane: copies from the own window into the block."""
 
     @abstractmethod
-    def keep(self, source: Block, target: Block) -> None:
-        """Receiving lane: copies the rows that stay on this rank."""
+    def keep(self, lane: Lane, source: Block, target: Block) -> None:
+        """Copies the rows that stay on this rank."""
 
     @abstractmethod
     def tell(self, lane: Lane, peer: int, counter: Counter, count: int) -> None:
@@ -139,8 +139,8 @@ class PeerMemory(ABC):
         """The torch stream that a lane is; None on a host."""
 
     @abstractmethod
-    def join(self) -> PendingCopies:
-        """Everything since ``fork``."""
+    def join(self, *lanes: Lane) -> PendingCopies:
+        """Everything that the lanes were given so far."""
 
     @abstractmethod
     def close(self) -> None:

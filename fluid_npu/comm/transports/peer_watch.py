@@ -19,13 +19,19 @@ _LOOK_S = 0.25
 
 
 class PeerWatch:
-    """Of one group's windows. ``release`` lets the waits pass; it is called again until nothing is under way."""
+    """Of one group's windows. ``release`` lets the waits pass; it is called again until nothing is under way.
 
-    def __init__(self, index: int, lives: Sequence[SharedFile], release: Callable[[], None]) -> None:
+    ``enter`` prepares the thread for the device.
+    """
+
+    def __init__(
+        self, index: int, lives: Sequence[SharedFile], enter: Callable[[], None], release: Callable[[], None]
+    ) -> None:
         self.failure = ""
         self.timeout_s = 1800.0
         self._others = [(rank, file) for rank, file in enumerate(lives) if rank != index]
         self._files = lives
+        self._enter = enter
         self._release = release
         self._pending: deque[tuple[Any, float]] = deque()
         self._closed = threading.Event()
@@ -49,6 +55,7 @@ class PeerWatch:
             file.close()
 
     def _run(self) -> None:
+        self._enter()
         while not self._closed.wait(_LOOK_S):
             while self._pending and self._pending[0][0].query():
                 self._pending.popleft()
