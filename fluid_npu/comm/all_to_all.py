@@ -71,16 +71,20 @@ class Route:
 
 
 class Flight:
-    """One exchange under way in one direction. Keeps both buffers alive until it has landed."""
+    """One exchange under way in one direction. Keeps both buffers alive until it has landed.
 
-    def __init__(self, source: torch.Tensor, route: Route, name: str, sink: OverlapSink) -> None:
+    ``into``: the receive buffer, contiguous rows such as a part of a larger one; None makes one.
+    """
+
+    def __init__(
+        self, source: torch.Tensor, route: Route, name: str, sink: OverlapSink, into: torch.Tensor | None = None
+    ) -> None:
         self.name = name
         self._sink = sink
         self._comm_type = route.comm_type
         self._ranks = route.peers.ranks
         self._source: torch.Tensor | None = source.contiguous()
-        rows = source.shape[0] if route.output_splits is None else sum(route.output_splits)
-        self.output = source.new_empty((rows, *source.shape[1:]))
+        self.output = _receive_buffer(source, route) if into is None else into
         device = device_of(source)
         self._launched, self._reached, self._passed = device.event(), device.event(), device.event()
         sent = _bytes_to_peers(source, route)
@@ -107,6 +111,11 @@ class Flight:
         self._sink.recorder.add("wait", self.name, at_once=at_once)
         self._sink.comm.timed(self._comm_type, self._launched, self._reached, self._passed, at_once)
         return self.output
+
+
+def _receive_buffer(source: torch.Tensor, route: Route) -> torch.Tensor:
+    rows = source.shape[0] if route.output_splits is None else sum(route.output_splits)
+    return source.new_empty((rows, *source.shape[1:]))
 
 
 def _bytes_to_peers(source: torch.Tensor, route: Route) -> int:
