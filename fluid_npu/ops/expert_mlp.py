@@ -87,28 +87,41 @@ def _weight_grad(
     return grouped_weight_grad(w, rows, dy, counts, target.fuse_into) if needed else None
 
 
+def mlp_forward(x: Tensor, p: Tensor, w1: Tensor, w2: Tensor, mlp: ExpertMLP) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Outputs ``[R, H]`` and what ``mlp_backward`` needs of the forward, without autograd. Arguments as ``expert_mlp``."""
+    kernels = kernels_of(x)
+    h = kernels.grouped_mm(x, w1, mlp.counts)
+    a = _activate(mlp, h, p)
+    return kernels.grouped_mm(a, w2, mlp.counts), (x, p, w1, w2, h, *(() if mlp.recompute else (a,)))
+
+
+def mlp_backward(
+    dy: Tensor, kept: Sequence[Tensor], mlp: ExpertMLP, needs_dw: tuple[bool, bool] = (False, False)
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, p, FC1's and FC2's weight in that order; ``needs_dw``: whether autograd wants the last two."""
+    x, p, w1, w2, h, *activated = kept
+    kernels, counts = kernels_of(x), mlp.counts
+    dy = dy.contiguous()
+    da = kernels.grouped_mm(dy, w2, counts, trans_w=True)
+    a = activated[0] if activated else _activate(mlp, h, p)
+    dw2 = _weight_grad(mlp.fc2, needs_dw[1], w2, a, dy, counts)
+    dh, dp = _activation_grads(mlp, da, h, p)
+    del da, a, activated, h, kept
+    dx = kernels.grouped_mm(dh, w1, counts, trans_w=True)
+    dw1 = _weight_grad(mlp.fc1, needs_dw[0], w1, x, dh, counts)
+    return dx, dp, dw1, dw2
+
+
 class _ExpertMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: Tensor, w1: Tensor, w2: Tensor, mlp: ExpertMLP) -> Tensor:
-        kernels = kernels_of(x)
-        h = kernels.grouped_mm(x, w1, mlp.counts)
-        a = _activate(mlp, h, p)
+        y, kept = mlp_forward(x, p, w1, w2, mlp)
         ctx.mlp = mlp
-        ctx.save_for_backward(x, p, w1, w2, h, *(() if mlp.recompute else (a,)))
-        return kernels.grouped_mm(a, w2, mlp.counts)
+        ctx.save_for_backward(*kept)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        mlp: ExpertMLP = ctx.mlp
-        x, p, w1, w2, h, *kept = ctx.saved_tensors
-        kernels, counts = kernels_of(x), mlp.counts
-        dy = dy.contiguous()
-        da = kernels.grouped_mm(dy, w2, counts, trans_w=True)
-        a = kept[0] if kept else _activate(mlp, h, p)
-        dw2 = _weight_grad(mlp.fc2, ctx.needs_input_grad[3], w2, a, dy, counts)
-        dh, dp = _activation_grads(mlp, da, h, p)
-        del da, a, kept, h
-        dx = kernels.grouped_mm(dh, w1, counts, trans_w=True)
-        dw1 = _weight_grad(mlp.fc1, ctx.needs_input_grad[2], w1, x, dh, counts)
-        return dx, dp, dw1, dw2, None
+        needs_dw = ctx.needs_input_grad[2], ctx.needs_input_grad[3]
+        return (*mlp_backward(dy, ctx.saved_tensors, ctx.mlp, needs_dw), None)
