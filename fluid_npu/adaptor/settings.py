@@ -11,7 +11,7 @@ from typing import Any
 from fluid_npu.adaptor.patch import PatchError
 
 #: As the scheduler's OVERLAP_MODES, which cannot be read without torch; a test holds them equal.
-OVERLAPS = ("off", "dw")
+OVERLAPS = ("off", "dw", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.overlap not in OVERLAPS:
-            allowed = f"{', '.join(OVERLAPS)} ('full' is not built yet)"
-            raise PatchError(f"adapt(overlap={self.overlap!r}): allowed are {allowed}")
+            raise PatchError(f"adapt(overlap={self.overlap!r}): allowed are {', '.join(OVERLAPS)}")
         for name in ("carry_over", "gemm_fusion"):
             if not isinstance(getattr(self, name), bool):
                 raise PatchError(f"adapt({name}={getattr(self, name)!r}): allowed are True and False")

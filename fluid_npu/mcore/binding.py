@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from fluid_npu.comm.transports import Transport
+from fluid_npu.mcore.chunk_choice import AUTO, check_chunks
 from fluid_npu.mcore.dispatch_choice import check_dispatch
 from fluid_npu.schedule.live import register
 from fluid_npu.schedule.scheduler import BackwardScheduler
@@ -31,6 +32,7 @@ class SchedulerBinder:
 
     ``gemm_fusion``: the experts' weight gradients go straight into ``main_grad``, whatever the configuration says.
     ``dispatch``: how often a token is sent to a rank, as ``FluidTokenDispatcher``.
+    ``chunks``: with overlap 'full', in how many groups of local experts a layer is pipelined; 'auto' decides.
     """
 
     def __init__(
@@ -41,13 +43,16 @@ class SchedulerBinder:
         transport: Transport | None = None,
         gemm_fusion: bool = False,
         dispatch: str = "plain",
+        chunks: int | str = AUTO,
     ) -> None:
+        self.overlap = overlap
         self.gemm_fusion = gemm_fusion
         self.dispatch = check_dispatch(dispatch)
         self._settings: dict[str, Any] = {"overlap": overlap, "carry_over": carry_over, "transport": transport}
         self.carry_over = carry_over and overlap != "off"
         # Checked here so that a wrong value is refused where it was written.
         BackwardScheduler(**self._settings)
+        self.chunks = check_chunks(chunks, overlap)
         #: By kind and number: MoE layers, attentions, and whole layers whose linears were bound.
         self._layers: dict[tuple[str, int], weakref.ref[Any]] = {}
         self._config: Any = None

@@ -7,6 +7,7 @@ storage is ``[L, H, 2F]`` and ``[L, F, H]``. L local experts, F ffn of this rank
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -97,14 +98,18 @@ class FluidGroupedMLP(LateWeights, MegatronModule):
         x, p = permuted_local_hidden_states, permuted_probs
         if self.config.moe_apply_probs_on_input:
             x, p = (x * p.unsqueeze(-1)).to(x.dtype), torch.ones_like(p)
-        mlp = ExpertMLP(
-            counts=_group_rows(tokens_per_expert),
-            activation=self._activation,
-            recompute=self.activation_recompute,
-            fc1=self._target(0, deferred),
-            fc2=self._target(1, deferred),
+        mlp = replace(
+            self.chunk(_group_rows(tokens_per_expert)), fc1=self._target(0, deferred), fc2=self._target(1, deferred)
         )
         return expert_mlp(x, p, self.weight1.view(self.fc1_view), self.weight2.view(self.fc2_view), mlp), None
+
+    def chunk(self, counts: GroupRows) -> ExpertMLP:
+        """What some consecutive experts compute, without a place for their weight gradients."""
+        return ExpertMLP(counts=counts, activation=self._activation, recompute=self.activation_recompute)
+
+    def constants(self) -> tuple[Tensor, Tensor]:
+        """The weights of FC1 ``[L, H, 2F]`` and FC2 ``[L, F, H]`` without their gradients."""
+        return self.weight1.view(self.fc1_view).detach(), self.weight2.view(self.fc2_view).detach()
 
     def _target(self, index: int, deferred: DeferredWeights | None) -> WeightGradTarget:
         """Where the gradient of FC1's or FC2's weight goes."""

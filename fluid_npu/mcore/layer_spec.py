@@ -26,6 +26,7 @@ from fluid_npu.comm.transports import Transport
 from fluid_npu.device.choice import Choice
 from fluid_npu.mcore.attention import FluidDotProductAttention
 from fluid_npu.mcore.binding import SchedulerBinder
+from fluid_npu.mcore.chunk_choice import AUTO
 from fluid_npu.mcore.experts import FluidGroupedMLP
 from fluid_npu.mcore.linear import FluidColumnParallelLinear, FluidRowParallelLinear
 from fluid_npu.mcore.lines.moe_layer import ROUTER_IN_SPEC
@@ -49,12 +50,14 @@ def get_fluid_moe_layer_spec(
     transport: Transport | None = None,
     backend: str = "auto",
     dispatch: str = "plain",
+    chunks: int | str = AUTO,
 ) -> ModuleSpec:
     """The spec of a transformer layer with a FluidMoELayer, for ``GPTModel(transformer_layer_spec=...)``.
 
     Args:
         config: read for the norm, QK norm and multi-latent attention; None means RMSNorm without QK norm.
-        overlap: 'dw' runs weight gradients beside the backward's AllToAlls; 'off' overlaps nothing.
+        overlap: 'dw' runs weight gradients beside the backward's AllToAlls; 'full' also runs each MoE layer in chunks
+            of its experts, beside whose AllToAlls the other chunks compute; 'off' overlaps nothing.
         carry_over: weight gradients may run beside the combine of the layer below: those of attention's linears, of
             dense layers and shared experts, which become Fluid linears (local backend), and with a DDP that has
             ``delay_wgrad_compute`` those of FC2 and the router.
@@ -62,14 +65,15 @@ def get_fluid_moe_layer_spec(
         backend: 'local' or 'te' for the modules around the MoE layer; 'auto' takes te where it is installed.
         dispatch: 'plain' sends a token once for each of its experts, 'once-per-rank' once to each rank that holds some,
             'auto' what has clearly fewer rows.
+        chunks: with overlap 'full', the number of chunks: a divisor of the experts of a rank, or 'auto'.
 
     For Megatron's multi-token prediction take ``get_fluid_moe_block_spec``: its helper accepts Megatron's own
     TransformerLayer alone as a layer's spec.
 
     Raises:
-        ValueError: an unknown overlap, dispatch or backend.
+        ValueError: an unknown overlap, dispatch, number of chunks or backend.
     """
-    binder = SchedulerBinder(overlap, carry_over=carry_over, transport=transport, dispatch=dispatch)
+    binder = SchedulerBinder(overlap, carry_over=carry_over, transport=transport, dispatch=dispatch, chunks=chunks)
     return with_fluid_moe(_layer_spec(config, choose_backend(backend).value), binder)
 
 
@@ -81,21 +85,22 @@ def get_fluid_moe_block_spec(
     transport: Transport | None = None,
     backend: str = "auto",
     dispatch: str = "plain",
+    chunks: int | str = AUTO,
     vp_stage: int | None = None,
     binder: SchedulerBinder | None = None,
 ) -> TransformerBlockSubmodules:
     """The specs of all layers of a pipeline stage, for models with dense layers too (``moe_layer_freq``).
 
     Arguments as ``get_fluid_moe_layer_spec``; ``vp_stage`` is the chunk of an interleaved pipeline. Chunks whose specs
-    are made with one ``binder`` share a scheduler; it then stands for overlap, carry_over, transport and dispatch, none
-    of which may be given beside it (ValueError).
+    are made with one ``binder`` share a scheduler; it then stands for overlap, carry_over, transport, dispatch and
+    chunks, none of which may be given beside it (ValueError).
     """
-    if binder is not None and (overlap, carry_over, transport, dispatch) != ("dw", False, None, "plain"):
+    if binder is not None and (overlap, carry_over, transport, dispatch, chunks) != ("dw", False, None, "plain", AUTO):
         raise ValueError(
-            "binder: overlap, carry_over, transport and dispatch are its own; give them to SchedulerBinder"
+            "binder: overlap, carry_over, transport, dispatch and chunks are its own; give them to SchedulerBinder"
         )
     if binder is None:
-        binder = SchedulerBinder(overlap, carry_over=carry_over, transport=transport, dispatch=dispatch)
+        binder = SchedulerBinder(overlap, carry_over=carry_over, transport=transport, dispatch=dispatch, chunks=chunks)
     use_te = choose_backend(backend).value == "te"
     block = get_gpt_decoder_block_spec(config, use_te, normalization=config.normalization, **_chunk(vp_stage))
     return with_fluid_block(block, binder)

@@ -20,7 +20,10 @@ from torch import Tensor
 
 from fluid_npu.comm.all_to_all import AllToAllHandle
 from fluid_npu.device.choice import Choice
+from fluid_npu.mcore import chunks as in_chunks
 from fluid_npu.mcore.binding import SchedulerBinder
+from fluid_npu.mcore.chunk_choice import choose_chunks
+from fluid_npu.mcore.chunk_plan import ChunkedPlan
 from fluid_npu.mcore.dispatch_plan import DispatchPlan
 from fluid_npu.mcore.experts import FluidGroupedMLP
 from fluid_npu.mcore.lines.arguments import taken
@@ -30,26 +33,41 @@ from fluid_npu.mcore.router import FluidRouter
 from fluid_npu.mcore.token_dispatcher import FluidTokenDispatcher
 from fluid_npu.ops.payload import wire_dtype
 from fluid_npu.schedule.deferred import DeferredWeights
+from fluid_npu.schedule.pipeline import PendingExperts
 from fluid_npu.schedule.scheduler import BackwardScheduler
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    plan: DispatchPlan
+    plan: DispatchPlan | ChunkedPlan
     hidden_states: Tensor
     probs: Tensor
+
+    @property
+    def tokens(self) -> Tensor:
+        """``[T, H]``."""
+        return self.hidden_states.reshape(-1, self.hidden_states.shape[-1])
 
 
 @dataclass(frozen=True)
 class _Dispatched:
     prepared: _Prepared
     handle: AllToAllHandle
+    plan: DispatchPlan
     deferred: DeferredWeights | None
 
 
 @dataclass(frozen=True)
+class _InChunks:
+    """Every chunk's dispatch is in flight."""
+
+    prepared: _Prepared
+    pending: PendingExperts
+
+
+@dataclass(frozen=True)
 class _Combined:
-    handle: AllToAllHandle
+    handle: AllToAllHandle | Tensor
     shared_output: Tensor | None
 
 
@@ -91,6 +109,7 @@ class FluidMoELayer(MoELayerInSteps):
             self.router: Any = FluidRouter.taking_over(self.router)
         pipeline = getattr(groups, "pp", None)
         self._pp_rank = None if pipeline is None else pipeline.rank()
+        self.chunks = self._choose_chunks()
         if self._binder.gemm_fusion and isinstance(self.experts, FluidGroupedMLP):
             self.experts.fuse_dw = True
         self._bind(layer_number)
@@ -105,6 +124,16 @@ class FluidMoELayer(MoELayerInSteps):
         )
         # Megatron's overlap of shared experts needs its own dispatcher and CUDA streams; ours is in the steps below.
         self.shared_expert_overlap = False
+
+    def _choose_chunks(self) -> Choice[int]:
+        """In how many chunks of local experts this layer is pipelined."""
+        blocked = (
+            in_chunks.obstacle(self.config, self.token_dispatcher, self.experts)
+            if self.steps
+            else f"moe_token_dispatcher_type={self.config.moe_token_dispatcher_type!r} overlaps nothing"
+        )
+        chosen = choose_chunks(self._binder.chunks, self._binder.overlap, self.num_local_experts, blocked)
+        return chosen.announce("MoE chunks") if self._binder.overlap == "full" else chosen
 
     def set_layer_number(self, layer_number: int) -> None:
         """Called by the TransformerLayer; decides which model this layer belongs to."""
@@ -147,7 +176,12 @@ class FluidMoELayer(MoELayerInSteps):
         if not self.steps:
             prepared: tuple[Any, Any] = super().preprocess(hidden_states, probs, routing_map)
             return prepared
-        return _Prepared(self.token_dispatcher.plan(routing_map, hidden_states.shape), hidden_states, probs), None
+        plan = (
+            self.token_dispatcher.plan(routing_map, hidden_states.shape)
+            if self.chunks.value == 1
+            else self.token_dispatcher.plan_chunks(routing_map, hidden_states.shape, self.chunks.value)
+        )
+        return _Prepared(plan, hidden_states, probs), None
 
     def dispatch(self, hidden_states: Any, probs: Any) -> tuple[Any, Any]:
         """Starts the dispatch AllToAll."""
@@ -155,27 +189,35 @@ class FluidMoELayer(MoELayerInSteps):
             dispatched: tuple[Any, Any] = super().dispatch(hidden_states, probs)
             return dispatched
         prepared: _Prepared = hidden_states
-        deferred = None
-        if isinstance(self.experts, FluidGroupedMLP) and torch.is_grad_enabled():
-            self._say_if_nothing_is_carried()
-            scheduler = self.backward_scheduler
-            deferred = self.experts.defer(scheduler, self.label, carry=self.layer_number not in scheduler.lowest_layers)
-        handle = self.token_dispatcher.send(
-            prepared.hidden_states.reshape(-1, prepared.hidden_states.shape[-1]),
-            prepared.probs,
-            prepared.plan,
-            deferred.passengers if deferred is not None else None,
-        )
-        return _Dispatched(prepared, handle, deferred), None
+        plan, deferred = prepared.plan, self._defer()
+        if isinstance(plan, ChunkedPlan):
+            sent = in_chunks.launch(
+                plan, prepared.tokens, prepared.probs, self.token_dispatcher, self.experts, deferred
+            )
+            return _InChunks(prepared, sent), None
+        passengers = deferred.passengers if deferred is not None else None
+        handle = self.token_dispatcher.send(prepared.tokens, prepared.probs, plan, passengers)
+        return _Dispatched(prepared, handle, plan, deferred), None
+
+    def _defer(self) -> DeferredWeights | None:
+        """What takes the weight gradients of this forward; None without grouped experts or gradients."""
+        if not (isinstance(self.experts, FluidGroupedMLP) and torch.is_grad_enabled()):
+            return None
+        self._say_if_nothing_is_carried()
+        scheduler = self.backward_scheduler
+        return self.experts.defer(scheduler, self.label, carry=self.layer_number not in scheduler.lowest_layers)
 
     def routed_experts_compute(self, hidden_states: Any, probs: Any) -> tuple[Any, None]:
         """Shared experts beside the dispatch, then the routed experts; starts the combine AllToAll."""
         if not self.steps:
             computed: tuple[Any, None] = super().routed_experts_compute(hidden_states, probs)
             return computed
-        sent: _Dispatched = hidden_states
-        plan, tokens, probs_TE = sent.prepared.plan, sent.prepared.hidden_states, sent.prepared.probs
+        sent: _Dispatched | _InChunks = hidden_states
+        tokens, probs_TE = sent.prepared.hidden_states, sent.prepared.probs
         shared_output = super().shared_experts_compute(tokens)
+        if isinstance(sent, _InChunks):
+            return _Combined(sent.pending.run(), shared_output), None
+        plan = sent.plan
         x_RH, p_R = self.token_dispatcher.receive(sent.handle, plan, wire_dtype(tokens.dtype, probs_TE.dtype))
         if sent.deferred is not None:
             out_RH, _ = self.experts(x_RH, plan.tokens_per_expert, p_R, deferred=sent.deferred)
@@ -193,7 +235,8 @@ class FluidMoELayer(MoELayerInSteps):
             whole: Tensor = super().postprocess(output, shared_expert_output)
             return whole
         combined: _Combined = output
-        merged = combined.handle.wait()
+        handle = combined.handle
+        merged = handle if isinstance(handle, Tensor) else handle.wait()
         return merged if combined.shared_output is None else merged + combined.shared_output
 
 

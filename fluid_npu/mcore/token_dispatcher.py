@@ -9,7 +9,7 @@ six; both shapes are here on every line.
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.transformer.moe.moe_utils import get_capacity
@@ -20,6 +20,7 @@ from torch import Tensor
 from fluid_npu.comm.all_to_all import AllToAllHandle, Peers, Route, start_exchange
 from fluid_npu.comm.cargo import AS_IS
 from fluid_npu.comm.sink import OverlapSink, Passengers
+from fluid_npu.mcore.chunk_plan import ChunkedPlan, make_chunked_plan
 from fluid_npu.mcore.dispatch_choice import choose_dispatch
 from fluid_npu.mcore.dispatch_plan import (
     DispatchPlan,
@@ -33,6 +34,15 @@ from fluid_npu.mcore.lines.groups import ProcessGroups, default_groups
 from fluid_npu.ops.once import experts_of_tokens, groups_of_tokens, once_layout
 from fluid_npu.ops.payload import SumParts, payload_width, wire_dtype
 from fluid_npu.ops.permute import PermuteLayout, counts_of_experts
+
+
+class RowCounts(NamedTuple):
+    """How many rows this rank sends to each expert, and each rank to each of its own; int64."""
+
+    sent_E: Tensor
+    sent_on_device: Tensor
+    received_QPL: Tensor
+    received_on_device: Tensor
 
 
 class FluidTokenDispatcher(MoETokenDispatcher):
@@ -80,25 +90,37 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         """Decides rows and splits for a bool routing map; tells the other ranks how many rows they get."""
         if self.dispatch_form.value == "once-per-rank":
             return self._plan_once(routing_map_TE, tokens_shape)
+        layout, counts = self._rows(routing_map_TE)
+        return make_plan(
+            layout, tokens_shape, counts.sent_E, counts.received_QPL, counts.received_on_device, self.groups
+        )
+
+    def plan_chunks(self, routing_map_TE: Tensor, tokens_shape: torch.Size, chunks: int) -> ChunkedPlan:
+        """As ``plan``, for plain rows in ``chunks`` groups of local experts, a divisor of their number."""
+        layout, counts = self._rows(routing_map_TE)
+        on_device = counts.sent_on_device, counts.received_on_device[0]
+        return make_chunked_plan(layout, tokens_shape, counts.sent_E, counts.received_QPL[0], on_device, chunks)
+
+    def _rows(self, routing_map_TE: Tensor) -> tuple[PermuteLayout, RowCounts]:
+        """Plain rows, and how many go where. Collective."""
         capacity = self._capacity(routing_map_TE.shape[0])
         if capacity is not None:
-            layout = PermuteLayout.from_capacity(routing_map_TE, capacity)
-            counts_E = torch.full((self.num_experts,), capacity, dtype=torch.int64)
-            ep, etp = self.groups.ep_size, self.groups.etp_size
-            counts_QPL = counts_E.view(ep, -1)[:1].repeat(etp * ep, 1).view(etp, ep, self.num_local_experts)
-            on_device = torch.full(counts_QPL.shape, capacity, dtype=torch.int64, device=routing_map_TE.device)
-            return make_plan(layout, tokens_shape, counts_E, counts_QPL, on_device, self.groups)
+            return PermuteLayout.from_capacity(routing_map_TE, capacity), self._fixed(capacity, routing_map_TE.device)
         topk = self.config.moe_router_topk if self.config.moe_expert_capacity_factor is None else None
         counts_E, routed = counts_of_experts(routing_map_TE, topk)
         pending = None if self.groups.alone else exchange_counts(counts_E, self.groups)
         layout = PermuteLayout.from_routing_map(routing_map_TE, topk, routed=routed)
         host_E = counts_E.cpu()
         if pending is None:
-            on_device, counts_QPL = counts_E.view(1, 1, -1), host_E.view(1, 1, -1)
+            received = counts_E.view(1, 1, -1), host_E.view(1, 1, -1)
         else:
-            where = self._where("dispatch")
-            on_device, counts_QPL = finish_counts(pending, self.groups, self.num_local_experts, where)
-        return make_plan(layout, tokens_shape, host_E, counts_QPL, on_device, self.groups)
+            received = finish_counts(pending, self.groups, self.num_local_experts, self._where("dispatch"))
+        return layout, RowCounts(host_E, counts_E, received[1], received[0])
+
+    def _fixed(self, capacity: int, device: torch.device) -> RowCounts:
+        shape = self.groups.etp_size, self.groups.ep_size, self.num_local_experts
+        sizes = ((self.num_experts,), "cpu"), ((self.num_experts,), device), (shape, "cpu"), (shape, device)
+        return RowCounts(*(torch.full(size, capacity, dtype=torch.int64, device=where) for size, where in sizes))
 
     def _plan_once(self, routing_map_TE: Tensor, tokens_shape: torch.Size) -> DispatchPlan:
         """One row for each (token, rank); what a rank is told is its rows, then the rows of each of its experts."""

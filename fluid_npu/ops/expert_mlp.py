@@ -88,7 +88,7 @@ def _weight_grad(
 
 
 def mlp_forward(x: Tensor, p: Tensor, w1: Tensor, w2: Tensor, mlp: ExpertMLP) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Outputs ``[R, H]`` and what ``mlp_backward`` needs of the forward, without autograd. Arguments as ``expert_mlp``."""
+    """``[R, H]`` and what ``mlp_backward`` needs of the forward, without autograd. Arguments as ``expert_mlp``."""
     kernels = kernels_of(x)
     h = kernels.grouped_mm(x, w1, mlp.counts)
     a = _activate(mlp, h, p)

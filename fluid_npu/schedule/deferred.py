@@ -12,14 +12,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
 from fluid_npu.comm.sink import Passengers
 from fluid_npu.device import device_of, kernels_of
-from fluid_npu.ops.grouped_matmul import add_to_main_grad, placeholder_grad
+from fluid_npu.ops.grouped_matmul import placeholder_grad
 from fluid_npu.schedule.scheduler import BackwardScheduler
 from fluid_npu.schedule.task import DWTask
+
+
+class DWPart(NamedTuple):
+    """Operands of the dW of some consecutive experts: ``[R, K]`` input rows, ``[R, N]`` gradient rows, rows of each."""
+
+    x: torch.Tensor
+    dy: torch.Tensor
+    counts: Sequence[int]
+
 
 GroupedDW = Callable[[torch.Tensor, torch.Tensor, Sequence[int]], None]
 
@@ -69,35 +79,41 @@ class DeferredWeights:
         """The weights that the launch node delivers: all but those that a late DDP takes from the task itself."""
         return Passengers([self._weights[i].parameter for i in self._delivered], self._collect)
 
+    def wants(self, index: int) -> bool:
+        """Whether a weight has a gradient: not where it is frozen."""
+        return self._weights[index].parameter.requires_grad
+
     def dw_of(self, index: int) -> GroupedDW | None:
         """What an operator's backward calls with (x, dy, counts) instead of computing dW; None for a frozen weight."""
-        weight = self._weights[index]
-        if not weight.parameter.requires_grad:
+        if not self.wants(index):
             return None
+        return lambda x, dy, counts: self.submit(index, [DWPart(x, dy, counts)])
 
-        def queue(x: torch.Tensor, dy: torch.Tensor, counts: Sequence[int]) -> None:
-            self._scheduler.submit(
-                DWTask(
-                    name=f"{self._label} {weight.name}",
-                    run=lambda: self._land(index, x, dy, counts),
-                    shape=(x.shape[0], x.shape[1], dy.shape[1]),
-                    device=device_of(x),
-                    carry=self._carry and bool(weight.late_hooks),
-                    held_bytes=x.nbytes + dy.nbytes,
-                )
+    def submit(self, index: int, parts: Sequence[DWPart]) -> None:
+        """Queues the dW of a weight: one task, whose parts are groups of experts, together all in their order."""
+        weight = self._weights[index]
+        first, parts = parts[0], list(parts)
+        self._scheduler.submit(
+            DWTask(
+                name=f"{self._label} {weight.name}",
+                run=lambda: self._land(index, parts),
+                shape=(sum(part.x.shape[0] for part in parts), first.x.shape[1], first.dy.shape[1]),
+                device=device_of(first.x),
+                carry=self._carry and bool(weight.late_hooks),
+                held_bytes=sum(part.x.nbytes + part.dy.nbytes for part in parts),
             )
+        )
 
-        return queue
-
-    def _land(self, index: int, x: torch.Tensor, dy: torch.Tensor, counts: Sequence[int]) -> None:
+    def _land(self, index: int, parts: list[DWPart]) -> None:
         weight = self._weights[index]
         parameter = weight.parameter
         fused = self._fuse and getattr(parameter, "main_grad", None) is not None
         with torch.no_grad():
             if fused:
-                add_to_main_grad(parameter, parameter.view(weight.view), x, dy, counts)
+                _add_to_main_grad(weight, parts)
             else:
-                self._grads[index] = kernels_of(x).grouped_dw(x, dy, counts).view(parameter.shape)
+                grads = [kernels_of(part.x).grouped_dw(*part) for part in parts]
+                self._grads[index] = (grads[0] if len(grads) == 1 else torch.cat(grads)).view(parameter.shape)
         self._fused[index] = fused
         if weight.late_hooks:
             landed(parameter, self._take(index), weight.late_hooks)
@@ -112,3 +128,14 @@ class DeferredWeights:
 
     def _collect(self) -> tuple[torch.Tensor | None, ...]:
         return tuple(self._take(index) for index in self._delivered)
+
+
+def _add_to_main_grad(weight: DeferredWeight, parts: Sequence[DWPart]) -> None:
+    """Adds each part to its experts' part of ``main_grad`` and sets ``grad_added_to_main_grad``."""
+    parameter: Any = weight.parameter
+    main_grad, first = parameter.main_grad.view(weight.view), 0
+    for part in parts:
+        experts = slice(first, first + len(part.counts))
+        kernels_of(part.x).grouped_dw_add_(main_grad[experts], *part)
+        first = experts.stop
+    parameter.grad_added_to_main_grad = True

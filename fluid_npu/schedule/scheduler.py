@@ -30,15 +30,16 @@ _FOLD_AT = 2048
 #: two MoE layers there may be one dense layer, of up to seven.
 QUEUE_LIMIT = 20
 
-#: What ``overlap`` may be. 'full' (pipelined forward) is not built yet.
-OVERLAP_MODES = ("off", "dw")
+#: What ``overlap`` may be. 'full' is 'dw' with MoE layers in chunks of experts (``schedule.pipeline``).
+OVERLAP_MODES = ("off", "dw", "full")
 
 
 class BackwardScheduler:
     """The queue of one model's dW tasks, and the sink of its AllToAlls.
 
     Args:
-        overlap: 'off' runs each dW at once and waits for each AllToAll at once; 'dw' overlaps the two.
+        overlap: 'off' runs each dW at once and waits for each AllToAll at once; 'dw' overlaps the two; 'full' is 'dw'
+            for layers that also run in chunks.
         carry_over: lets dW wait for the combine of the layer below: that of the Fluid linears, and that of FC2 and the
             router if the DDP takes gradients late (``DistributedDataParallelConfig.delay_wgrad_compute``).
         queue_limit: tasks that may wait at a time, which bounds the activations that they keep alive; one more runs
@@ -48,7 +49,7 @@ class BackwardScheduler:
         name: how messages call this scheduler's model.
 
     Raises:
-        ValueError: an overlap mode that does not exist or is not built, or a limit below 1.
+        ValueError: an overlap mode that does not exist, or a limit below 1.
     """
 
     _peak_tasks: int
@@ -64,7 +65,7 @@ class BackwardScheduler:
         name: str = "unnamed model",
     ) -> None:
         if overlap not in OVERLAP_MODES:
-            raise ValueError(f"overlap={overlap!r}: allowed are {', '.join(OVERLAP_MODES)} ('full' is not built yet)")
+            raise ValueError(f"overlap={overlap!r}: allowed are {', '.join(OVERLAP_MODES)}")
         if queue_limit < 1:
             raise ValueError(f"queue_limit={queue_limit}: at least 1 task must be allowed to wait; use overlap='off'")
         self.overlap = overlap

@@ -97,8 +97,18 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--profile", metavar="FILE", help="overlap as 'fluid-npu tune' found best here")
     text = f"how often a token is sent to a rank with several of its experts: {', '.join(DISPATCHES)} (plain)"
     group.add_argument("--dispatch", default=_DEFAULTS.dispatch, metavar="NAME", help=text)
+    text = "with --overlap full: groups of its experts in which an MoE layer is pipelined, or auto (auto)"
+    group.add_argument("--moe-chunks", default="auto", metavar="N", type=_number_or_auto, help=text)
     impl = _DEFAULTS.impl
     group.add_argument("--impl", default=impl, metavar="NAME", help=f"MoE layers: {' or '.join(IMPLS)} ({impl})")
+
+
+def _number_or_auto(text: str) -> int | str:
+    """What ``validate`` judges: a number where it is one."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 def config_of(args: argparse.Namespace) -> TrainConfig:

@@ -16,15 +16,14 @@ from fluid_npu.train.presets import CUT_FIELDS, Preset, flag_of, get_preset
 
 DEVICES = ("auto", "cpu", "cuda", "npu")
 DTYPES = ("fp32", "bf16", "fp16")
-OVERLAPS = ("off", "dw", "auto")
+OVERLAPS = ("off", "dw", "full", "auto")
 IMPLS = ("fluid", "stock")
 DISPATCHES = ("plain", "once-per-rank", "auto")
-NOT_BUILT = {"full": "the pipelined schedule behind --overlap full"}
 
 #: Fields that may differ between a checkpoint and the run that resumes it; all others must be equal.
 RESUME_MAY_DIFFER = frozenset(
     ("device", "data", "steps", "overlap", "timeout", "out", "resume", "checkpoint_every", "twin_every")
-    + ("plant_delay_ms", "carry_over", "trace", "profile", "dispatch")
+    + ("plant_delay_ms", "carry_over", "trace", "profile", "dispatch", "moe_chunks")
 )
 
 
@@ -39,7 +38,8 @@ class TrainConfig:
     ``dtype`` None is the device's own; ``data`` None the default corpus; ``lr_decay_steps`` None is ``steps``.
     ``plant_delay_ms`` delays every AllToAll, for tests and demonstrations. ``carry_over`` lets dW of FC2 and of the
     router wait for the combine of the layer below. ``dispatch`` 'once-per-rank' sends a token once to each rank that
-    holds some of its experts. ``vpp`` is the number of model chunks per pipeline stage.
+    holds some of its experts. ``vpp`` is the number of model chunks per pipeline stage. ``moe_chunks`` is in how many
+    groups of its experts ``overlap`` 'full' pipelines an MoE layer: a number, or 'auto'.
     """
 
     preset: str = "mixtral-tiny"
@@ -74,6 +74,7 @@ class TrainConfig:
     trace: bool = False
     profile: str | None = None
     dispatch: str = "plain"
+    moe_chunks: int | str = "auto"
     impl: str = "fluid"
 
     def model(self) -> Preset:
@@ -158,16 +159,38 @@ def _check_choices(c: TrainConfig) -> None:
             raise ConfigError(f"{flag_of(name)} {getattr(c, name)!r}: allowed are {', '.join(allowed)}")
     if c.dtype is not None and c.dtype not in DTYPES:
         raise ConfigError(f"--dtype {c.dtype!r}: allowed are {', '.join(DTYPES)}")
-    if c.overlap in NOT_BUILT:
-        raise ConfigError(f"--overlap {c.overlap}: {NOT_BUILT[c.overlap]} is not built yet; use --overlap dw or auto")
     if c.overlap not in OVERLAPS:
         raise ConfigError(f"--overlap {c.overlap!r}: allowed are {', '.join(OVERLAPS)}")
     if c.carry_over and c.overlap == "off":
         raise ConfigError("--carry-over: with --overlap off no AllToAll is in flight; use --overlap dw or auto")
+    _check_moe_chunks(c)
     if c.impl == "stock":
         _check_stock(c)
     if c.profile is not None:
         _check_profile(c, c.profile)
+
+
+def _check_moe_chunks(c: TrainConfig) -> None:
+    n = c.moe_chunks
+    if n == "auto":
+        return
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ConfigError(f"--moe-chunks {n}: must be a number of at least 1, or auto; leave it out for auto")
+    if n == 1:
+        return
+    if c.overlap != "full":
+        raise ConfigError(f"--moe-chunks {n}: --overlap {c.overlap} has one; use --overlap full, or leave it out")
+    if c.dispatch != "plain":
+        raise ConfigError(
+            f"--moe-chunks {n}: --dispatch {c.dispatch} sends a token once per rank, not once for each chunk of its "
+            "experts; use --dispatch plain or --moe-chunks 1"
+        )
+    if c.ep >= 1 and c.model().experts % c.ep == 0 and c.model().experts // c.ep % n:
+        local = c.model().experts // c.ep
+        allowed = ", ".join(str(d) for d in range(1, local + 1) if local % d == 0)
+        raise ConfigError(
+            f"--moe-chunks {n}: a rank has {local} experts (experts / ep); allowed are {allowed} and auto"
+        )
 
 
 def _check_stock(c: TrainConfig) -> None:
@@ -178,7 +201,7 @@ def _check_stock(c: TrainConfig) -> None:
         (c.profile is not None, f"--profile {c.profile}", "has nothing to choose; leave it out, or use --impl fluid"),
         (c.cp > 1, f"--cp {c.cp}", "has no context parallelism without Transformer Engine; use --cp 1 or --impl fluid"),
         (c.plant_delay_ms > 0, "--plant-delay-ms", "cannot be delayed; leave it out, or use --impl fluid"),
-        (c.overlap == "dw", "--overlap dw", "has none; use --overlap off or --impl fluid"),
+        (c.overlap in ("dw", "full"), f"--overlap {c.overlap}", "has none; use --overlap off or --impl fluid"),
     )
     for given, flag, fix in missing:
         if given:
@@ -191,6 +214,7 @@ def _check_profile(c: TrainConfig, path: str) -> None:
         (c.overlap != "auto", f"--overlap {c.overlap}"),
         (c.carry_over, "--carry-over"),
         (c.dispatch != "plain", f"--dispatch {c.dispatch}"),
+        (c.moe_chunks != "auto", f"--moe-chunks {c.moe_chunks}"),
     )
     for given, text in decided:
         if given:

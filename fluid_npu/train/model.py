@@ -41,7 +41,7 @@ def build_model(config: TrainConfig, model_config: TransformerConfig, overlap: s
 
 
 def build_chunks(config: TrainConfig, model_config: TransformerConfig, overlap: str) -> list[GPTModel]:
-    """This rank's chunks of the model. ``overlap`` is 'off' or 'dw'; stock Megatron ignores it."""
+    """This rank's chunks of the model. ``overlap`` is 'off', 'dw' or 'full'; stock Megatron ignores it."""
     preset = config.model()
     rank = parallel_state.get_pipeline_model_parallel_rank()
     return [
@@ -102,7 +102,11 @@ def _fluid_spec(config: TrainConfig, overlap: str) -> Callable[..., Any]:
     from fluid_npu.mcore.layer_spec import get_fluid_moe_block_spec
 
     binder = SchedulerBinder(
-        overlap, carry_over=config.carry_over, transport=_transport(config), dispatch=config.dispatch
+        overlap,
+        carry_over=config.carry_over,
+        transport=_transport(config),
+        dispatch=config.dispatch,
+        chunks=config.moe_chunks if overlap == "full" else "auto",
     )
     return partial(get_fluid_moe_block_spec, backend="local", binder=binder)
 

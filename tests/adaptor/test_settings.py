@@ -46,8 +46,8 @@ def test_a_refused_call_and_a_refused_rollback_change_no_setting() -> None:
         adapt(["no_such_feature"], overlap="off")
     with pytest.raises(PatchError, match=r"adapt\(carry_over='yes'\): allowed are True and False"):
         adapt(["moe"], carry_over="yes")
-    for overlap in ("full", "auto"):  # refused here, and not when the first model is built
-        with pytest.raises(PatchError, match=rf"adapt\(overlap='{overlap}'\): allowed are off, dw"):
+    for overlap in ("sideways", "auto"):  # refused here, and not when the first model is built
+        with pytest.raises(PatchError, match=rf"adapt\(overlap='{overlap}'\): allowed are off, dw, full"):
             adapt(["moe"], overlap=overlap)
     assert current() == Settings()
     first = adapt(["moe"], overlap="dw")

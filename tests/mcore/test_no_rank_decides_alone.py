@@ -91,7 +91,9 @@ def _slow_down(scheduler: Any) -> None:
     scheduler.transport.start = lambda *a: (time.sleep(0.01), start(*a))[1]
 
 
-@pytest.mark.parametrize("spec", [{}, {"carry_over": True}, {"dispatch": "once-per-rank"}], ids=str)
+@pytest.mark.parametrize(
+    "spec", [{}, {"carry_over": True}, {"dispatch": "once-per-rank"}, {"overlap": "full"}], ids=str
+)
 def test_collectives_do_not_depend_on_load_or_clock(spec: dict[str, Any], run_ranks: Ranks) -> None:
     sizes = {"expert_model_parallel_size": 2}
     runs = [

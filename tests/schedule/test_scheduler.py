@@ -143,9 +143,9 @@ def test_a_combine_follows_only_above_the_lowest_moe_layer_of_the_same_chunk() -
     assert scheduler.lowest_layers == {2, 6}
 
 
-@pytest.mark.parametrize("overlap", ["full", "on", ""])
-def test_an_overlap_that_is_not_built_is_refused(overlap: str) -> None:
-    with pytest.raises(ValueError, match="allowed are off, dw"):
+@pytest.mark.parametrize("overlap", ["on", "Full", ""])
+def test_an_overlap_that_does_not_exist_is_refused(overlap: str) -> None:
+    with pytest.raises(ValueError, match="allowed are off, dw, full"):
         BackwardScheduler(overlap)
 
 

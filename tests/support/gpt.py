@@ -95,7 +95,7 @@ def make_model(run: Run, config: Any) -> Any:
     else:
         overlap = "off" if run.impl == "off" else "dw"
         make = get_fluid_moe_block_spec if run.block else get_fluid_moe_layer_spec
-        spec = make(config, overlap=overlap, **run.spec)
+        spec = make(config, **{"overlap": overlap, **run.spec})
     model = GPTModel(
         config,
         spec,

@@ -31,6 +31,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     etp: int = 1
     dispatch: str = "plain"
+    chunks: int | str = "auto"
     config: dict[str, Any] = field(default_factory=dict)
     seed: int = 5
 
@@ -76,7 +77,7 @@ def fluid_layer(case: Case) -> Any:
     from fluid_npu.mcore.layer_spec import get_fluid_moe_layer_spec
 
     config = make_config(case)
-    spec = get_fluid_moe_layer_spec(config, overlap=case.overlap, dispatch=case.dispatch)
+    spec = get_fluid_moe_layer_spec(config, overlap=case.overlap, dispatch=case.dispatch, chunks=case.chunks)
     layer = here(_built(spec.submodules.mlp, config))
     layer.set_layer_number(1)
     return layer
@@ -132,6 +133,10 @@ def load(layer: Any, weights: dict[str, torch.Tensor], case: Case, ep_rank: int)
     experts = layer.experts
     with torch.no_grad():
         layer.router.weight.copy_(weights["router"])
+        for name, parameter in sorted(layer.named_parameters()):
+            if name.startswith("shared_experts."):  # as all that is not in ``weights``: the same in every run
+                generator = torch.Generator().manual_seed(case.seed)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
         if case.impl == "stock":
             for expert, fc1, fc2 in zip(experts.local_experts, weights["fc1"][mine], weights["fc2"][mine], strict=True):
                 expert.linear_fc1.weight.copy_(fc1.t())

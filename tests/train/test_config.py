@@ -18,13 +18,24 @@ from fluid_npu.train.presets import PresetError
 pytestmark = pytest.mark.host
 
 REFUSED = [
-    (["--overlap", "full"], r"--overlap full: .*not built yet"),
+    (["--moe-chunks", "2"], r"--moe-chunks 2: --overlap auto has one; use --overlap full"),
+    (
+        ["--overlap", "full", "--moe-chunks", "3"],
+        r"--moe-chunks 3: a rank has 4 experts .*allowed are 1, 2, 4 and auto",
+    ),
+    (["--overlap", "full", "--moe-chunks", "0"], r"--moe-chunks 0: must be a number of at least 1, or auto"),
+    (["--overlap", "full", "--moe-chunks", "many"], r"--moe-chunks many: must be a number of at least 1, or auto"),
+    (
+        ["--overlap", "full", "--moe-chunks", "2", "--dispatch", "once-per-rank"],
+        r"--moe-chunks 2: --dispatch once-per-rank sends .*use --dispatch plain or --moe-chunks 1",
+    ),
+    (["--overlap", "full", "--impl", "stock"], r"--overlap full: stock Megatron"),
     (["--cp", "2", "--impl", "stock", "--overlap", "off"], r"--cp 2: stock Megatron .*use --cp 1 or --impl fluid"),
     (
         ["--cp", "2", "--seq-length", "6"],
         r"--seq-length 6: must be a multiple of 2\*cp\*tp = 2\*2\*1 = 4, .*use --seq-length 8",
     ),
-    (["--overlap", "sometimes"], r"--overlap 'sometimes': allowed are off, dw, auto"),
+    (["--overlap", "sometimes"], r"--overlap 'sometimes': allowed are off, dw, full, auto"),
     (["--device", "tpu"], r"--device 'tpu': allowed are auto, cpu, cuda, npu"),
     (["--dtype", "fp8"], r"--dtype 'fp8': allowed are fp32, bf16, fp16"),
     (["--impl", "te"], r"--impl 'te': allowed are fluid, stock"),

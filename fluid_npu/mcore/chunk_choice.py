@@ -1,0 +1,62 @@
+"""In how many chunks of local experts a layer is pipelined. L local experts.
+
+A function of the configuration, which is equal on all ranks.
+"""
+
+from __future__ import annotations
+
+from fluid_npu.device.choice import Choice
+
+#: What ``chunks`` may be besides a number.
+AUTO = "auto"
+
+
+def check_chunks(chunks: int | str, overlap: str) -> int | str:
+    """The value itself. Raises ValueError for what is no number of chunks, or asks for a pipeline without 'full'."""
+    if chunks == AUTO:
+        return chunks
+    if isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1:
+        raise ValueError(f"chunks={chunks!r}: a number of at least 1, or {AUTO!r}")
+    if chunks > 1 and overlap != "full":
+        raise ValueError(f"chunks={chunks}: overlap={overlap!r} has one; use overlap='full', or leave chunks out")
+    return chunks
+
+
+def divisors(local_experts: int) -> list[int]:
+    """Numbers of chunks that hold equally many local experts."""
+    return [n for n in range(1, local_experts + 1) if local_experts % n == 0]
+
+
+def choose_chunks(chunks: int | str, overlap: str, local_experts: int, obstacle: str | None) -> Choice[int]:
+    """The number of chunks, and why.
+
+    Args:
+        chunks: a number, or 'auto'.
+        overlap: as ``BackwardScheduler``; 'full' alone has chunks.
+        local_experts: L.
+        obstacle: what keeps this layer in one piece, with the fix; None for nothing.
+
+    Raises:
+        ValueError: a number that does not divide L, or above 1 where there is an obstacle.
+    """
+    check_chunks(chunks, overlap)
+    if overlap != "full":
+        return Choice(1, f"overlap={overlap!r}")
+    allowed = divisors(local_experts)
+    if chunks == AUTO:
+        if obstacle is not None:
+            return Choice(1, obstacle)
+        if local_experts == 1:
+            return Choice(1, "a rank has one expert, which is not split")
+        return Choice(allowed[1], f"the fewest that overlap; {local_experts} local experts allow {_words(allowed)}")
+    if chunks not in allowed:
+        raise ValueError(
+            f"chunks={chunks}: a rank has {local_experts} experts, so allowed are {_words(allowed)} and {AUTO!r}"
+        )
+    if obstacle is not None and chunks != 1:
+        raise ValueError(f"chunks={chunks}: {obstacle}; use chunks=1 or {AUTO!r}")
+    return Choice(int(chunks), "as asked")
+
+
+def _words(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))

@@ -1,0 +1,79 @@
+"""From a chunked plan to the pipeline that runs it: what FluidMoELayer does with more than one chunk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from fluid_npu.mcore.chunk_plan import ChunkedPlan, ChunkPlan
+from fluid_npu.mcore.experts import FluidGroupedMLP
+from fluid_npu.mcore.token_dispatcher import FluidTokenDispatcher
+from fluid_npu.ops.payload import Merge, Pack, wire_dtype
+from fluid_npu.schedule.deferred import DeferredWeights
+from fluid_npu.schedule.pipeline import Chunk, PendingExperts, Pipeline
+
+
+def obstacle(config: TransformerConfig, dispatcher: FluidTokenDispatcher, experts: Any) -> str | None:
+    """What keeps a layer in one piece, with the fix; None for nothing."""
+    if not isinstance(experts, FluidGroupedMLP):
+        return f"experts are {type(experts).__name__}, and FluidGroupedMLP alone runs in chunks"
+    if dispatcher.dispatch_form.value != "plain":
+        return "chunks of experts would send a token once for each chunk and not once per rank; use dispatch='plain'"
+    if dispatcher.groups.etp_size > 1:
+        return f"expert_tensor_parallel_size={dispatcher.groups.etp_size}: its exchanges are not chunked; use 1"
+    if config.moe_apply_probs_on_input:
+        return "moe_apply_probs_on_input=True is not part of the pipeline; unset it"
+    return None
+
+
+def launch(
+    plan: ChunkedPlan,
+    x_TH: Tensor,
+    probs_TE: Tensor,
+    dispatcher: FluidTokenDispatcher,
+    experts: FluidGroupedMLP,
+    deferred: DeferredWeights | None,
+) -> PendingExperts:
+    """Starts the dispatch of every chunk."""
+    wire = wire_dtype(x_TH.dtype, probs_TE.dtype)
+    hidden = x_TH.shape[1]
+    assert dispatcher.sink is not None, "FluidMoELayer gives its dispatcher a scheduler"
+    w1_LHF, w2_LFH = experts.constants()
+    merge = Merge(plan.layout, plan.tokens_shape)
+    pipeline = Pipeline(
+        chunks=[_chunk(number, plan, hidden, wire, dispatcher, experts) for number in range(len(plan.chunks))],
+        gather=Pack(plan.layout, hidden, wire),
+        merge=merge,
+        w1_LHF=w1_LHF,
+        w2_LFH=w2_LFH,
+        deferred=deferred,
+        sink=dispatcher.sink,
+        name=dispatcher.label,
+    )
+    return pipeline.launch(x_TH, probs_TE.to(wire))
+
+
+def _chunk(
+    number: int,
+    plan: ChunkedPlan,
+    hidden: int,
+    wire: torch.dtype,
+    dispatcher: FluidTokenDispatcher,
+    experts: FluidGroupedMLP,
+) -> Chunk:
+    part: ChunkPlan = plan.chunks[number]
+    label = f"{dispatcher.label} chunk {number + 1} of {len(plan.chunks)}".strip()
+    return Chunk(
+        rows=part.rows,
+        experts=part.experts,
+        dispatch=part.route(dispatcher.groups, label),
+        combine=part.route(dispatcher.groups, label, back=True),
+        pack=part.sends.pack(hidden, wire),
+        unpack=part.sends.unpack(hidden, wire),
+        collect=part.sends.collect(),
+        spread=part.sends.merge(plan.tokens_shape),
+        mlp=experts.chunk(part.tokens_per_expert),
+    )

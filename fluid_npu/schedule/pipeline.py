@@ -1,0 +1,227 @@
+"""One MoE layer's dispatch, experts and combine in chunks of local experts, so that each hides the others.
+
+Forward, for three chunks (one line is one resource):
+
+    communication   D0 D1 D2 C0 C1 C2
+    compute         shared    E0 E1 E2           then one sum for each token, in ascending expert order
+
+Backward, mirrored:
+
+    communication   C0 C1 C2 D0 D1 D2            the reverses of both
+    compute         carried   E0 E1 E2 dW        dX of each chunk; dW of all chunks beside the last dispatches
+
+Two autograd nodes: the launch, whose backward lands the dispatches' gradients, and the run. What a caller records
+between the two (shared experts) runs between them in the backward too. The order inside a node is written out here, so
+it is the same on all ranks. A chunk holds whole experts: no dW is split along tokens, and each expert's rows and
+their order are those of the layer in one piece.
+
+T tokens, N rows of this rank before the dispatch, R rows of its experts, H hidden, W payload width, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluid_npu.comm.all_to_all import Flight, Route
+from fluid_npu.comm.cargo import Loading, Unloading
+from fluid_npu.comm.sink import OverlapSink
+from fluid_npu.ops.expert_mlp import ExpertMLP, WeightGradTarget, mlp_backward, mlp_forward
+from fluid_npu.schedule.deferred import DeferredWeights, DWPart
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """The same number of local experts of every rank, with their rows."""
+
+    rows: slice
+    """Of the N rows."""
+    experts: slice
+    """Of the local experts."""
+    dispatch: Route
+    combine: Route
+    pack: Loading
+    """From tokens and probabilities to the payload rows that are sent."""
+    unpack: Unloading
+    """From payload rows to the experts' rows and their probabilities."""
+    collect: Loading
+    """From the experts' outputs to the rows that go back."""
+    spread: Unloading
+    """Whose ``load_grad`` takes the output's gradient to this chunk's rows."""
+    mlp: ExpertMLP
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """What one forward and backward of a layer in chunks needs."""
+
+    chunks: Sequence[Chunk]
+    gather: Loading
+    """Whose ``unload_grad`` takes all N payload rows to the gradients of tokens and probabilities."""
+    merge: Unloading
+    """From all N rows that came back to tokens."""
+    w1_LHF: Tensor
+    w2_LFH: Tensor
+    """Constants for autograd: ``deferred`` takes their gradients."""
+    deferred: DeferredWeights | None
+    """None where no gradient is asked for."""
+    sink: OverlapSink
+    name: str
+    """For records: "layer 3"."""
+
+    def weights_of(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """FC1 and FC2 of a chunk's experts."""
+        return self.w1_LHF[chunk.experts], self.w2_LFH[chunk.experts]
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return self.chunks[-1].rows.stop
+
+    def launch(self, x_TH: Tensor, probs_TE: Tensor) -> PendingExperts:
+        """Starts all dispatches, first to last; ``run`` on the result completes the layer."""
+        flights = _Flights()
+        weights = self.deferred.passengers.weights if self.deferred is not None else ()
+        return PendingExperts(_Launch.apply(self, flights, x_TH, probs_TE, *weights), self, flights)
+
+
+class PendingExperts:
+    """A layer whose dispatches are in flight."""
+
+    def __init__(self, token: Tensor, pipeline: Pipeline, flights: _Flights) -> None:
+        self._token, self._pipeline, self._flights = token, pipeline, flights
+
+    def run(self) -> Tensor:
+        """Experts and combines; the sum of each token's rows."""
+        return _Run.apply(self._token, self._pipeline, self._flights)
+
+
+class _Flights:
+    """What the two nodes share: the dispatches in flight and, in the backward, the buffer that they land in."""
+
+    def __init__(self) -> None:
+        self.forward: list[Flight] = []
+        self.backward: list[Flight] = []
+        self.payload_NW: Tensor | None = None
+
+
+class _Launch(torch.autograd.Function):
+    """Returns a token: the edge to the run carries order only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, pipeline: Pipeline, flights: _Flights, x_TH: Tensor, probs_TE: Tensor, *weights: Tensor
+    ) -> Tensor:
+        ctx.pipeline, ctx.flights = pipeline, flights
+        for chunk in pipeline.chunks:
+            route = chunk.dispatch
+            flights.forward.append(Flight(chunk.pack.load(x_TH, probs_TE), route, route.name, pipeline.sink))
+        return x_TH.new_empty(0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, _token: Tensor) -> tuple[Tensor | None, ...]:
+        pipeline, flights = ctx.pipeline, ctx.flights
+        landing, payload_NW = flights.backward, flights.payload_NW
+        flights.backward, flights.payload_NW = [], None
+        pipeline.sink.fill("moe_dispatch", f"moe_dispatch AllToAlls of {pipeline.name}")
+        for flight in landing:
+            flight.land()
+        grads = pipeline.gather.unload_grad(payload_NW)
+        deferred = pipeline.deferred
+        return (None, None, *grads, *(deferred.passengers.collect() if deferred is not None else ()))
+
+
+class _Run(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, pipeline: Pipeline, flights: _Flights) -> Tensor:
+        ctx.pipeline, ctx.flights = pipeline, flights
+        merged, kept = _forward(pipeline, flights, keep=ctx.needs_input_grad[0])
+        ctx.kept_each = [len(tensors) for tensors in kept]
+        ctx.save_for_backward(*(tensor for tensors in kept for tensor in tensors))
+        return merged
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
+        saved = iter(ctx.saved_tensors)
+        kept: list[Sequence[Tensor]] = [[next(saved) for _ in range(number)] for number in ctx.kept_each]
+        _backward(ctx.pipeline, ctx.flights, dout.contiguous(), kept)
+        return dout.new_empty(0), None, None
+
+
+def _forward(pipeline: Pipeline, flights: _Flights, keep: bool) -> tuple[Tensor, list[Sequence[Tensor]]]:
+    """The merged tokens, and for each chunk what its backward needs."""
+    combines: list[Flight] = []
+    kept: list[Sequence[Tensor]] = []
+    rows_NH: Tensor | None = None
+    for chunk in pipeline.chunks:
+        x_RH, p_R = chunk.unpack.unload(flights.forward.pop(0).land())
+        y_RH, needed = mlp_forward(x_RH, p_R, *pipeline.weights_of(chunk), chunk.mlp)
+        if keep:
+            kept.append(needed)
+        del x_RH, p_R, needed
+        if rows_NH is None:
+            rows_NH = y_RH.new_empty(pipeline.num_rows, y_RH.shape[1])
+        route, into = chunk.combine, rows_NH[chunk.rows]
+        combines.append(Flight(chunk.collect.load(y_RH), route, route.name, pipeline.sink, into=into))
+    for flight in combines:
+        flight.land()
+    assert rows_NH is not None, "a layer has at least one chunk"
+    (merged,) = pipeline.merge.unload(rows_NH)
+    return merged, kept
+
+
+def _backward(pipeline: Pipeline, flights: _Flights, dout: Tensor, kept: list[Sequence[Tensor]]) -> None:
+    """Leaves the dispatches' gradients in flight and the dW of all chunks queued."""
+    assert pipeline.deferred is not None, "without gradients there is no backward"
+    combines = []
+    for chunk in pipeline.chunks:
+        route = chunk.combine
+        combines.append(
+            Flight(chunk.spread.load_grad(dout), route.reversed(), f"backward of {route.name}", pipeline.sink)
+        )
+    pipeline.sink.fill("moe_combine", f"moe_combine AllToAlls of {pipeline.name}")
+    weight_grads = _WeightGrads(pipeline.deferred)
+    for chunk in pipeline.chunks:
+        (dy,) = chunk.collect.unload_grad(combines.pop(0).land())
+        assert dy is not None
+        dx, dp, _, _ = mlp_backward(dy, kept.pop(0), weight_grads.taken_from(chunk.mlp))
+        assert dx is not None and dp is not None
+        payload = chunk.unpack.load_grad(dx, dp)
+        del dy, dx, dp
+        if flights.payload_NW is None:
+            flights.payload_NW = payload.new_empty(pipeline.num_rows, payload.shape[1])
+        route, into = chunk.dispatch, flights.payload_NW[chunk.rows]
+        flights.backward.append(
+            Flight(payload, route.reversed(), f"backward of {route.name}", pipeline.sink, into=into)
+        )
+    weight_grads.submit()
+
+
+class _WeightGrads:
+    """Operands of dW from all chunks: one task for each weight, queued when the last chunk is through."""
+
+    def __init__(self, deferred: DeferredWeights) -> None:
+        self._deferred = deferred
+        self._parts: tuple[list[DWPart], list[DWPart]] = ([], [])
+
+    def taken_from(self, mlp: ExpertMLP) -> ExpertMLP:
+        """``mlp`` with its weight gradients handed over here."""
+        return replace(mlp, fc1=self._target(0), fc2=self._target(1))
+
+    def submit(self) -> None:
+        """Queues FC2's task, then FC1's."""
+        for index in (1, 0):
+            if self._deferred.wants(index):
+                self._deferred.submit(index, self._parts[index])
+
+    def _target(self, index: int) -> WeightGradTarget:
+        def take(rows: Tensor, dy: Tensor, counts: Sequence[int]) -> None:
+            self._parts[index].append(DWPart(rows, dy, counts))
+
+        return WeightGradTarget(defer=take if self._deferred.wants(index) else None)
