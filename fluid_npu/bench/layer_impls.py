@@ -34,6 +34,11 @@ LEGACY_TORCH = Kind(name="stock GroupedMLP over torch", impl="stock")
 TE = Kind(name="stock TEGroupedMLP", impl="stock")
 TE_OVERLAPPED = Kind(name="stock TEGroupedMLP, dW beside dispatch", impl="stock")
 ONCE = Kind(name="ours overlapped, once per rank", impl="fluid", overlap="dw", changes=(("dispatch", "once-per-rank"),))
+#: Pipelined in so many chunks of a rank's experts.
+IN_CHUNKS = {
+    n: Kind(name=f"ours overlapped, {n} chunks", impl="fluid", overlap="full", changes=(("moe_chunks", n),))
+    for n in (2, 4)
+}
 #: The newest Megatron's own overlap within a layer: experts' dW on a second stream beside the dispatch's backward.
 OWN_OVERLAP = "overlap_dispatch_backward_with_experts_wgrad"
 #: Stock forms that need other packages; where they fail they are left out with the reason.
@@ -46,6 +51,7 @@ KINDS = {
     "stock-te-overlapped": TE_OVERLAPPED,
     "ours-plain": PLAIN,
     "ours-overlapped": OVERLAPPED,
+    **{f"ours-{n}-chunks": kind for n, kind in IN_CHUNKS.items()},
     "ours-once": ONCE,
 }
 #: What no single layer can show, and why.
@@ -76,7 +82,13 @@ def unavailable(kind: Kind, config: TrainConfig) -> str | None:
         return "the package grouped_gemm is not installed, so stock GroupedMLP itself runs over torch"
     if kind is ONCE and config.ep == 1:
         return "--ep 1: there is no other rank to send a token to"
-    return None
+    return _unchunked(kind, config)
+
+
+def _unchunked(kind: Kind, config: TrainConfig) -> str | None:
+    """Why a kind in chunks cannot run here, or None."""
+    n, local = dict(kind.changes).get("moe_chunks", 1), config.model().experts // config.ep
+    return f"the {local} experts of a rank make no {n} chunks of equally many" if local % n else None
 
 
 class LayerVariant(Variant):
