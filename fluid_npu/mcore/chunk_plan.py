@@ -8,19 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fluid_npu.comm.all_to_all import Route
-from fluid_npu.device import device_of
+from fluid_npu.device import kernels_of
 from fluid_npu.device.kernels.groups import GroupRows
-from fluid_npu.mcore.dispatch_plan import ExpertGroups, rows_by_expert
+from fluid_npu.mcore.dispatch_plan import ExpertGroups
 from fluid_npu.mcore.dispatch_rows import PlainRows
 from fluid_npu.ops.chunk_rows import chunk_of, experts_by_chunk, in_chunk_order
 from fluid_npu.ops.permute import PermuteLayout
-
-Order = tuple[Tensor, Tensor] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,35 +80,31 @@ def make_chunked_plan(
     ranks, local = counts_PL.shape
     by_chunk_E = experts_by_chunk(len(counts_E), ranks, chunks, layout.token_of_row.device)
     whole = in_chunk_order(layout, on_device[0], by_chunk_E)
-    received, sent = counts_PL.numpy(), counts_E.numpy().reshape(ranks, local)
-    rows_L, size, start = on_device[1].sum(0), local // chunks, 0
-    orders = _orders(received, chunks, layout.token_of_row)
-    plans = []
+    sent, rows_L = counts_E.view(ranks, local), on_device[1].sum(0)
+    size, start, plans = local // chunks, 0, []
     for number in range(chunks):
         experts = slice(number * size, (number + 1) * size)
         input_splits = sent[:, experts].sum(1).tolist()
         rows = slice(start, start + sum(input_splits))
+        received = counts_PL[:, experts]
+        order, ends = _order(received, on_device[1][:, experts])
         plans.append(
             ChunkPlan(
                 rows=rows,
                 experts=experts,
-                sends=PlainRows(layout=chunk_of(whole, rows), order=orders[number]),
+                sends=PlainRows(layout=chunk_of(whole, rows), order=order),
                 input_splits=input_splits,
-                output_splits=received[:, experts].sum(1).tolist(),
-                tokens_per_expert=GroupRows(received[:, experts].sum(0).tolist(), rows_L[experts]),
+                output_splits=received.sum(1).tolist(),
+                tokens_per_expert=GroupRows(received.sum(0).tolist(), rows_L[experts], ends),
             )
         )
         start = rows.stop
     return ChunkedPlan(tokens_shape=tokens_shape, layout=whole, chunks=plans)
 
 
-def _orders(received_PL: np.ndarray, chunks: int, like: Tensor) -> list[Order]:
-    """Of each chunk's received rows, by expert; None where they come so. One copy to the device of ``like``."""
-    ranks, local = received_PL.shape
-    if ranks == 1 or local == chunks:
-        return [None] * chunks
-    each = [rows_by_expert(part) for part in np.split(received_PL, chunks, axis=1)]
-    both = torch.from_numpy(np.concatenate([np.stack(pair) for pair in each], axis=1))
-    moved = device_of(like).from_host(both, like.device)
-    parts = moved.split([len(rows) for rows, _ in each], dim=1)
-    return [(part[0], part[1]) for part in parts]
+def _order(received_PL: Tensor, on_device_PL: Tensor) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
+    """Of a chunk's received rows, by expert, None where they come so; and where each expert's end, if known."""
+    if 1 in received_PL.shape:
+        return None, None
+    rows, inverse, ends = kernels_of(on_device_PL).chunk_order(on_device_PL, received_PL)
+    return (rows, inverse), ends

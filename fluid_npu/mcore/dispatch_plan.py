@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -208,15 +207,3 @@ def make_once_plan(
         ),
         table=told.table(slice(0, 1)),
     )
-
-
-def rows_by_expert(counts_CL: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows come in chunks by (source, expert); gives the order by (expert, source) and its inverse."""
-    counts = counts_CL.T.reshape(-1)
-    ends = counts_CL.cumsum().reshape(counts_CL.shape)
-    starts = (ends - counts_CL).T.reshape(-1)
-    place = np.arange(counts.sum())
-    rows = place + np.repeat(starts - (counts.cumsum() - counts), counts)
-    inverse = np.empty_like(rows)
-    inverse[rows] = place
-    return rows, inverse
