@@ -34,6 +34,13 @@ LEGACY_TORCH = Kind(name="stock GroupedMLP over torch", impl="stock")
 TE = Kind(name="stock TEGroupedMLP", impl="stock")
 TE_OVERLAPPED = Kind(name="stock TEGroupedMLP, dW beside dispatch", impl="stock")
 ONCE = Kind(name="ours overlapped, once per rank", impl="fluid", overlap="dw", changes=(("dispatch", "once-per-rank"),))
+PEER = Kind(name="ours overlapped, peer copies", impl="fluid", overlap="dw", changes=(("a2a_transport", "peer-copy"),))
+ONCE_PEER = Kind(
+    name="ours overlapped, once per rank, peer copies",
+    impl="fluid",
+    overlap="dw",
+    changes=(*ONCE.changes, *PEER.changes),
+)
 #: Pipelined in so many chunks of a rank's experts.
 IN_CHUNKS = {
     n: Kind(name=f"ours overlapped, {n} chunks", impl="fluid", overlap="full", changes=(("moe_chunks", n),))
@@ -41,8 +48,8 @@ IN_CHUNKS = {
 }
 #: The newest Megatron's own overlap within a layer: experts' dW on a second stream beside the dispatch's backward.
 OWN_OVERLAP = "overlap_dispatch_backward_with_experts_wgrad"
-#: Stock forms that need other packages; where they fail they are left out with the reason.
-EXTRAS = (LEGACY, LEGACY_TORCH, TE, TE_OVERLAPPED)
+#: Forms that need other packages or a device's own ways; where they fail they are left out with the reason.
+EXTRAS = (LEGACY, LEGACY_TORCH, TE, TE_OVERLAPPED, PEER, ONCE_PEER)
 KINDS = {
     "stock-sequential": STOCK,
     "stock-grouped": LEGACY,
@@ -53,6 +60,8 @@ KINDS = {
     "ours-overlapped": OVERLAPPED,
     **{f"ours-{n}-chunks": kind for n, kind in IN_CHUNKS.items()},
     "ours-once": ONCE,
+    "ours-peer": PEER,
+    "ours-once-peer": ONCE_PEER,
 }
 #: What no single layer can show, and why.
 NEVER = {
@@ -80,7 +89,7 @@ def unavailable(kind: Kind, config: TrainConfig) -> str | None:
             return "GroupedMLP takes bf16 alone; use --dtype bf16"
     if kind is LEGACY_TORCH and importlib.util.find_spec("grouped_gemm") is None:
         return "the package grouped_gemm is not installed, so stock GroupedMLP itself runs over torch"
-    if kind is ONCE and config.ep == 1:
+    if kind in (ONCE, PEER, ONCE_PEER) and config.ep == 1:
         return "--ep 1: there is no other rank to send a token to"
     return _unchunked(kind, config)
 

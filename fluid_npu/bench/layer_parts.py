@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from fluid_npu.device import Device
+from fluid_npu.schedule import pipeline
 from fluid_npu.schedule.task import DWTask
 
 _MARK = "spin_kernel"
@@ -97,6 +98,8 @@ def watched(timeline: Timeline, layer: Any, variant: Any) -> Iterator[None]:
         undo += _watch_accumulation(timeline, parameter)
     if variant.scheduler is not None:
         undo.append(_watch_tasks(timeline, variant.scheduler))
+        undo.append(_watch_transport(timeline, variant.scheduler))
+    undo += [_watch_function(timeline, pipeline, name, "experts") for name in ("mlp_forward", "mlp_backward")]
     exchange = dist.all_to_all_single
 
     def timed_exchange(*args: Any, **kwargs: Any) -> Any:
@@ -114,8 +117,13 @@ def watched(timeline: Timeline, layer: Any, variant: Any) -> Iterator[None]:
 
 @dataclasses.dataclass
 class _TimedWork:
+    """An exchange under way, or one that lands in its transport's memory."""
+
     work: Any
     timeline: Timeline
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.work, name)
 
     def wait(self) -> Any:
         with self.timeline.part("a2a"):
@@ -174,6 +182,47 @@ def _watch_accumulation(timeline: Timeline, parameter: torch.nn.Parameter) -> li
             handle.remove()
 
     return [undo]
+
+
+class _TimedTransport:
+    """A transport whose launches and waits are the AllToAll's part."""
+
+    def __init__(self, inner: Any, timeline: Timeline) -> None:
+        self._inner, self._timeline = inner, timeline
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        if name not in ("start", "land"):
+            return found
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self._timeline.part("a2a"):
+                work = found(*args, **kwargs)
+            return None if work is None else _TimedWork(work, self._timeline)
+
+        return timed
+
+
+def _watch_transport(timeline: Timeline, scheduler: Any) -> Callable[[], Any]:
+    inner = scheduler.transport
+    scheduler.transport = _TimedTransport(inner, timeline)
+
+    def restore() -> None:
+        scheduler.transport = inner
+
+    return restore
+
+
+def _watch_function(timeline: Timeline, module: Any, name: str, part: str) -> Callable[[], Any]:
+    """Layers in chunks run their experts without calling the module."""
+    function = getattr(module, name)
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        with timeline.part(part):
+            return function(*args, **kwargs)
+
+    setattr(module, name, timed)
+    return lambda: setattr(module, name, function)
 
 
 def _watch_tasks(timeline: Timeline, scheduler: Any) -> Callable[[], Any]:
