@@ -165,7 +165,21 @@ def test_one_wrong_entry_is_found(op: str) -> None:
 def test_forms_are_timed_in_turns() -> None:
     order: list[str] = []
     gemm_timing.median_ms({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, torch.zeros(1))
-    assert order == ["a", "b"] * (len(order) // 2) and len(order) > 4
+    turns = [order[at : at + 2] for at in range(0, len(order), 2)]
+    assert turns[:4] == [["a", "b"], ["b", "a"]] * 2 and len(turns) > 6
+
+
+def test_a_call_like_an_earlier_one_costs_no_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    chooser, asked = GemmChooser(alone, forms(Other())), []
+    monkeypatch.setattr(
+        GemmChooser, "choose", lambda self, call: asked.append(call.op) or gemm_chooser.Choice("other", "")
+    )
+    for counts in (COUNTS, COUNTS, [4, 4, 4, 4], [4, 4, 4, 4]):  # equal groups are another class
+        chooser.compute(call_of(counts=counts))
+    chooser.compute(call_of("dw_add"))
+    monkeypatch.setenv("FLUID_GROUPED_GEMM", "loop")
+    chooser.compute(call_of())
+    assert asked == ["mm", "mm", "dw_add", "mm"]
 
 
 def test_a_result_that_is_no_number_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 from fluid_npu.device.base import DeviceUnavailable
 from fluid_npu.device.choice import Choice
 from fluid_npu.device.kernels.agreement import Agreement, of_this_job
-from fluid_npu.device.kernels.gemm_forms import FORMS, Form, GemmCall
+from fluid_npu.device.kernels.gemm_forms import FORMS, Form, GemmCall, equal_groups
 from fluid_npu.device.kernels.gemm_timing import Trial, room_to_measure, try_forms
 from fluid_npu.device.kernels.triton_support import GEMM_PROFILE, GROUPED_GEMM, setting
 
@@ -46,10 +47,17 @@ class GemmChooser:
         self._forms = FORMS if forms is None else forms
         self._budget_s = budget_s
         self._decided: dict[str, Choice[str]] = {}
+        self._quick: dict[Any, str] = {}
 
     def compute(self, call: GemmCall) -> Tensor | None:
         """The call's result in the chosen form; None where it is added to ``call.out``."""
-        return self._forms[self.choose(call).value].run(call)
+        key = _key(call)
+        name = self._quick.get(key)
+        if name is None:
+            name = self.choose(call).value
+            if not _capturing(call):
+                self._quick[key] = name
+        return self._forms[name].run(call)
 
     def choose(self, call: GemmCall) -> Choice[str]:
         """The name of the form for this call, which has rows, and why.
@@ -114,11 +122,20 @@ class GemmChooser:
         raise DeviceUnavailable(f"{GROUPED_GEMM}={wanted} ({class_of(call)}): {missing}; unset it to choose by call")
 
 
+def _key(call: GemmCall) -> tuple[Any, ...]:
+    """All that ``choose`` looks at, without making text of it; calls with the same key take the same form."""
+    a, b, out, work, groups = call.a, call.b, call.out, call.multiply_adds, len(call.counts)
+    size = (a.shape[0] // groups).bit_length(), work < _SMALL, work >= _LOOP_FLOOR * groups, equal_groups(call.counts)
+    shape = groups, a.shape[1], b.shape[1:], a.stride(), b.stride(), a.data_ptr() % 16, b.data_ptr() % 16
+    target = None if out is None else (out.dtype, out.is_contiguous())
+    return os.environ.get(GROUPED_GEMM), call.op, a.dtype, b.dtype, a.device, size, shape, target
+
+
 def class_of(call: GemmCall) -> str:
     """The class of a call: equal on ranks that make the same call on as many rows to a power of two."""
     groups, inner, outer = call.weight_shape
     rows = max(1, call.a.shape[0] // groups)
-    even = "even" if len(set(call.counts)) == 1 else "uneven"
+    even = "even" if equal_groups(call.counts) else "uneven"
     aligned = "aligned" if all(_aligned(t) for t in (call.a, call.b)) else "unaligned"
     dtype = str(call.a.dtype).removeprefix("torch.")
     return f"{call.op}-{dtype}-K{inner}-N{outer}-L{groups}-rows{1 << (rows.bit_length() - 1)}-{even}-{aligned}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ class Batched:
     name = "batched"
 
     def why_not(self, call: GemmCall) -> str | None:
-        if len(set(call.counts)) != 1 or call.counts[0] == 0:
+        if not equal_groups(call.counts) or call.counts[0] == 0:
             return f"batched products want equal groups, these have {min(call.counts)} to {max(call.counts)} rows"
         if call.out is not None and call.out.dtype != call.a.dtype and not fuses_batched_add().value:
             return fuses_batched_add().reason
@@ -120,10 +121,11 @@ class Batched:
 
     def run(self, call: GemmCall) -> Tensor | None:
         groups, each = len(call.counts), call.counts[0]
-        a = call.a.unflatten(0, (groups, each))
+        a = call.a.view(groups, each, -1)
         if call.op in ("mm", "mm_t"):
-            return torch.bmm(a, call.weight()).flatten(0, 1)
-        a, dy = a.transpose(1, 2), call.b.unflatten(0, (groups, each))
+            product = torch.bmm(a, call.weight())
+            return product.view(-1, product.shape[2])
+        a, dy = a.transpose(1, 2), call.b.view(groups, each, -1)
         if call.out is None:
             return torch.bmm(a, dy)
         if call.out.dtype == call.a.dtype:
@@ -199,6 +201,11 @@ _TILES = (
 FORMS: dict[str, Form] = {form.name: form for form in (Loop(), Native(), Batched(), *_TILES)}
 
 
+def equal_groups(counts: Sequence[int]) -> bool:
+    """Whether all groups have as many rows."""
+    return counts.equal if isinstance(counts, GroupRows) else len(set(counts)) == 1
+
+
 def add_product_(grad: Tensor, a: Tensor, b: Tensor) -> None:
     """grad += a b, inside one matmul where torch can add a half-precision product to an fp32 matrix."""
     if grad.dtype == a.dtype:
@@ -209,6 +216,7 @@ def add_product_(grad: Tensor, a: Tensor, b: Tensor) -> None:
         grad.add_(a @ b)
 
 
+@cache
 def fuses_dw_add() -> Choice[bool]:
     """Whether this torch can add a half-precision product to an fp32 matrix in one call."""
     if "dtype_out" in torch.ops.aten.addmm.overloads():
@@ -216,6 +224,7 @@ def fuses_dw_add() -> Choice[bool]:
     return Choice(False, f"torch {torch.__version__} has no addmm with out_dtype (2.8 has): dW, then add_")
 
 
+@cache
 def fuses_batched_add() -> Choice[bool]:
     """The same for batches of matrices."""
     if "dtype_out" in torch.ops.aten.baddbmm.overloads():

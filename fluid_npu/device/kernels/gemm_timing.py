@@ -18,7 +18,7 @@ from fluid_npu.device.kernels.gemm_forms import FORMS, Form, GemmCall
 
 _TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # of the largest entry; tf32 may be on
 _ROWS = 2048  # compared at a time
-_TIMED = 7
+_UNTIMED, _TIMED = 2, 9
 _AHEAD_CYCLES = 500_000  # a quarter of a millisecond
 
 
@@ -95,27 +95,38 @@ def _worst(got: Tensor, wanted: Tensor) -> float:
 
 
 def median_ms(runs: Mapping[str, Callable[[], object]], where: Tensor, ahead: bool = False) -> dict[str, float]:
-    """Median milliseconds of each run, all run in turns; by events on the device of ``where``.
+    """Median milliseconds of each run; by events on the device of ``where``.
 
-    With ``ahead`` the host gets a start, so that its time to launch does not count.
+    All run in turns, each turn beginning with another one, and the host does not wait inside a turn: so a GPU is as
+    warm for one as for another, and as in a step. The first turns do not count. With ``ahead`` the host gets a start
+    before each run, so that its time to launch does not count.
     """
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(_TIMED):
-        for name, run in runs.items():
-            times[name].append(_once_ms(run, where, ahead))
+    names, times = list(runs), {name: list[float]() for name in runs}
+    for turn in range(_UNTIMED + _TIMED):
+        first = turn % max(len(names), 1)
+        marks = {name: _timed(runs[name], where, ahead) for name in names[first:] + names[:first]}
+        for name, elapsed in marks.items():
+            if turn >= _UNTIMED:
+                times[name].append(elapsed())
     return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
 
 
-def _once_ms(run: Callable[[], object], where: Tensor, ahead: bool) -> float:
+def _timed(run: Callable[[], object], where: Tensor, ahead: bool) -> Callable[[], float]:
+    """Runs it; what is returned gives the milliseconds, once they are known."""
     if not where.is_cuda:
         start = time.perf_counter()
         run()
-        return (time.perf_counter() - start) * 1e3
+        ms = (time.perf_counter() - start) * 1e3
+        return lambda: ms
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     if ahead:
         torch.cuda._sleep(_AHEAD_CYCLES)
     begin.record()
     run()
     end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end))
+
+    def elapsed() -> float:
+        end.synchronize()
+        return float(begin.elapsed_time(end))
+
+    return elapsed

@@ -26,6 +26,8 @@ class GroupRows(list[int]):
     def __init__(self, counts: Iterable[int], on_device: Tensor | None = None, ends: Tensor | None = None) -> None:
         super().__init__(counts)
         self._on_device = on_device
+        #: Whether all groups have as many rows.
+        self.equal = len(set(self)) == 1
         self._ends: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._kept: dict[Any, Tensor] = {}
         if ends is not None:
