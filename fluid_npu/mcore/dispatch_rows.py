@@ -74,7 +74,7 @@ class OnceRows:
         return PackOnce(self.layout, self._row(hidden, wire))
 
     def unpack(self, hidden: int, wire: torch.dtype) -> Unloading:
-        return Expand(self._row(hidden, wire), self.arrival)
+        return Expand(self._row(hidden, wire), self.arrival, self.layout.local)
 
     def replicate(self, times: int, hidden: int, wire: torch.dtype) -> Loading:
         return ReplicateOnce(times, self._row(hidden, wire))

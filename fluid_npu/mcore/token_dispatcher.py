@@ -31,7 +31,7 @@ from fluid_npu.mcore.dispatch_plan import (
     make_plan,
 )
 from fluid_npu.mcore.lines.groups import ProcessGroups, default_groups
-from fluid_npu.ops.once import experts_of_tokens, groups_of_tokens, once_layout
+from fluid_npu.ops.once import once_counts
 from fluid_npu.ops.payload import SumParts, payload_width, wire_dtype
 from fluid_npu.ops.permute import PermuteLayout, counts_of_experts
 
@@ -136,12 +136,10 @@ class FluidTokenDispatcher(MoETokenDispatcher):
     def _plan_once(self, routing_map_TE: Tensor, tokens_shape: torch.Size) -> DispatchPlan:
         """One row for each (token, rank); what a rank is told is its rows, then the rows of each of its experts."""
         ranks = self.groups.ep_size
-        expert_TK = experts_of_tokens(routing_map_TE, self.config.moe_router_topk)
-        map_TP = groups_of_tokens(expert_TK, self.num_experts, ranks)
-        counts_PC = torch.cat([map_TP.sum(0).unsqueeze(1), routing_map_TE.sum(0).view(ranks, -1)], dim=1)
+        counts_PC, layout_of = once_counts(routing_map_TE, self.config.moe_router_topk, ranks)
         pending = exchange_counts(counts_PC.view(-1), self.groups, self._everyone_counts)
         host_PC = counts_PC.cpu()
-        layout = once_layout(expert_TK, map_TP, self.num_experts, int(host_PC[:, 0].sum()))
+        layout = layout_of(int(host_PC[:, 0].sum()))
         told = finish_counts(pending, self.groups, self.num_local_experts + 1, self._where("dispatch"))
         return make_once_plan(layout, tokens_shape, host_PC, told, self.groups)
 

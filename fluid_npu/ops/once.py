@@ -10,11 +10,15 @@ T tokens, E experts, K slots of a token, G groups of L = E/G experts, N rows, S 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from fluid_npu.device import kernels_of
+from fluid_npu.device.kernels.routed import RoutedRows
 from fluid_npu.ops.permute import PermuteLayout
 
 
@@ -26,15 +30,76 @@ class OnceLayout:
     """Tokens and groups, in the place of tokens and experts."""
     num_experts: int
     """E."""
-    slot_expert: Tensor
-    """[N, S] number of each slot's expert inside the group, L for none."""
-    slot_pair: Tensor
-    """[N, S] position of each slot's (token, expert) in a flattened [T, E] tensor, T*E for none."""
+    topk: int
+    """K."""
+    map_TE: Tensor | None = None
+    """bool [T, E]: who chose whom; None where only ``expert_TK`` says it. One of the two is there."""
+    expert_TK: Tensor | None = None
+    """[T, K]: what ``experts_of_tokens`` gives."""
 
     @property
     def num_slots(self) -> int:
         """S."""
-        return self.slot_expert.shape[1]
+        return min(self.topk, self.local)
+
+    @property
+    def slot_expert(self) -> Tensor:
+        """[N, S] number of each slot's expert inside the group, L for none."""
+        return self._slots[0]
+
+    @property
+    def slot_pair(self) -> Tensor:
+        """[N, S] position of each slot's (token, expert) in a flattened [T, E] tensor, T*E for none."""
+        return self._slots[1]
+
+    @property
+    def local(self) -> int:
+        """L."""
+        return self.num_experts // self.rows.num_experts
+
+    @cached_property
+    def _slots(self) -> tuple[Tensor, Tensor]:
+        """For plain torch; kernels that read the map itself do without."""
+        rows, size, groups, topk = self.rows, self.local, self.rows.num_experts, self.topk
+        expert_TK = self.expert_TK
+        if expert_TK is None:
+            assert self.map_TE is not None, "a layout knows its tokens' experts"
+            expert_TK = experts_of_tokens(self.map_TE, topk)
+        expert_NK = expert_TK.index_select(0, rows.token_of_row)
+        group_N1 = (rows.pair_index % groups).unsqueeze(1)
+        group_NK = torch.div(expert_NK, size, rounding_mode="floor")
+        # A token's experts ascend, so those of one group are neighbours: from where the lower groups end.
+        place_NS = (group_NK < group_N1).sum(1, keepdim=True) + torch.arange(self.num_slots, device=expert_TK.device)
+        inside_NS = place_NS.clamp(max=topk - 1)
+        filled = (place_NS < topk) & (group_NK.gather(1, inside_NS) == group_N1)
+        slot_NS = expert_NK.gather(1, inside_NS)
+        pair_NS = slot_NS + (rows.token_of_row * self.num_experts).unsqueeze(1)
+        expert_NS = torch.where(filled, slot_NS - group_N1 * size, size)
+        return expert_NS, torch.where(filled, pair_NS, rows.num_tokens * self.num_experts)
+
+
+def once_counts(map_TE: Tensor, topk: int, groups: int) -> tuple[Tensor, Callable[[int], OnceLayout]]:
+    """([G, 1 + L] rows of each group, then of each of its experts; the layout, given how many rows there are).
+
+    No token may have more than ``topk`` experts (not checked). Other ranks wait for the counts, and the host must know
+    them before it knows the number of rows.
+    """
+    num_experts = map_TE.shape[1]
+    found = kernels_of(map_TE).once_rows(map_TE, groups, min(topk, groups))
+    if found is not None and found.counts_E is not None:
+        whole = found
+        return found.counts_E, lambda rows: _layout_of(whole, rows, map_TE, topk, groups)
+    expert_TK = experts_of_tokens(map_TE, topk)
+    map_TG = groups_of_tokens(expert_TK, num_experts, groups)
+    counts_GC = torch.cat([map_TG.sum(0).unsqueeze(1), map_TE.sum(0).view(groups, -1)], dim=1)
+    return counts_GC, lambda rows: once_layout(expert_TK, map_TG, num_experts, rows, map_TE)
+
+
+def _layout_of(found: RoutedRows, num_rows: int, map_TE: Tensor, topk: int, groups: int) -> OnceLayout:
+    num_tokens, num_experts = map_TE.shape
+    kept = {name: getattr(found, name)[:num_rows] for name in ("token_of_row", "row_of_pair", "pair_index")}
+    rows = PermuteLayout.of_routed(found._replace(**kept), num_tokens, groups, most_rows=min(topk, groups))
+    return OnceLayout(rows=rows, num_experts=num_experts, topk=topk, map_TE=map_TE)
 
 
 def experts_of_tokens(map_TE: Tensor, slots: int) -> Tensor:
@@ -51,23 +116,10 @@ def groups_of_tokens(expert_TK: Tensor, num_experts: int, groups: int) -> Tensor
     return found.scatter_(1, group_TK, True)[:, :groups]
 
 
-def once_layout(expert_TK: Tensor, map_TG: Tensor, num_experts: int, num_rows: int) -> OnceLayout:
+def once_layout(
+    expert_TK: Tensor, map_TG: Tensor, num_experts: int, num_rows: int, map_TE: Tensor | None = None
+) -> OnceLayout:
     """The rows of slots [T, K] and the ``map_TG`` that ``groups_of_tokens`` gives; the host knows their number."""
-    (num_tokens, topk), groups = expert_TK.shape, map_TG.shape[1]
-    size = num_experts // groups
+    topk, groups = expert_TK.shape[1], map_TG.shape[1]
     rows = PermuteLayout.from_routing_map(map_TG, num_rows=num_rows, most_rows=min(topk, groups))
-    expert_NK = expert_TK.index_select(0, rows.token_of_row)
-    group_N1 = (rows.pair_index % groups).unsqueeze(1)
-    group_NK = torch.div(expert_NK, size, rounding_mode="floor")
-    # A token's experts ascend, so those of one group are neighbours: from where the lower groups end.
-    place_NS = (group_NK < group_N1).sum(1, keepdim=True) + torch.arange(min(topk, size), device=expert_TK.device)
-    inside_NS = place_NS.clamp(max=topk - 1)
-    filled = (place_NS < topk) & (group_NK.gather(1, inside_NS) == group_N1)
-    slot_NS = expert_NK.gather(1, inside_NS)
-    pair_NS = slot_NS + (rows.token_of_row * num_experts).unsqueeze(1)
-    return OnceLayout(
-        rows=rows,
-        num_experts=num_experts,
-        slot_expert=torch.where(filled, slot_NS - group_N1 * size, size),
-        slot_pair=torch.where(filled, pair_NS, num_tokens * num_experts),
-    )
+    return OnceLayout(rows=rows, num_experts=num_experts, topk=topk, map_TE=map_TE, expert_TK=expert_TK)

@@ -12,12 +12,14 @@ N rows before dispatch, M rows received, R rows of the experts, S slots, H hidde
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fluid_npu.device import kernels_of
+from fluid_npu.device.kernels.routed import RoutedRows, Slots
 from fluid_npu.ops.once import OnceLayout
 from fluid_npu.ops.permute import PermuteLayout
 
@@ -42,6 +44,10 @@ class SlotRow:
     def width(self, dtype: torch.dtype) -> int:
         """Columns of a payload of tokens of ``dtype``."""
         return self.hidden + self.tail_columns * self.wire.itemsize // dtype.itemsize
+
+    def in_groups_of(self, local: int) -> Slots:
+        """What kernels are told of these columns; ``local`` is L."""
+        return Slots(self.slots, self.tail_columns, self.wire, local)
 
     def write(self, payload: Tensor, p_NS: Tensor, expert_NS: Tensor | None) -> None:
         """Puts the tails of the rows of ``payload`` in place."""
@@ -82,6 +88,12 @@ class Arrival:
         self._layout = PermuteLayout.from_slots(expert_MS, self.expert_rows)
         return self._layout
 
+    def settle_as(self, find: Callable[[Tensor, Slots, int], RoutedRows], rows: Tensor, slots: Slots) -> PermuteLayout:
+        """The same, found by a kernel in the payload rows."""
+        found = find(rows, slots, self.expert_rows)
+        self._layout = PermuteLayout.of_routed(found, rows.shape[0], slots.number, most_rows=slots.number)
+        return self._layout
+
     @property
     def layout(self) -> PermuteLayout:
         """M rows as tokens. Raises RuntimeError before the dispatch was waited for."""
@@ -99,7 +111,10 @@ class PackOnce:
 
     def load(self, *tensors: Tensor) -> Tensor:
         x_TH, probs_TE = tensors
-        rows = self.layout.rows
+        rows, slots = self.layout.rows, self.row.in_groups_of(self.layout.local)
+        map_TE, fused = self.layout.map_TE, kernels_of(x_TH).once(x_TH, slots)
+        if fused is not None and map_TE is not None and probs_TE.is_contiguous():
+            return fused.pack_once(x_TH, probs_TE, map_TE, rows, slots)
         payload = x_TH.new_empty(rows.num_rows, self.row.width(x_TH.dtype))
         torch.index_select(x_TH, 0, rows.token_of_row, out=payload[:, : self.row.hidden])
         # An empty slot carries some probability, which nobody reads.
@@ -109,6 +124,10 @@ class PackOnce:
 
     def unload_grad(self, rows: Tensor) -> tuple[Tensor | None, ...]:
         tokens, experts = self.layout.rows.num_tokens, self.layout.num_experts
+        slots = self.row.in_groups_of(self.layout.local)
+        map_TE, fused = self.layout.map_TE, kernels_of(rows).once(rows, slots)
+        if fused is not None and map_TE is not None:
+            return fused.sum_once(rows, map_TE, self.layout.rows, slots, self.layout.rows.most_rows or experts)
         dx_TH = kernels_of(rows).sum_rows(rows[:, : self.row.hidden].contiguous(), self.layout.rows)
         dp_NS = self.row.read_probs(rows)
         # Every (token, expert) has at most one slot; empty slots write behind the end.
@@ -123,8 +142,14 @@ class Expand:
 
     row: SlotRow
     arrival: Arrival
+    local: int | None = None
+    """L; None: plain torch."""
 
     def unload(self, rows: Tensor) -> tuple[Tensor, ...]:
+        slots = self.row.in_groups_of(self.local or 0)
+        fused = kernels_of(rows).once(rows, slots) if self.local else None
+        if fused is not None:
+            return fused.expand_rows(rows, self.arrival.settle_as(fused.arrived_rows, rows, slots), slots)
         p_MS, expert_MS = self.row.read(rows)
         layout = self.arrival.settle(expert_MS)
         x_RH = kernels_of(rows).permute(rows[:, : self.row.hidden], layout)
@@ -132,7 +157,10 @@ class Expand:
 
     def load_grad(self, *grads: Tensor) -> Tensor:
         dx_RH, dp_R = grads
-        layout = self.arrival.layout
+        layout, slots = self.arrival.layout, self.row.in_groups_of(self.local or 0)
+        fused = kernels_of(dx_RH).once(dx_RH, slots) if self.local else None
+        if fused is not None:
+            return fused.reduce_rows(dx_RH, dp_R, layout, slots)
         payload = dx_RH.new_empty(layout.num_tokens, self.row.width(dx_RH.dtype))
         payload[:, : self.row.hidden] = kernels_of(dx_RH).sum_rows(dx_RH.contiguous(), layout)
         dp_MS = dp_R.new_zeros(layout.num_tokens * self.row.slots).scatter_(0, layout.pair_index, dp_R)

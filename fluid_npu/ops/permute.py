@@ -71,6 +71,17 @@ class PermuteLayout:
             num_rows = num_tokens * uniform_topk
         if routed is None:
             routed = kernels_of(map_TE).routed_rows(map_TE, num_rows, uniform_topk)
+        return PermuteLayout.of_routed(routed, num_tokens, num_experts, uniform_topk, most_rows)
+
+    @staticmethod
+    def of_routed(
+        routed: RoutedRows,
+        num_tokens: int,
+        num_experts: int,
+        uniform_topk: int | None = None,
+        most_rows: int | None = None,
+    ) -> PermuteLayout:
+        """The layout of rows that a kernel found; none of them is padding."""
         return PermuteLayout(
             num_tokens=num_tokens,
             num_experts=num_experts,

@@ -258,6 +258,63 @@ def payloads_are_those_of_plain_torch(device: str) -> None:
             same_bits(again, plain.pack_rows(wanted[:, :36], strided.cpu(), order))
 
 
+@case
+def tokens_that_go_once_to_each_rank_are_those_of_plain_torch(device: str) -> None:
+    """The rows, the payload, its arrival and all gradients, beside the functions of ops in plain torch on the CPU."""
+    import fluid_npu.device as seam
+    from fluid_npu.device.kernels.cuda_kernels import CudaKernels
+
+    sizes = ((9, 6, 3, 3, torch.float16), (5, 8, 8, 2, torch.float32), (3, 4, 1, 4, torch.bfloat16))
+    kept = seam._kernels.get(device)
+    for tokens, experts, topk, groups, dtype in sizes:
+        routed = torch.zeros(tokens, experts, dtype=torch.bool)
+        routed.scatter_(1, (random(tokens, experts, seed=tokens) + torch.arange(experts) / 3).topk(topk).indices, True)
+        x, p = random(tokens, 24, dtype=dtype), random(tokens, experts, seed=1)
+        results = []
+        for where in ("cpu", device):
+            if len(results):
+                seam._kernels[device] = CudaKernels()
+            try:
+                results.append(_once_round(routed.to(where), x.to(where), p.to(where), topk, groups))
+            finally:
+                seam._kernels.pop(device, None) if kept is None else seam._kernels.update({device: kept})
+        for number, (wanted, got) in enumerate(zip(*results, strict=True)):
+            if got.dtype == torch.int64 or got.dtype == torch.float32 and number < 5:
+                assert torch.equal(got.cpu(), wanted), (tokens, number)
+            else:
+                close(got, wanted.double(), dtype)
+
+
+def _once_round(routed: Tensor, x: Tensor, p: Tensor, topk: int, groups: int) -> list[Tensor]:
+    """One dispatch whose rows for group 0 arrive on this rank; the gradients of that group's rows come back."""
+    from fluid_npu.ops.once import once_counts
+    from fluid_npu.ops.payload_once import Arrival, Expand, PackOnce, SlotRow
+
+    counts, layout_of = once_counts(routed, topk, groups)
+    layout = layout_of(int(counts[:, 0].sum()))
+    row = SlotRow(hidden=x.shape[1], slots=layout.num_slots, wire=torch.float32)
+    pack = PackOnce(layout, row)
+    payload = pack.load(x, p)
+    first = int(counts[0, 0])
+    arrived = payload[:first].clone()
+    expand = Expand(row, Arrival(expert_rows=int(counts[0, 1:].sum())), layout.local)
+    x_R, p_R = expand.unload(arrived)
+    back = expand.load_grad(x_R, p_R)
+    dx, dp = pack.unload_grad(torch.cat([back, payload[first:]]))
+    rows = layout.rows
+    return [
+        counts,
+        rows.token_of_row,
+        rows.pair_index,
+        p_R,
+        dp,
+        payload[:, : x.shape[1]],
+        x_R,
+        back[:, : x.shape[1]],
+        dx,
+    ]
+
+
 def same_bits(got: Tensor, wanted: Tensor) -> None:
     assert got.shape == wanted.shape and got.dtype == wanted.dtype
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fluid_npu.device.choice import Choice
 from fluid_npu.device.kernels.fused import AttentionKernels, RotaryKernels
-from fluid_npu.device.kernels.routed import ChunkOrder, RoutedRows
+from fluid_npu.device.kernels.routed import ChunkOrder, RoutedRows, RowIndices, Slots
 
 
 class RowLayout(Protocol):
@@ -49,6 +49,18 @@ class RowLayout(Protocol):
     @property
     def experts_TK(self) -> Tensor | None:
         """int64 [T, K]: the experts of each token, ascending, when K is uniform and rows are not padded."""
+
+
+class OnceKernels(Protocol):
+    """Tokens that go once to a group of experts: what ``triton_once`` has, without autograd. Its docstrings hold."""
+
+    def pack_once(self, x_TH: Tensor, probs_TE: Tensor, map_TE: Tensor, rows: RowIndices, slots: Slots) -> Tensor: ...
+    def sum_once(
+        self, payload_NW: Tensor, map_TE: Tensor, rows: RowIndices, slots: Slots, most: int
+    ) -> tuple[Tensor, Tensor]: ...
+    def arrived_rows(self, payload_MW: Tensor, slots: Slots, num_rows: int) -> RoutedRows: ...
+    def expand_rows(self, payload_MW: Tensor, rows: RowIndices, slots: Slots) -> tuple[Tensor, Tensor]: ...
+    def reduce_rows(self, dx_RH: Tensor, dp_R: Tensor, rows: RowIndices, slots: Slots) -> Tensor: ...
 
 
 class Kernels(ABC):
@@ -101,6 +113,14 @@ class Kernels(ABC):
     def counts_and_rows(self, map_TE: Tensor, num_rows: int | None) -> tuple[Tensor, RoutedRows | None]:
         """([E] rows of each expert, ``routed_rows`` where the same launch made them): counts are wanted first."""
         return map_TE.sum(0), None
+
+    def once_rows(self, map_TE: Tensor, groups: int, most: int) -> RoutedRows | None:
+        """Rows by (group, token), one for each token with experts in the group (``triton_once``); None: plain torch."""
+        return None
+
+    def once(self, x: Tensor, slots: Slots) -> OnceKernels | None:
+        """Fused operators for payloads of tokens like x that go once to each group; None: plain torch."""
+        return None
 
     @abstractmethod
     def chunk_order(self, counts_CL: Tensor, host_CL: Tensor) -> ChunkOrder:

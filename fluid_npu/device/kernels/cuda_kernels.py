@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fluid_npu.device.kernels.base import RowLayout
+from fluid_npu.device.kernels.base import OnceKernels, RowLayout
 from fluid_npu.device.kernels.gemm_chooser import GemmChooser
 from fluid_npu.device.kernels.gemm_forms import GemmCall, add_product_
-from fluid_npu.device.kernels.routed import ChunkOrder, RoutedRows
+from fluid_npu.device.kernels.routed import ChunkOrder, RoutedRows, Slots
 from fluid_npu.device.kernels.row_kernels import RowKernels, gather, gathered_sum, summed_payload
 from fluid_npu.device.kernels.torch_kernels import TorchKernels
 from fluid_npu.device.kernels.triton_support import load
@@ -71,6 +72,20 @@ class CudaKernels(TorchKernels):
         rows: RoutedRows = load("triton_routing").routed_rows(map_TE, num_rows)
         assert rows.counts_E is not None
         return rows.counts_E, rows
+
+    def once_rows(self, map_TE: Tensor, groups: int, most: int) -> RoutedRows | None:
+        if not self._rows.routes(map_TE):
+            return None
+        rows: RoutedRows = load("triton_once").once_rows(map_TE, groups, most)
+        return rows
+
+    def once(self, x: Tensor, slots: Slots) -> OnceKernels | None:
+        hidden = x.shape[1]
+        if slots.wire.itemsize < x.element_size() or hidden * x.element_size() % slots.wire.itemsize:
+            return None
+        kernels: Any = load("triton_once") if self._rows.takes("once", x) else None
+        found: OnceKernels | None = kernels
+        return found
 
     def chunk_order(self, counts_CL: Tensor, host_CL: Tensor) -> ChunkOrder:
         counts_CL = counts_CL.contiguous()

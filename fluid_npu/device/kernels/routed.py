@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,40 @@ class RoutedRows(NamedTuple):
     """[N]: position of each row's (token, expert) in a flattened [T, E] tensor."""
     counts_E: Tensor | None = None
     """[E]: rows of each expert; None where nobody counted."""
+
+
+class RowIndices(Protocol):
+    """A ``RoutedRows`` without counts, or anything with the same indices."""
+
+    @property
+    def token_of_row(self) -> Tensor: ...
+    @property
+    def row_of_pair(self) -> Tensor: ...
+    @property
+    def bag_offsets(self) -> Tensor: ...
+    @property
+    def pair_index(self) -> Tensor: ...
+
+
+class Slots(NamedTuple):
+    """The tail of a payload row of a token that goes once to a group of L experts (``ops.payload_once.SlotRow``)."""
+
+    number: int
+    """S."""
+    columns: int
+    """Length of the tail in elements of ``wire``."""
+    wire: torch.dtype
+    """Of the probabilities."""
+    local: int
+    """L."""
+
+    def width(self, hidden: int, dtype: torch.dtype) -> int:
+        """Columns of a payload of tokens of ``dtype``."""
+        return hidden + self.columns * self.wire.itemsize // dtype.itemsize
+
+    def hidden(self, payload: Tensor) -> int:
+        """H of a payload."""
+        return payload.shape[1] - self.columns * self.wire.itemsize // payload.element_size()
 
 
 class ChunkOrder(NamedTuple):

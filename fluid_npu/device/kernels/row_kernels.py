@@ -15,6 +15,7 @@ from fluid_npu.device.base import DeviceUnavailable
 from fluid_npu.device.choice import Choice
 from fluid_npu.device.kernels.agreement import Agreement, of_this_job
 from fluid_npu.device.kernels.base import Kernels, RowLayout
+from fluid_npu.device.kernels.once_check import pairs_of_once
 from fluid_npu.device.kernels.triton_support import ROW_KERNELS, load, setting, triton_on
 
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}  # of the largest entry
@@ -105,7 +106,8 @@ def gather(x_TH: Tensor, layout: RowLayout) -> Tensor:
 def gathered_sum(x_NH: Tensor, layout: RowLayout) -> Tensor:
     """``Kernels.unpermute``."""
     module = load("triton_permute")
-    return module.sum_rows(x_NH, layout.row_of_pair, layout.bag_offsets, layout.pairs_per_token)
+    most = getattr(layout, "most_rows", None)  # a layout need not know it
+    return module.sum_rows(x_NH, layout.row_of_pair, layout.bag_offsets, layout.pairs_per_token, most)
 
 
 def summed_payload(payload_NW: Tensor, hidden: int, wire: torch.dtype, layout: RowLayout) -> tuple[Tensor, Tensor]:
@@ -191,6 +193,11 @@ def _check_payload(plain: Kernels, dtype: torch.dtype, device: torch.device) -> 
     return worst_error(got, wanted)
 
 
+def _check_once(plain: Kernels, dtype: torch.dtype, device: torch.device) -> float:
+    got, wanted = zip(*pairs_of_once(dtype, device, _random), strict=True)
+    return worst_error(got, wanted)
+
+
 def _check_routed_rows(plain: Kernels, dtype: torch.dtype, device: torch.device) -> float:
     chosen = torch.sin(torch.arange(_ROWS * 5, device=device) * 0.7).view(_ROWS, 5) > 0.3
     counts = chosen.sum(0)
@@ -212,6 +219,7 @@ _CHECKS: dict[str, Callable[[Kernels, torch.dtype, torch.device], float]] = {
     "permute": _check_permute,
     "unpermute": _check_unpermute,
     "payload": _check_payload,
+    "once": _check_once,
     "routed rows": _check_routed_rows,
     "chunk order": _check_chunk_order,
     "swiglu": _check_swiglu,

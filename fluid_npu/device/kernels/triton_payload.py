@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fluid_npu.device.kernels.payload_tail import TAIL_BYTES, payload_width
+from fluid_npu.device.kernels.triton_permute import MAX_UNROLLED, sum_of_rows
 
 _BLOCK = 2048  # elements at a time: 16 a thread
-_MAX_UNROLLED = 16
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -30,10 +30,10 @@ def pack_tokens(x_TH: Tensor, probs_TE: Tensor, token_of_row: Tensor, pair_index
     if rows:
         align, out = gcd(x_TH.stride(0), 16), gcd(payload.stride(0), 16)
         _pack[(rows,)](
-            x_TH, _bits(probs_TE), token_of_row, pair_index, payload, _bits(payload, probs_TE.dtype),
+            x_TH, bits(probs_TE), token_of_row, pair_index, payload, bits(payload, probs_TE.dtype),
             hidden, x_TH.stride(0) // align, payload.stride(0) // out,
             ALIGN=align, OUT=out, TAIL=TAIL_BYTES // probs_TE.element_size(),
-            RATIO=probs_TE.element_size() // x_TH.element_size(), BLOCK=_block(hidden), num_warps=4,
+            RATIO=probs_TE.element_size() // x_TH.element_size(), BLOCK=block_of(hidden), num_warps=4,
         )  # fmt: skip
     return payload
 
@@ -45,10 +45,10 @@ def unpack_rows(payload_RW: Tensor, hidden: int, wire: torch.dtype, rows_R: Tens
     if rows:
         align = gcd(payload_RW.stride(0), 16)
         _unpack[(rows,)](
-            payload_RW, _bits(payload_RW, wire), p_R if rows_R is None else rows_R, x_RH, _bits(p_R),
+            payload_RW, bits(payload_RW, wire), p_R if rows_R is None else rows_R, x_RH, bits(p_R),
             hidden, payload_RW.stride(0) // align,
             ALIGN=align, RATIO=wire.itemsize // x_RH.element_size(), ORDERED=rows_R is not None,
-            BLOCK=_block(hidden), num_warps=4,
+            BLOCK=block_of(hidden), num_warps=4,
         )  # fmt: skip
     return x_RH, p_R
 
@@ -60,11 +60,11 @@ def pack_rows(x_RH: Tensor, p_R: Tensor, rows_R: Tensor | None) -> Tensor:
     if rows:
         align, out = gcd(x_RH.stride(0), 16), gcd(payload.stride(0), 16)
         _pack_rows[(rows,)](
-            x_RH, _bits(p_R), p_R if rows_R is None else rows_R, payload, _bits(payload, p_R.dtype),
+            x_RH, bits(p_R), p_R if rows_R is None else rows_R, payload, bits(payload, p_R.dtype),
             hidden, x_RH.stride(0) // align, p_R.stride(0), payload.stride(0) // out,
             ALIGN=align, OUT=out, TAIL=TAIL_BYTES // p_R.element_size(),
             RATIO=p_R.element_size() // x_RH.element_size(), ORDERED=rows_R is not None,
-            BLOCK=_block(hidden), num_warps=4,
+            BLOCK=block_of(hidden), num_warps=4,
         )  # fmt: skip
     return payload
 
@@ -88,21 +88,22 @@ def sum_payload(
     if tokens:
         align = gcd(payload_NW.stride(0), 16)
         _sum_payload[(tokens,)](
-            payload_NW, _bits(payload_NW, wire), row_of_pair, starts_T, pair_index, dx_TH, _bits(dp_TE),
+            payload_NW, bits(payload_NW, wire), row_of_pair, starts_T, pair_index, dx_TH, bits(dp_TE),
             tokens, rows, hidden, experts, payload_NW.stride(0) // align,
-            UNROLLED=per_token if per_token is not None and per_token <= _MAX_UNROLLED else 0,
+            UNROLLED=per_token if per_token is not None and per_token <= MAX_UNROLLED else 0,
             ALIGN=align, RATIO=wire.itemsize // payload_NW.element_size(),
-            EXPERTS=triton.next_power_of_2(experts), BLOCK=_block(hidden), num_warps=4,
+            EXPERTS=triton.next_power_of_2(experts), BLOCK=block_of(hidden), num_warps=4,
         )  # fmt: skip
     return dx_TH, dp_TE
 
 
-def _bits(x: Tensor, wire: torch.dtype | None = None) -> Tensor:
+def bits(x: Tensor, wire: torch.dtype | None = None) -> Tensor:
     """x as integers of its own size, or of ``wire``'s, which must divide where its rows begin."""
     return x.view(_BITS[(x.dtype if wire is None else wire).itemsize])
 
 
-def _block(hidden: int) -> int:
+def block_of(hidden: int) -> int:
+    """Columns that a program moves at a time."""
     return min(triton.next_power_of_2(hidden), _BLOCK)
 
 
@@ -169,15 +170,7 @@ def _sum_payload(
     for start in range(0, hidden, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < hidden
-        total = tl.zeros((BLOCK,), dtype=tl.float32)
-        if UNROLLED > 0:
-            for pair in tl.static_range(UNROLLED):  # all loads in flight at once
-                row = tl.load(row_of_pair + first + pair)
-                total += tl.load(payload + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
-        else:
-            for pair in range(first, last):
-                row = tl.load(row_of_pair + pair)
-                total += tl.load(payload + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
+        total = sum_of_rows(payload, row_of_pair, first, last, columns, inside, stride, UNROLLED, True, BLOCK)
         tl.store(dx + token * hidden + columns, total.to(dx.dtype.element_ty), mask=inside)
     numbers = tl.arange(0, EXPERTS)
     probs = tl.zeros((EXPERTS,), dtype=dp.dtype.element_ty)

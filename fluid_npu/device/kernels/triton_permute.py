@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 2048  # elements at a time: 16 a thread
-_MAX_UNROLLED = 16
+MAX_UNROLLED = 16
 
 
 def gather_rows(x_TH: Tensor, rows_N: Tensor) -> Tensor:
@@ -29,7 +29,9 @@ def gather_rows(x_TH: Tensor, rows_N: Tensor) -> Tensor:
     return y_NH
 
 
-def sum_rows(x_NH: Tensor, row_of_pair_N: Tensor, starts_T: Tensor, per_token: int | None) -> Tensor:
+def sum_rows(
+    x_NH: Tensor, row_of_pair_N: Tensor, starts_T: Tensor, per_token: int | None, most: int | None = None
+) -> Tensor:
     """[T, H] in the dtype of x: the sum of each token's rows in ascending order, zero for a token without rows.
 
     Args:
@@ -37,16 +39,18 @@ def sum_rows(x_NH: Tensor, row_of_pair_N: Tensor, starts_T: Tensor, per_token: i
         row_of_pair_N: rows sorted by token, ascending within a token.
         starts_T: where each token's rows begin in ``row_of_pair_N``.
         per_token: K when every token has exactly K rows, else None.
+        most: no token has more rows than this; None where nobody knows.
     """
     tokens, hidden = starts_T.shape[0], x_NH.shape[1]
     y_TH = x_NH.new_empty(tokens, hidden)
     if y_TH.numel():
-        unrolled = per_token if per_token is not None and per_token <= _MAX_UNROLLED else 0
+        bound = most if per_token is None else per_token
+        unrolled = bound if bound is not None and bound <= MAX_UNROLLED else 0
         align = gcd(x_NH.stride(0), 16)
         _sum[(tokens,)](
             x_NH, row_of_pair_N, starts_T, y_TH,
             tokens, row_of_pair_N.shape[0], hidden, x_NH.stride(0) // align,
-            UNROLLED=unrolled, ALIGN=align, BLOCK=_block(hidden), num_warps=4,
+            UNROLLED=unrolled, EXACT=per_token is not None, ALIGN=align, BLOCK=_block(hidden), num_warps=4,
         )  # fmt: skip
     return y_TH
 
@@ -66,9 +70,35 @@ def _gather(x, rows, y, hidden, units, ALIGN: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
+def sum_of_rows(
+    x, row_of_pair, first, last, columns, inside, stride,
+    UNROLLED: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """fp32 [BLOCK]: the rows ``row_of_pair[first:last]`` of x in ascending order.
+
+    There are UNROLLED of them, or without EXACT at most as many; 0: any number.
+    """
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    if UNROLLED > 0:
+        for pair in tl.static_range(UNROLLED):  # all loads in flight at once
+            if EXACT:
+                row = tl.load(row_of_pair + first + pair)
+                total += tl.load(x + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
+            else:
+                row = tl.load(row_of_pair + first + pair, mask=first + pair < last, other=0)
+                there = inside & (first + pair + columns * 0 < last)
+                total += tl.load(x + row * stride + columns, mask=there, other=0.0).to(tl.float32)
+    else:
+        for pair in range(first, last):
+            row = tl.load(row_of_pair + pair)
+            total += tl.load(x + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
 def _sum(
     x, row_of_pair, starts, y, tokens, rows, hidden, units,
-    UNROLLED: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+    UNROLLED: tl.constexpr, EXACT: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     stride = units * ALIGN
@@ -77,13 +107,5 @@ def _sum(
     for start in range(0, hidden, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < hidden
-        total = tl.zeros((BLOCK,), dtype=tl.float32)
-        if UNROLLED > 0:
-            for pair in tl.static_range(UNROLLED):  # all loads in flight at once
-                row = tl.load(row_of_pair + first + pair)
-                total += tl.load(x + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
-        else:
-            for pair in range(first, last):
-                row = tl.load(row_of_pair + pair)
-                total += tl.load(x + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
+        total = sum_of_rows(x, row_of_pair, first, last, columns, inside, stride, UNROLLED, EXACT, BLOCK)
         tl.store(y + token * hidden + columns, total.to(y.dtype.element_ty), mask=inside)

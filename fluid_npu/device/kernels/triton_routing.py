@@ -21,10 +21,11 @@ MAX_EXPERTS = 1024
 MAX_CHUNKS = 8192
 
 
-def routed_rows(map_TE: Tensor, num_rows: int) -> RoutedRows:
+def routed_rows(map_TE: Tensor, num_rows: int, slots: int = 0) -> RoutedRows:
     """Rows of a contiguous bool map by expert and then token. ``num_rows`` is N, as many as the map has entries True.
 
-    Each program counts what comes before its tokens by reading the whole map, which stays in the cache.
+    With ``slots``, S, ``pair_index`` is the position of each row's slot in a flattened [T, S] tensor: its place among
+    its token's rows. Each program counts what comes before its tokens by reading the whole map, which the cache keeps.
     """
     tokens, experts = map_TE.shape
     indices = torch.empty(3, num_rows, dtype=torch.int64, device=map_TE.device)
@@ -33,14 +34,19 @@ def routed_rows(map_TE: Tensor, num_rows: int) -> RoutedRows:
         counts_E.zero_()
     else:
         width = triton.next_power_of_2(experts)
-        most = max(16, _TILE // width)
-        block = min(most, max(16, triton.next_power_of_2(triton.cdiv(tokens, _PROGRAMS))))
+        block, step = blocks_of(tokens, width)
         _routed_rows[(triton.cdiv(tokens, block),)](
             map_TE.view(torch.uint8), indices, starts_T, counts_E, tokens, experts, num_rows,
-            EXPERTS=width, BLOCK=block, STEP=most, FILL=_BLOCK, num_warps=8,
+            EXPERTS=width, SLOTS=slots, BLOCK=block, STEP=step, FILL=_BLOCK, num_warps=8,
         )  # fmt: skip
     token_of_row, pair_index, row_of_pair = indices.unbind(0)
     return RoutedRows(token_of_row, row_of_pair, starts_T, pair_index, counts_E)
+
+
+def blocks_of(tokens: int, width: int) -> tuple[int, int]:
+    """(tokens of a program, tokens that it counts at a time), powers of 2, for a map with ``width`` padded columns."""
+    step = max(16, _TILE // width)
+    return min(step, max(16, triton.next_power_of_2(triton.cdiv(tokens, _PROGRAMS)))), step
 
 
 def chunk_order(counts_CL: Tensor, rows: int) -> ChunkOrder:
@@ -59,7 +65,7 @@ def chunk_order(counts_CL: Tensor, rows: int) -> ChunkOrder:
 @triton.jit
 def _routed_rows(
     chosen, indices, starts, counts, tokens, experts, num_rows,
-    EXPERTS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, FILL: tl.constexpr,
+    EXPERTS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, FILL: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * BLOCK
     numbers = tl.arange(0, EXPERTS)
@@ -81,11 +87,15 @@ def _routed_rows(
     row = (first_row + before)[None, :] + tl.cumsum(entry, 0) - entry
     of_token = tl.sum(entry, 1)
     start_of_token = tl.sum(before) + tl.cumsum(of_token, 0) - of_token
-    pair = start_of_token[:, None] + tl.cumsum(entry, 1) - entry
+    slot = tl.cumsum(entry, 1) - entry
+    pair = start_of_token[:, None] + slot
     here = (entry != 0) & (row < num_rows) & (pair < num_rows)
     token = at.to(tl.int64)[:, None] + tl.zeros((BLOCK, EXPERTS), dtype=tl.int64)
     tl.store(indices + row, token, mask=here)
-    tl.store(indices + num_rows + row, token * experts + numbers[None, :], mask=here)
+    if SLOTS > 0:
+        tl.store(indices + num_rows + row, token * SLOTS + slot, mask=here)
+    else:
+        tl.store(indices + num_rows + row, token * experts + numbers[None, :], mask=here)
     tl.store(indices + 2 * num_rows + pair, row.to(tl.int64), mask=here)
     tl.store(starts + at, start_of_token.to(tl.int64), mask=at < tokens)
     if tl.program_id(0) == 0:
