@@ -25,6 +25,7 @@ from fluid_npu.bench.rig import OVERLAPPED, PLAIN, STOCK, Kind, Variant, fuse_we
 from fluid_npu.device.kernels.torch_kernels import TorchKernels
 from fluid_npu.mcore.convert import gradients_by_name, unwrap, weights_by_name
 from fluid_npu.mcore.lines.groups import expert_rank
+from fluid_npu.mcore.lines.specs import rebuilt, submodules_of
 from fluid_npu.train.config import TrainConfig
 from fluid_npu.train.model import build_model, layer_specs, moe_layers
 from fluid_npu.train.parallel import Place
@@ -148,7 +149,6 @@ def _with_legacy_experts(config: TrainConfig, model_config: Any, overlap: str, *
 def _with_te_experts(config: TrainConfig, model_config: Any, overlap: str, *, own_overlap: bool) -> torch.nn.Module:
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.transformer.moe.experts import TEGroupedMLP
-    from megatron.core.transformer.spec_utils import ModuleSpec
 
     class FusedExperts(TEGroupedMLP):
         """Adds weight gradients to main_grad within TE's matmuls; Megatron's local linears need Apex for that."""
@@ -158,7 +158,8 @@ def _with_te_experts(config: TrainConfig, model_config: Any, overlap: str, *, ow
             super().__init__(count, fused, *args, **kwargs)
 
     moe = get_moe_module_spec(use_te=True, num_experts=config.model().experts, moe_grouped_gemm=True)
-    experts = ModuleSpec(module=FusedExperts, submodules=moe.submodules.experts.submodules)
+    stock = submodules_of(moe).experts
+    experts = rebuilt(stock, FusedExperts, submodules_of(stock))
     changes = {"moe_grouped_gemm": True, "moe_permute_fusion": True, **({OWN_OVERLAP: True} if own_overlap else {})}
     return _gpt(config, dataclasses.replace(model_config, **changes), experts)
 
@@ -170,7 +171,7 @@ def _gpt(config: TrainConfig, model_config: Any, experts: Any) -> torch.nn.Modul
     preset = config.model()
     (block,) = layer_specs(config, model_config, "off")
     for layer in block.layer_specs:
-        layer.submodules.mlp.submodules.experts = experts
+        submodules_of(layer.submodules.mlp).experts = experts
     return GPTModel(
         model_config,
         block,
