@@ -127,7 +127,7 @@ def _layer(result: Row) -> list[Table]:
                 "median ms",
                 "p10 to p90",
                 "floor ms",
-                "baseline / this (95 %)",
+                "first / this (95 %)",
                 "activations MiB",
                 "peak MiB",
             ),
