@@ -122,6 +122,8 @@ class ToldCounts:
     on_device: Tensor
     host: Tensor
     all_PPC: Tensor | None
+    own: Tensor | None = None
+    """On the host, ``[P, numbers]``: what this rank told each, where every rank was told."""
 
     def table(self, columns: slice = slice(None)) -> list[list[int]] | None:
         """Rows from each rank to each: the sum over these numbers."""
@@ -143,6 +145,7 @@ def finish_counts(pending: Any, groups: ExpertGroups, numbers: int, name: str) -
         on_device=by_rank[:, :, groups.ep_rank].transpose(0, 1),
         host=host_by_rank[:, :, groups.ep_rank].transpose(0, 1),
         all_PPC=host_by_rank[:, groups.etp_rank],
+        own=host_by_rank[groups.ep_rank, groups.etp_rank],
     )
 
 

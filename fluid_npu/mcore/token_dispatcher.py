@@ -20,6 +20,7 @@ from torch import Tensor
 from fluid_npu.comm.all_to_all import AllToAllHandle, Peers, Route, start_exchange
 from fluid_npu.comm.cargo import AS_IS
 from fluid_npu.comm.sink import OverlapSink, Passengers
+from fluid_npu.device import kernels_of
 from fluid_npu.mcore.chunk_plan import ChunkedPlan, make_chunked_plan
 from fluid_npu.mcore.dispatch_choice import choose_dispatch
 from fluid_npu.mcore.dispatch_plan import (
@@ -116,12 +117,14 @@ class FluidTokenDispatcher(MoETokenDispatcher):
             return PermuteLayout.from_capacity(routing_map_TE, capacity), self._fixed(capacity, routing_map_TE.device)
         topk = self.config.moe_router_topk if self.config.moe_expert_capacity_factor is None else None
         counts_E, routed = counts_of_experts(routing_map_TE, topk)
-        pending = None if self.groups.alone else exchange_counts(counts_E, self.groups, self._everyone_counts)
+        everyone = self._everyone_counts or kernels_of(counts_E).one_wait_for_counts
+        pending = None if self.groups.alone else exchange_counts(counts_E, self.groups, everyone)
         layout = PermuteLayout.from_routing_map(routing_map_TE, topk, routed=routed)
-        host_E = counts_E.cpu()
         if pending is None:
+            host_E = counts_E.cpu()
             return layout, RowCounts(host_E, counts_E, host_E.view(1, 1, -1), counts_E.view(1, 1, -1), None)
         told = finish_counts(pending, self.groups, self.num_local_experts, self._where("dispatch"))
+        host_E = counts_E.cpu() if told.own is None else told.own.view(-1)
         return layout, RowCounts(host_E, counts_E, told.host, told.on_device, told.table())
 
     def _fixed(self, capacity: int, device: torch.device) -> RowCounts:
@@ -137,10 +140,15 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         """One row for each (token, rank); what a rank is told is its rows, then the rows of each of its experts."""
         ranks = self.groups.ep_size
         counts_PC, layout_of = once_counts(routing_map_TE, self.config.moe_router_topk, ranks)
-        pending = exchange_counts(counts_PC.view(-1), self.groups, self._everyone_counts)
-        host_PC = counts_PC.cpu()
-        layout = layout_of(int(host_PC[:, 0].sum()))
+        one_wait = kernels_of(counts_PC).one_wait_for_counts
+        pending = exchange_counts(counts_PC.view(-1), self.groups, self._everyone_counts or one_wait)
+        # Without a wait of its own the layout is found while the counts travel.
+        host_PC = None if one_wait else counts_PC.cpu()
+        layout = None if host_PC is None else layout_of(int(host_PC[:, 0].sum()))
         told = finish_counts(pending, self.groups, self.num_local_experts + 1, self._where("dispatch"))
+        if host_PC is None or layout is None:
+            host_PC = counts_PC.cpu() if told.own is None else told.own
+            layout = layout_of(int(host_PC[:, 0].sum()))
         return make_once_plan(layout, tokens_shape, host_PC, told, self.groups)
 
     @property

@@ -215,7 +215,8 @@ def received_chunks_are_put_in_the_order_of_plain_torch(device: str) -> None:
     for counts in ([[3, 0, 5], [1, 2, 0]], [[0, 0]], [[7]], [[1500, 2], [0, 1100]], [[1] * 9] * 4, [[0, 0], [0, 0]]):
         counts_CL = torch.tensor(counts)
         wanted = TorchKernels().chunk_order(counts_CL, counts_CL)
-        rows, inverse, ends = chunk_order(counts_CL.to(device), int(counts_CL.sum()))
+        wider = torch.cat([counts_CL, counts_CL + 1], dim=1).to(device)[:, : counts_CL.shape[1]]
+        rows, inverse, ends = chunk_order(wider, int(counts_CL.sum()))
         assert torch.equal(rows.cpu(), wanted.rows) and torch.equal(inverse.cpu(), wanted.inverse), counts
         assert ends is not None and torch.equal(ends.cpu(), counts_CL.sum(0).cumsum(0).int()), counts
 

@@ -66,6 +66,8 @@ class OnceKernels(Protocol):
 class Kernels(ABC):
     """Implementations return fresh tensors, except those whose name ends in an underscore."""
 
+    one_wait_for_counts: bool = False
+    """Every rank is told the counts of all: one wait of the host for all of them costs less than two for its own."""
     attention: AttentionKernels | None = None
     """The device's fused attention; None: Megatron's own, in plain torch, is all there is."""
     rotary: RotaryKernels | None = None

@@ -22,6 +22,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class CudaKernels(TorchKernels):
     """``TorchKernels`` with fused launches, and with grouped matmuls in the form that is fastest for their class."""
 
+    one_wait_for_counts = True
+
     def __init__(self, chooser: GemmChooser | None = None, rows: RowKernels | None = None) -> None:
         self.chooser = chooser if chooser is not None else GemmChooser()
         self._rows = rows if rows is not None else RowKernels(TorchKernels())
@@ -88,7 +90,8 @@ class CudaKernels(TorchKernels):
         return found
 
     def chunk_order(self, counts_CL: Tensor, host_CL: Tensor) -> ChunkOrder:
-        counts_CL = counts_CL.contiguous()
+        if counts_CL.stride(1) != 1:
+            counts_CL = counts_CL.contiguous()
         if not self._rows.orders(counts_CL):
             return super().chunk_order(counts_CL, host_CL)
         order: ChunkOrder = load("triton_routing").chunk_order(counts_CL, int(host_CL.sum()))

@@ -50,13 +50,16 @@ def blocks_of(tokens: int, width: int) -> tuple[int, int]:
 
 
 def chunk_order(counts_CL: Tensor, rows: int) -> ChunkOrder:
-    """The order of ``rows`` rows that come in chunks by (source, expert) and are wanted by (expert, source)."""
+    """The order of ``rows`` rows that come in chunks by (source, expert) and are wanted by (expert, source).
+
+    ``counts_CL`` has unit stride along L.
+    """
     sources, local = counts_CL.shape
     order = torch.empty(2, rows, dtype=torch.int64, device=counts_CL.device)
     ends_L = torch.empty(local, dtype=torch.int32, device=counts_CL.device)
     chunks = sources * local
     _chunk_order[(chunks,)](
-        counts_CL, order, ends_L, sources, local, rows,
+        counts_CL, order, ends_L, sources, local, rows, counts_CL.stride(0),
         CHUNKS=triton.next_power_of_2(chunks), BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
     return ChunkOrder(order[0], order[1], ends_L)
@@ -109,13 +112,13 @@ def _routed_rows(
 
 @triton.jit
 def _chunk_order(
-    counts, order, ends, sources, local, rows, CHUNKS: tl.constexpr, BLOCK: tl.constexpr
+    counts, order, ends, sources, local, rows, stride, CHUNKS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     chunk = tl.program_id(0)
     source, expert = chunk // local, chunk % local
     every = tl.arange(0, CHUNKS)
-    count = tl.load(counts + every, mask=every < sources * local, other=0)
     sources_of, experts_of = every // local, every % local
+    count = tl.load(counts + sources_of * stride + experts_of, mask=every < sources * local, other=0)
     earlier = (experts_of < expert) | ((experts_of == expert) & (sources_of < source))
     arrives = tl.sum(tl.where(every < chunk, count, 0))
     wanted = tl.sum(tl.where(earlier, count, 0))
