@@ -56,7 +56,7 @@ def measure(config: TrainConfig, options: dict[str, Any], place: Place) -> dict[
     result = envelope("overlap", config, options, place, machine, rows, steps=steps, lanes=lanes)
     judged = all(row["judged"] for row in steps)
     more = {"preset": config.model().name, "cut": dict(config.cut), "carry_over": config.carry_over}
-    more["dispatch"] = config.dispatch
+    more |= {"dispatch": config.dispatch, "overlap": config.overlap, "moe_chunks": config.moe_chunks}
     return {**result, **more, "agreement": bench.agreement, "judged": judged}
 
 
@@ -80,8 +80,9 @@ class Bench:
         preset = config.model()
         tokens = preset.seq_length * preset.micro_batch_size
         self.sizes = Sizes(ranks=config.ep, experts=preset.experts, topk=preset.topk, tokens=tokens)
+        ours = dataclasses.replace(OVERLAPPED, overlap="full") if config.overlap == "full" else OVERLAPPED
         stock, self.plain, self.overlapped = build_variants(
-            (STOCK, PLAIN, OVERLAPPED), config, place, optimizer="none", reduce=False
+            (STOCK, PLAIN, ours), config, place, optimizer="none", reduce=False
         )
         for variant in (self.plain, self.overlapped):
             fuse_weight_gradients(variant)

@@ -29,6 +29,8 @@ def add_overlap_parser(commands: Any) -> None:
         "--workloads", nargs="+", default=list(DESCRIPTIONS), choices=list(DESCRIPTIONS), metavar="W", help="all"
     )
     add_rounds_flag(parser, "12")
+    parser.add_argument("--overlap", default="dw", choices=("dw", "full"), help="what is overlapped (dw)")
+    parser.add_argument("--moe-chunks", type=int, metavar="N", help="with --overlap full: chunks of a rank's experts")
     parser.add_argument("--carry-over", action="store_true", help="let dW wait for the combine of the layer below")
     parser.add_argument(
         "--plant-delay-ms", type=float, default=0.0, metavar="D", help="delay every AllToAll of ours, on a CPU"
@@ -56,5 +58,7 @@ def run_overlap(args: argparse.Namespace) -> int:
         preset=args.preset,
         cut={**CUT, "seq_length": length},
         carry_over=args.carry_over,
+        overlap=args.overlap,
+        moe_chunks=args.moe_chunks or "auto",
         plant_delay_ms=args.plant_delay_ms,
     )

@@ -14,12 +14,15 @@ from fluid_npu.bench.stats import Times, difference_of_medians, percentiles, qui
 from fluid_npu.comm.transports import Transport
 from fluid_npu.schedule.definitions import (
     Exchange,
+    coverables,
     coverage,
     exposed,
     hidden_fraction,
     median_coverage,
     parts_agree,
     peer_wait,
+    pieces_beside,
+    region_ms,
     transfers,
 )
 from fluid_npu.schedule.lanes import Cargo
@@ -30,27 +33,43 @@ _ALONE = 7
 
 
 def rows_of_exchanges(name: str, twin: Rounds, overlapped: Rounds, alone: Sequence[float]) -> list[dict[str, Any]]:
-    """One row for each AllToAll, in the order of launches."""
+    """One row for each AllToAll, in the order of launches; those of a pipeline share one."""
     transfer = [transfers(step) for step in twin]
-    return [_row(name, i, twin, overlapped, transfer, alone[i]) for i in range(len(twin[0][0]))]
+    return [_row(name, unit, twin, overlapped, transfer, sum(alone[i] for i in unit)) for unit in _units(twin[0][0])]
+
+
+def _units(exchanges: Sequence[Exchange]) -> list[list[int]]:
+    """Numbers of the exchanges of each row."""
+    units: dict[Any, list[int]] = {}
+    for number, exchange in enumerate(exchanges):
+        units.setdefault(exchange.pipeline or number, []).append(number)
+    return list(units.values())
 
 
 def _row(
-    name: str, i: int, twin: Rounds, overlapped: Rounds, transfer: Sequence[Sequence[Sequence[float]]], alone: float
+    name: str,
+    unit: Sequence[int],
+    twin: Rounds,
+    overlapped: Rounds,
+    transfer: Sequence[Sequence[Sequence[float]]],
+    alone: float,
 ) -> dict[str, Any]:
-    regions = [np.array([fmean(rank[i].region_ms for rank in step) for step in kind]) for kind in (twin, overlapped)]
+    regions = [
+        np.array([fmean(region_ms([rank[i] for i in unit]) for rank in step) for step in kind])
+        for kind in (twin, overlapped)
+    ]
     gain = difference_of_medians(*regions)
-    ranks = range(len(twin[0]))
-    beside = _beside([[rank[i] for rank in step] for step in twin])
+    ranks, first = range(len(twin[0])), twin[0][0][unit[0]]
+    beside = _beside([[[rank[i] for i in unit] for rank in step] for step in twin])
     return {
         "workload": name,
-        "a2a": twin[0][0][i].name,
-        "bytes": round(fmean(max(rank[i].bytes_to_peers for rank in step) for step in twin)),
+        "a2a": f"{len(unit)} {first.pipeline}" if first.pipeline else first.name,
+        "bytes": round(fmean(sum(max(rank[i].bytes_to_peers for rank in step) for i in unit) for step in twin)),
         "alone_ms": alone,
-        "transfer_ms": median(fmean(step[r][i] for r in ranks) for step in transfer),
-        "peer_wait_ms": median(peer_wait([rank[i].flight_ms for rank in step]) for step in twin),
+        "transfer_ms": median(fmean(sum(step[r][i] for i in unit) for r in ranks) for step in transfer),
+        "peer_wait_ms": median(sum(peer_wait([rank[i].flight_ms for rank in step]) for i in unit) for step in twin),
         "exposed_ms": median(
-            fmean(exposed(step[r][i].wait_ms, moved[r][i]) for r in ranks)
+            fmean(sum(exposed(step[r][i].wait_ms, moved[r][i]) for i in unit) for r in ranks)
             for step, moved in zip(overlapped, transfer, strict=True)
         ),
         "hidden_ms": gain.value,
@@ -58,7 +77,7 @@ def _row(
         "beside": beside,
         "beside_ms": sum(piece["ms"] for piece in beside),
         "coverable_ms": median(
-            fmean(min(step[r][i].beside_ms, moved[r][i]) for r in ranks)
+            fmean(sum(coverables(step[r], moved[r])[i] for i in unit) for r in ranks)
             for step, moved in zip(twin, transfer, strict=True)
         ),
         "judged": all(quiet_halves(region) for region in regions),
@@ -113,13 +132,11 @@ def _alone(cargo: Cargo, transport: Transport, place: Place) -> float:
     return median(min(times) for times in zip(*every, strict=True))
 
 
-def _beside(steps: Sequence[Sequence[Exchange]]) -> list[dict[str, Any]]:
-    """Names and milliseconds of what runs beside an AllToAll, mean over ranks, median over rounds."""
-    names = dict.fromkeys(name for step in steps for exchange in step for name, _ in exchange.beside)
+def _beside(steps: Rounds) -> list[dict[str, Any]]:
+    """Names and milliseconds of what runs beside the AllToAlls of a row, mean over ranks, median over rounds."""
+    pieces = [[pieces_beside(exchanges) for exchanges in step] for step in steps]
+    names = dict.fromkeys(name for step in pieces for rank in step for name, _ in rank)
     return [
-        {
-            "name": name,
-            "ms": median(fmean(sum(ms for n, ms in one.beside if n == name) for one in step) for step in steps),
-        }
+        {"name": name, "ms": median(fmean(sum(ms for n, ms in rank if n == name) for rank in step) for step in pieces)}
         for name in names
     ]

@@ -14,6 +14,7 @@ from fluid_npu.mcore.token_dispatcher import FluidTokenDispatcher
 from fluid_npu.ops.payload import Merge, Pack, wire_dtype
 from fluid_npu.schedule.deferred import DeferredWeights
 from fluid_npu.schedule.pipeline import Chunk, PendingExperts, Pipeline
+from fluid_npu.schedule.scheduler import BackwardScheduler
 
 
 def obstacle(config: TransformerConfig, dispatcher: FluidTokenDispatcher, experts: Any) -> str | None:
@@ -40,7 +41,8 @@ def launch(
     """Starts the dispatch of every chunk."""
     wire = wire_dtype(x_TH.dtype, probs_TE.dtype)
     hidden = x_TH.shape[1]
-    assert dispatcher.sink is not None, "FluidMoELayer gives its dispatcher a scheduler"
+    scheduler = dispatcher.sink
+    assert isinstance(scheduler, BackwardScheduler), "FluidMoELayer gives its dispatcher a scheduler"
     w1_LHF, w2_LFH = experts.constants()
     merge = Merge(plan.layout, plan.tokens_shape)
     pipeline = Pipeline(
@@ -50,7 +52,7 @@ def launch(
         w1_LHF=w1_LHF,
         w2_LFH=w2_LFH,
         deferred=deferred,
-        sink=dispatcher.sink,
+        sink=scheduler,
         name=dispatcher.label,
     )
     return pipeline.launch(x_TH, probs_TE.to(wire))

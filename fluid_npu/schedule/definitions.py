@@ -5,7 +5,8 @@
     transfer         of an AllToAll: it starts when the last rank has arrived, so it is the shortest flight of any
                      rank, in the twin, where a flight is from launch to completion
     peer wait        what the first rank to arrive waited longer than that
-    beside           compute that the graph lets run between launch and use; each piece counts for one AllToAll
+    beside           compute that the graph lets run between launch and use; each millisecond counts for one AllToAll:
+                     of those in a pipeline, which share pieces, the first launched takes what it needs
     coverable        min(transfer, beside) on each rank, mean over ranks
     hidden_fraction  hidden_ms / sum of coverable; None where the transfer with something beside is under 5 spreads
 
@@ -40,6 +41,13 @@ class Exchange:
     wait_ms: float
     beside: tuple[tuple[str, float], ...] = ()
     at_once: bool = False
+    pieces: tuple[int, ...] = ()
+    """Which piece of the step each entry of ``beside`` is: exchanges of a pipeline share some. Empty: all its own."""
+    pipeline: str = ""
+    """The pipeline that it is part of."""
+    start_ms: float = 0.0
+    until_ms: float = 0.0
+    """From the step's begin to its launch, and until it and all beside it are done."""
     group: Any = field(default=None, compare=False, repr=False)
     """The process group, where the ranks are; it does not travel to others."""
 
@@ -55,6 +63,13 @@ class Exchange:
     def region_ms(self) -> float:
         """From the launch until both the exchange and what is beside it are done."""
         return self.flight_ms + (self.beside_ms if self.at_once else 0.0)
+
+
+def region_ms(exchanges: Sequence[Exchange]) -> float:
+    """Of one exchange its own region; of those of a pipeline, whose regions overlap, from the first to the last."""
+    if len(exchanges) == 1:
+        return exchanges[0].region_ms
+    return max(one.until_ms for one in exchanges) - min(one.start_ms for one in exchanges)
 
 
 #: The exchanges of one step on every rank, each rank's in the order of its launches.
@@ -82,6 +97,32 @@ def transfers(twin: EveryRank) -> list[list[float]]:
     return [[shortest[key] for key in named] for named in keys]
 
 
+def coverables(exchanges: Sequence[Exchange], transfer_ms: Sequence[float]) -> list[float]:
+    """What of each exchange of one rank's step the compute beside it could cover."""
+    left: dict[int, float] = {}
+    found = []
+    for exchange, room in zip(exchanges, transfer_ms, strict=True):
+        if not exchange.pieces:
+            found.append(min(exchange.beside_ms, room))
+            continue
+        covered = 0.0
+        for piece, (_, ms) in zip(exchange.pieces, exchange.beside, strict=True):
+            taken = min(left.get(piece, ms), room - covered)
+            left[piece] = left.get(piece, ms) - taken
+            covered += taken
+        found.append(covered)
+    return found
+
+
+def pieces_beside(exchanges: Sequence[Exchange]) -> list[tuple[str, float]]:
+    """Name and milliseconds of all that ran beside some of one rank's exchanges, each piece once."""
+    found: dict[Any, tuple[str, float]] = {}
+    for number, exchange in enumerate(exchanges):
+        own = exchange.pieces or [(number, place) for place in range(len(exchange.beside))]
+        found.update(zip(own, exchange.beside, strict=True))
+    return list(found.values())
+
+
 def coverage(twin: EveryRank) -> Coverage:
     """Sums over the AllToAlls of a step of the serialised twin, mean over ranks."""
     transfer = transfers(twin)
@@ -89,8 +130,8 @@ def coverage(twin: EveryRank) -> Coverage:
     return Coverage(
         transfer_ms=fmean(sum(ms for _, ms in rank) for rank in pairs),
         with_beside_ms=fmean(sum(ms for exchange, ms in rank if exchange.beside) for rank in pairs),
-        beside_ms=fmean(sum(exchange.beside_ms for exchange, _ in rank) for rank in pairs),
-        coverable_ms=fmean(sum(min(exchange.beside_ms, ms) for exchange, ms in rank) for rank in pairs),
+        beside_ms=fmean(sum(ms for _, ms in pieces_beside(rank)) for rank in twin),
+        coverable_ms=fmean(sum(coverables(one, ms)) for one, ms in zip(twin, transfer, strict=True)),
         peer_wait_ms=fmean(sum(exchange.flight_ms - ms for exchange, ms in rank) for rank in pairs),
     )
 

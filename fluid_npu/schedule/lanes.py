@@ -6,8 +6,9 @@
         exchanges = lanes.take()
 
 Two lanes of time: communication, from the launch of each exchange to the end of its wait, and compute, the pieces
-that run, or in the serialised twin could run, in a flight: dW tasks, and the shared experts of a layer. A piece
-belongs to the exchange that was launched last before it. Times come from the device's events, so they are read after
+that run, or in the serialised twin could run, in a flight: dW tasks, the shared experts of a layer, the chunks of a
+pipeline. A piece belongs to the exchange that was launched last before it, in a pipeline to all those of the
+pipeline that are launched and not yet used. Times come from the device's events, so they are read after
 the step; while it runs the cost is an event or two a piece.
 """
 
@@ -15,7 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,6 +57,7 @@ class Cargo:
 @dataclasses.dataclass
 class _Piece:
     name: str
+    number: int
     start: TimingEvent
     end: TimingEvent
 
@@ -72,6 +75,8 @@ class _Open:
     launched: TimingEvent
     reached: TimingEvent
     passed: TimingEvent
+    origin: TimingEvent
+    pipeline: str
     beside: list[_Piece] = dataclasses.field(default_factory=list)
 
 
@@ -107,11 +112,12 @@ class Lanes:
                 self._filling = False
 
         scheduler.submit, scheduler.fill = timed_submit, timed_fill  # type: ignore[method-assign]
+        scheduler.computing = self._computing  # type: ignore[method-assign]
         scheduler.transport = _ClockedTransport(transport, self)
 
         def restore() -> None:
             scheduler.transport = transport
-            del scheduler.submit, scheduler.fill
+            del scheduler.submit, scheduler.fill, scheduler.computing
 
         self._undo = [restore]
         for module in self._modules:
@@ -126,6 +132,7 @@ class Lanes:
     def begin(self) -> None:
         """A step begins: what comes belongs to it, and the clock of ``spans`` starts."""
         self._flights = []
+        self._pieces = 0
         self._steps.append(self._flights)
         self._origin = self._device.event()
         self._origin.record()
@@ -145,10 +152,13 @@ class Lanes:
 
     def spans(self) -> list[Span]:
         """Both lanes since ``begin``."""
-        found = []
+        found: list[Span] = []
+        seen: set[int] = set()
         for flight in self._flights:
             found.append(self._span("communication", flight.name, flight.launched, flight.passed))
-            found += [self._span("compute", piece.name, piece.start, piece.end) for piece in flight.beside]
+            new = [piece for piece in flight.beside if piece.number not in seen]
+            found += [self._span("compute", piece.name, piece.start, piece.end) for piece in new]
+            seen.update(piece.number for piece in new)
         return found
 
     def _span(self, lane: str, name: str, start: TimingEvent, end: TimingEvent) -> Span:
@@ -163,10 +173,26 @@ class Lanes:
         piece.end.record()
 
     def _begin(self, name: str) -> _Piece:
-        piece = _Piece(name, self._device.event(), self._device.event())
+        piece = _Piece(name, self._pieces, self._device.event(), self._device.event())
+        self._pieces += 1
         piece.start.record()
-        self._flights[-1].beside.append(piece)
+        for flight in self._in_flight():
+            flight.beside.append(piece)
         return piece
+
+    def _in_flight(self) -> list[_Open]:
+        """What a piece that begins now may cover."""
+        last, names = self._flights[-1], dict(self._scheduler.pipelined)
+        if not last.pipeline:
+            return [last]
+        found = [flight for flight in reversed(self._flights) if names.pop(flight.name, None) is not None]
+        return found[::-1]
+
+    @contextmanager
+    def _computing(self, name: str) -> Iterator[None]:
+        piece = self._begin(name)
+        yield
+        piece.end.record()
 
     def _watch(self, module: torch.nn.Module) -> None:
         """Times a module's forward and backward."""
@@ -207,6 +233,8 @@ class Lanes:
             bytes_to_peers=_bytes_to_peers(cargo, dist.get_rank(group), len(ranks)),
             cargo=cargo,
             at_once=self._scheduler.serialised,
+            origin=self._origin,
+            pipeline=self._scheduler.pipelined.get(name, ""),
             launched=event(),
             reached=event(),
             passed=event(),
@@ -255,6 +283,7 @@ class _ClockedWork:
 
 
 def _exchange(flight: _Open) -> Exchange:
+    ends = [flight.passed, *(piece.end for piece in flight.beside)] if flight.pipeline else []
     return Exchange(
         name=flight.name,
         ranks=flight.ranks,
@@ -263,6 +292,10 @@ def _exchange(flight: _Open) -> Exchange:
         wait_ms=flight.passed.elapsed_ms(flight.reached),
         beside=tuple((piece.name, piece.end.elapsed_ms(piece.start)) for piece in flight.beside),
         at_once=flight.at_once,
+        pieces=tuple(piece.number for piece in flight.beside) if flight.pipeline else (),
+        pipeline=flight.pipeline,
+        start_ms=flight.launched.elapsed_ms(flight.origin) if flight.pipeline else 0.0,
+        until_ms=max((end.elapsed_ms(flight.origin) for end in ends), default=0.0),
         group=flight.group,
     )
 

@@ -29,9 +29,9 @@ from torch import Tensor
 
 from fluid_npu.comm.all_to_all import Flight, Route
 from fluid_npu.comm.cargo import Loading, Unloading
-from fluid_npu.comm.sink import OverlapSink
 from fluid_npu.ops.expert_mlp import ExpertMLP, WeightGradTarget, mlp_backward, mlp_forward
 from fluid_npu.schedule.deferred import DeferredWeights, DWPart
+from fluid_npu.schedule.scheduler import BackwardScheduler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +69,24 @@ class Pipeline:
     """Constants for autograd: ``deferred`` takes their gradients."""
     deferred: DeferredWeights | None
     """None where no gradient is asked for."""
-    sink: OverlapSink
+    sink: BackwardScheduler
     name: str
     """For records: "layer 3"."""
 
     def weights_of(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """FC1 and FC2 of a chunk's experts."""
         return self.w1_LHF[chunk.experts], self.w2_LFH[chunk.experts]
+
+    def fly(self, rows: Tensor, route: Route, *, back: bool = False, into: Tensor | None = None) -> Flight:
+        """Starts an exchange or, ``back``, the reverse of one for the gradient."""
+        name = f"backward of {route.name}" if back else route.name
+        self.sink.pipelined[name] = f"{'backward of ' if back else ''}AllToAlls of {self.name}"
+        return Flight(rows, route.reversed() if back else route, name, self.sink, into=into)
+
+    def land(self, flight: Flight) -> Tensor:
+        """The rows of an exchange, which are used from here on."""
+        self.sink.pipelined.pop(flight.name, None)
+        return flight.land()
 
     @property
     def num_rows(self) -> int:
@@ -118,8 +129,7 @@ class _Launch(torch.autograd.Function):
     ) -> Tensor:
         ctx.pipeline, ctx.flights = pipeline, flights
         for chunk in pipeline.chunks:
-            route = chunk.dispatch
-            flights.forward.append(Flight(chunk.pack.load(x_TH, probs_TE), route, route.name, pipeline.sink))
+            flights.forward.append(pipeline.fly(chunk.pack.load(x_TH, probs_TE), chunk.dispatch))
         return x_TH.new_empty(0)
 
     @staticmethod
@@ -130,7 +140,7 @@ class _Launch(torch.autograd.Function):
         flights.backward, flights.payload_NW = [], None
         pipeline.sink.fill("moe_dispatch", f"moe_dispatch AllToAlls of {pipeline.name}")
         for flight in landing:
-            flight.land()
+            pipeline.land(flight)
         grads = pipeline.gather.unload_grad(payload_NW)
         deferred = pipeline.deferred
         return (None, None, *grads, *(deferred.passengers.collect() if deferred is not None else ()))
@@ -160,17 +170,19 @@ def _forward(pipeline: Pipeline, flights: _Flights, keep: bool) -> tuple[Tensor,
     kept: list[Sequence[Tensor]] = []
     rows_NH: Tensor | None = None
     for chunk in pipeline.chunks:
-        x_RH, p_R = chunk.unpack.unload(flights.forward.pop(0).land())
-        y_RH, needed = mlp_forward(x_RH, p_R, *pipeline.weights_of(chunk), chunk.mlp)
+        received = pipeline.land(flights.forward.pop(0))
+        with pipeline.sink.computing(f"{chunk.dispatch.label} forward"):
+            x_RH, p_R = chunk.unpack.unload(received)
+            y_RH, needed = mlp_forward(x_RH, p_R, *pipeline.weights_of(chunk), chunk.mlp)
+            back = chunk.collect.load(y_RH)
         if keep:
             kept.append(needed)
-        del x_RH, p_R, needed
         if rows_NH is None:
             rows_NH = y_RH.new_empty(pipeline.num_rows, y_RH.shape[1])
-        route, into = chunk.combine, rows_NH[chunk.rows]
-        combines.append(Flight(chunk.collect.load(y_RH), route, route.name, pipeline.sink, into=into))
+        combines.append(pipeline.fly(back, chunk.combine, into=rows_NH[chunk.rows]))
+        del received, x_RH, p_R, y_RH, needed, back
     for flight in combines:
-        flight.land()
+        pipeline.land(flight)
     assert rows_NH is not None, "a layer has at least one chunk"
     (merged,) = pipeline.merge.unload(rows_NH)
     return merged, kept
@@ -179,27 +191,22 @@ def _forward(pipeline: Pipeline, flights: _Flights, keep: bool) -> tuple[Tensor,
 def _backward(pipeline: Pipeline, flights: _Flights, dout: Tensor, kept: list[Sequence[Tensor]]) -> None:
     """Leaves the dispatches' gradients in flight and the dW of all chunks queued."""
     assert pipeline.deferred is not None, "without gradients there is no backward"
-    combines = []
-    for chunk in pipeline.chunks:
-        route = chunk.combine
-        combines.append(
-            Flight(chunk.spread.load_grad(dout), route.reversed(), f"backward of {route.name}", pipeline.sink)
-        )
+    combines = [pipeline.fly(chunk.spread.load_grad(dout), chunk.combine, back=True) for chunk in pipeline.chunks]
     pipeline.sink.fill("moe_combine", f"moe_combine AllToAlls of {pipeline.name}")
     weight_grads = _WeightGrads(pipeline.deferred)
     for chunk in pipeline.chunks:
-        (dy,) = chunk.collect.unload_grad(combines.pop(0).land())
-        assert dy is not None
-        dx, dp, _, _ = mlp_backward(dy, kept.pop(0), weight_grads.taken_from(chunk.mlp))
-        assert dx is not None and dp is not None
-        payload = chunk.unpack.load_grad(dx, dp)
-        del dy, dx, dp
+        received = pipeline.land(combines.pop(0))
+        with pipeline.sink.computing(f"{chunk.dispatch.label} backward"):
+            (dy,) = chunk.collect.unload_grad(received)
+            assert dy is not None
+            dx, dp, _, _ = mlp_backward(dy, kept.pop(0), weight_grads.taken_from(chunk.mlp))
+            assert dx is not None and dp is not None
+            payload = chunk.unpack.load_grad(dx, dp)
+        del received, dy, dx, dp
         if flights.payload_NW is None:
             flights.payload_NW = payload.new_empty(pipeline.num_rows, payload.shape[1])
-        route, into = chunk.dispatch, flights.payload_NW[chunk.rows]
-        flights.backward.append(
-            Flight(payload, route.reversed(), f"backward of {route.name}", pipeline.sink, into=into)
-        )
+        into = flights.payload_NW[chunk.rows]
+        flights.backward.append(pipeline.fly(payload, chunk.dispatch, back=True, into=into))
     weight_grads.submit()
 
 

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from fluid_npu.schedule import pipeline
+from fluid_npu.schedule.definitions import hidden_fraction
+
 pytestmark = pytest.mark.host  # the delays are planted on the host
 
 DELAY_MS, DW_MS = 300.0, 200.0  # the second for each of FC1 and FC2: together longer than the delay
@@ -122,3 +125,60 @@ def test_the_combine_backward_hides_behind_dw_of_qkv_and_proj(run_ranks: Callabl
         assert rank["twin"]["exposed_ms"] == pytest.approx(8 * DELAY_MS, abs=DELAY_MS / 2)
         assert rank["overlapped"]["exposed_ms"] == pytest.approx(7 * DELAY_MS, abs=DELAY_MS / 2)
         assert rank["overlapped"]["dw_ms"] >= 2 * DW_MS
+
+
+CHUNK_DELAY_MS, CHUNK_MS, CHUNK_DW_MS = 100.0, 180.0, 100.0  # an exchange, a chunk's forward or backward, a dW
+
+
+def chunk_times() -> dict[str, Any]:
+    """Steps of one MoE layer in two chunks with planted AllToAlls, chunks and dW; and the coverage of a twin."""
+    import torch.distributed as dist
+
+    from fluid_npu.comm.transports import CollectiveTransport, DelayedTransport
+    from fluid_npu.device import get_device
+    from fluid_npu.schedule.hidden import gathered_coverage
+    from fluid_npu.schedule.lanes import Lanes
+    from tests.support.moe import Case, fluid_layer, inputs
+
+    layer = fluid_layer(Case(fuse=False, overlap="full", chunks=2))
+    scheduler, x = layer.backward_scheduler, inputs(Case(), dist.get_rank(), 0)[0]
+    scheduler.transport = DelayedTransport(CollectiveTransport(), CHUNK_DELAY_MS)
+    submit = scheduler.submit
+    slow = lambda task: replace(task, run=lambda: (time.sleep(CHUNK_DW_MS / 1e3), task.run())[1])
+    scheduler.submit = lambda task: submit(slow(task))
+    forward = pipeline.mlp_forward
+    backward = pipeline.mlp_backward
+    pipeline.mlp_forward = lambda *args: (time.sleep(CHUNK_MS / 1e3), forward(*args))[1]
+    pipeline.mlp_backward = lambda *args: (time.sleep(CHUNK_MS / 1e3), backward(*args))[1]
+
+    def step(twin: bool) -> tuple[float, dict[str, float]]:
+        scheduler.reset_stats()
+        dist.barrier()
+        start = time.perf_counter()
+        with scheduler.serialise() if twin else nullcontext():
+            layer(x.requires_grad_())[0].sum().backward()
+        return (time.perf_counter() - start) * 1e3, scheduler.get_stats()
+
+    measured = _measured(step)
+    clocks = Lanes(scheduler, get_device("cpu").value)
+    with scheduler.serialise(), clocks:
+        layer(x.requires_grad_())[0].sum().backward()
+    exchanges = clocks.take()
+    beside = [[name for name, _ in one.beside] for one in exchanges]
+    return {**measured, "beside": beside, "covered": gathered_coverage(exchanges)}
+
+
+def test_chunks_hide_each_others_exchanges(run_ranks: Callable[..., list[Any]]) -> None:
+    """Of eight exchanges the first dispatch, the last combine and its reverse, the first, stay exposed."""
+    for rank in run_ranks(2, chunk_times, sizes={"expert_model_parallel_size": 2}):
+        assert rank["hidden"] == pytest.approx(5 * CHUNK_DELAY_MS, rel=0.1) and rank["hidden"] >= 20 * rank["spread"]
+        assert rank["twin"]["exposed_ms"] == pytest.approx(8 * CHUNK_DELAY_MS, rel=0.1)
+        assert rank["overlapped"]["exposed_ms"] == pytest.approx(3 * CHUNK_DELAY_MS, rel=0.1)
+        forward, backward = ([f"layer 1 chunk {n} of 2 {way}" for n in (1, 2)] for way in ("forward", "backward"))
+        dw = ["layer 1 fc2", "layer 1 fc1"]
+        assert rank["beside"] == [[], forward[:1], forward[1:], [], [], backward[:1], [*backward[1:], *dw], dw]
+        covered = rank["covered"]
+        assert covered.coverable_ms == pytest.approx(5 * CHUNK_DELAY_MS, rel=0.1)
+        assert covered.beside_ms == pytest.approx(4 * CHUNK_MS + 2 * CHUNK_DW_MS, rel=0.1)
+        assert covered.transfer_ms == pytest.approx(8 * CHUNK_DELAY_MS, rel=0.1)
+        assert hidden_fraction(rank["hidden"], rank["spread"], covered) == pytest.approx(1.0, abs=0.15)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from fluid_npu.schedule.definitions import (
     Coverage,
     Exchange,
+    coverables,
     coverage,
     exposed,
     hidden_fraction,
     parts_agree,
     peer_wait,
+    pieces_beside,
     quiet,
+    region_ms,
     transfers,
 )
 from fluid_npu.schedule.hidden import OverlapStats
@@ -40,6 +45,26 @@ def test_each_exchange_is_covered_by_what_runs_beside_it_alone() -> None:
     assert found == Coverage(
         transfer_ms=22.0, with_beside_ms=12.0, beside_ms=57.0, coverable_ms=7.0 + 0.0 + 2.0, peer_wait_ms=0.0
     )
+
+
+def shared(ms: float, *pieces: tuple[int, float], start: float = 0.0) -> Exchange:
+    """An exchange of a pipeline."""
+    beside = tuple((f"chunk {number}", length) for number, length in pieces)
+    places = {"pieces": tuple(number for number, _ in pieces), "start_ms": start, "until_ms": start + ms}
+    return replace(flight(ms), beside=beside, pipeline="AllToAlls of layer 1", **places)
+
+
+def test_exchanges_of_a_pipeline_share_pieces_and_each_millisecond_counts_once() -> None:
+    step = [shared(10.0), shared(10.0, (0, 14.0)), shared(10.0, (0, 14.0), (1, 3.0)), shared(10.0, (1, 3.0))]
+    assert coverables(step, [10.0] * 4) == [0.0, 10.0, 7.0, 0.0]
+    found = coverage([step])
+    assert found.coverable_ms == 17.0 and found.beside_ms == 17.0 and found.with_beside_ms == 30.0
+    assert pieces_beside(step) == [("chunk 0", 14.0), ("chunk 1", 3.0)]
+
+
+def test_the_regions_of_a_pipeline_are_one() -> None:
+    assert region_ms([shared(10.0, start=5.0), shared(10.0, start=7.0), shared(2.0, start=8.0)]) == 12.0
+    assert region_ms([flight(10.0, 3.0)]) == 13.0
 
 
 def test_ranks_cover_what_they_have() -> None:
