@@ -78,7 +78,9 @@ class FluidSelfAttention(_Connected, SelfAttention):
     """Self-attention with context parallelism, by Ulysses or a ring, over Megatron's context-parallel group.
 
     Goes into a ModuleSpec where SelfAttention does, with its submodules; a DotProductAttention among them is replaced
-    by ours. A subclass may override ``forward`` and call ``self.core_attention`` as Megatron's does.
+    by ours, and under context parallelism, unless the binder's overlap is 'off', a RowParallelLinear by ours, whose dW
+    runs beside the backward of the exchanges. A subclass may override ``forward`` and call ``self.core_attention`` as
+    Megatron's does.
 
     Args:
         config: Megatron's TransformerConfig; its ``cp_comm_type`` may be 'ulysses' or 'ring' (``mcore.context``).
@@ -124,7 +126,19 @@ class FluidSelfAttention(_Connected, SelfAttention):
 
 
 class FluidMLASelfAttention(_Connected, MLASelfAttention):
-    """The same for multi-latent attention. Arguments as ``FluidSelfAttention``; it has no chunks."""
+    """The same for multi-latent attention. Arguments as ``FluidSelfAttention``; it has no chunks.
+
+    Its core must know two head sizes, which Megatron's DotProductAttention does not (ValueError).
+    """
+
+    def __init__(self, config: TransformerConfig, submodules: Any, *args: Any, **kwargs: Any) -> None:
+        core = submodules.core_attention
+        if core in (DotProductAttention, FluidDotProductAttention):
+            raise ValueError(
+                f"core_attention={core.__name__} under multi_latent_attention: it has one head size for all; put "
+                "fluid_npu.train.latent_attention.FluidLatentDotProductAttention into the spec, or use backend='te'"
+            )
+        super().__init__(config, submodules, *args, **kwargs)
 
 
 def _take_linears(submodules: Any, in_chunks: bool) -> None:
