@@ -14,6 +14,7 @@ from fluid_npu.device import device_of
 from fluid_npu.mcore.late import LateWeights
 from fluid_npu.ops.dense_linear import add_dense_dw_, dense_linear
 from fluid_npu.ops.grouped_matmul import placeholder_grad
+from fluid_npu.ops.wide_linear import wide_linear
 from fluid_npu.schedule.deferred import landed
 from fluid_npu.schedule.scheduler import BackwardScheduler
 from fluid_npu.schedule.task import DWTask
@@ -39,7 +40,10 @@ class FluidRouter(LateWeights, TopKRouter):
         self._move_to_device()
         dtype = _DTYPES.get(self.config.moe_router_dtype, input.dtype)
         late = self.backward_scheduler is not None and self.late_hooks(self.weight) and torch.is_grad_enabled()
-        return dense_linear(input, self.weight, self._bias(), defer_dw=self._queue if late else None, out_dtype=dtype)
+        bias = self._bias()
+        if bias is None and not late and dtype.itemsize > input.dtype.itemsize and self.weight.dtype == input.dtype:
+            return wide_linear(input, self.weight, dtype)
+        return dense_linear(input, self.weight, bias, defer_dw=self._queue if late else None, out_dtype=dtype)
 
     def _bias(self) -> Parameter | None:
         """A router of 0.12 has none."""

@@ -94,6 +94,10 @@ class Kernels(ABC):
         """Adds dy^T x to ``main_grad_NK`` (fp32, layout of nn.Linear) in place."""
 
     @abstractmethod
+    def wide_mm(self, x_RK: Tensor, w_NK: Tensor, dtype: torch.dtype) -> Tensor:
+        """[R, N]: x w^T with products and sums in ``dtype``, which is wider than theirs."""
+
+    @abstractmethod
     def permute(self, x_TH: Tensor, layout: RowLayout) -> Tensor:
         """[N, H]: the token of each row."""
 

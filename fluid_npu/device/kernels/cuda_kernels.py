@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fluid_npu.device.kernels.base import OnceKernels, RowLayout
 from fluid_npu.device.kernels.gemm_chooser import GemmChooser
-from fluid_npu.device.kernels.gemm_forms import GemmCall, add_product_
+from fluid_npu.device.kernels.gemm_forms import GemmCall, add_product_, fuses_wide_mm
 from fluid_npu.device.kernels.routed import ChunkOrder, RoutedRows, Slots
 from fluid_npu.device.kernels.row_kernels import RowKernels, gather, gathered_sum, summed_payload
 from fluid_npu.device.kernels.torch_kernels import TorchKernels
@@ -55,6 +55,12 @@ class CudaKernels(TorchKernels):
         if x_RK.dtype != dy_RN.dtype or x_RK.shape[0] == 0:
             return super().dense_dw_add_(main_grad_NK, x_RK, dy_RN)
         return add_product_(main_grad_NK, dy_RN.t(), x_RK)
+
+    def wide_mm(self, x_RK: Tensor, w_NK: Tensor, dtype: torch.dtype) -> Tensor:
+        if dtype != torch.float32 or x_RK.dtype != w_NK.dtype or not fuses_wide_mm(x_RK.dtype).value:
+            return super().wide_mm(x_RK, w_NK, dtype)
+        # Products of bf16 are exact in fp32, and tensor cores add them up in fp32.
+        return torch.mm(x_RK, w_NK.t(), out_dtype=torch.float32)
 
     def permute(self, x_TH: Tensor, layout: RowLayout) -> Tensor:
         return gather(x_TH, layout) if self._rows.takes("permute", x_TH) else super().permute(x_TH, layout)

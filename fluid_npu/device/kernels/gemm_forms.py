@@ -232,6 +232,16 @@ def fuses_batched_add() -> Choice[bool]:
     return Choice(False, f"torch {torch.__version__} has no baddbmm with out_dtype (2.8 has)")
 
 
+@cache
+def fuses_wide_mm(dtype: torch.dtype) -> Choice[bool]:
+    """Whether this torch multiplies matrices of ``dtype`` into fp32 in one call."""
+    if dtype not in _HALVES:
+        return Choice(False, f"{dtype} is not half precision")
+    if "dtype" in torch.ops.aten.mm.overloads():
+        return Choice(True, "torch.mm has out_dtype")
+    return Choice(False, f"torch {torch.__version__} has no mm with out_dtype (2.8 has)")
+
+
 def _row_blocks(module: Any, call: GemmCall, ends: Tensor, bm: int) -> Tensor:
     """The table of row blocks, made once for the grouped matmuls over the same groups."""
     blocks = -(-call.a.shape[0] // bm) + len(call.counts)

@@ -56,6 +56,9 @@ class TorchKernels(Kernels):
         else:
             main_grad_NK.add_(dy_RN.t() @ x_RK)
 
+    def wide_mm(self, x_RK: Tensor, w_NK: Tensor, dtype: torch.dtype) -> Tensor:
+        return F.linear(x_RK.to(dtype), w_NK.to(dtype))
+
     def permute(self, x_TH: Tensor, layout: RowLayout) -> Tensor:
         return x_TH.index_select(0, layout.token_of_row)
 
