@@ -48,7 +48,8 @@ class ForcedRouting:
         def routing(logits: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
             map_TE = self.maps[self.step % self.period][layer]
             logits_TE = logits.reshape(-1, logits.shape[-1])
-            probs_TE = torch.softmax(logits_TE.float().masked_fill(~map_TE, float("-inf")), dim=-1)
+            # where: one launch, and one in the backward; masked_fill of an inverted map is three and two.
+            probs_TE = torch.softmax(torch.where(map_TE, logits_TE.float(), float("-inf")), dim=-1)
             return probs_TE.type_as(logits), map_TE
 
         return routing
