@@ -316,6 +316,44 @@ def _once_round(routed: Tensor, x: Tensor, p: Tensor, topk: int, groups: int) ->
     ]
 
 
+@case
+def a_dispatch_is_one_launch_for_each_thing_that_moves(device: str) -> None:
+    """Routing, payload, order of arrival and all their gradients: so many kernels, and no operator of torch."""
+    if device != "cpu":
+        return  # launches are counted in the interpreter
+    import fluid_npu.device as seam
+    from fluid_npu.device.kernels.cuda_kernels import CudaKernels
+    from fluid_npu.ops.payload import Pack, Unpack
+    from fluid_npu.ops.permute import counts_of_experts
+    from tests.support.op_count import OpCount
+
+    routed, topk = routed_maps()[0]
+    x, p = random(9, 24, dtype=torch.float16), random(9, 6, seed=1)
+    kept, seam._kernels[device] = seam._kernels.get(device), CudaKernels()
+    try:
+        for _ in range(2):  # the first time kernels are checked
+            with OpCount().with_kernels() as plain:
+                counts, found = counts_of_experts(routed, topk)
+                layout = PermuteLayout.from_routing_map(routed, topk, routed=found)
+                pack = Pack(layout, 24, torch.float32)
+                payload = pack.load(x, p)
+                order = seam.kernels_of(counts).chunk_order(counts.view(1, -1), torch.tensor([[0] * 5 + [27]]))
+                unpack = Unpack(24, torch.float32, order.rows)
+                pack.unload_grad(unpack.load_grad(*unpack.unload(payload)))
+            with OpCount().with_kernels() as once:
+                _once_round(routed, x, p, 3, 3)
+    finally:
+        seam._kernels.pop(device) if kept is None else seam._kernels.update({device: kept})
+    kernels = dict.fromkeys(("_routed_rows", "_pack", "_chunk_order", "_unpack", "_pack_rows", "_sum_payload"), 1)
+    assert plain.kernels == kernels, plain.kernels
+    assert sum(plain.ops.values()) <= 0, plain.ops
+    kernels = dict.fromkeys(
+        ("_once_rows", "_pack_once", "_slots_to_map", "_routed_rows", "_expand", "_reduce", "_sum_once"), 1
+    )
+    assert once.kernels == kernels, once.kernels
+    assert set(once.ops) <= {"clone", "cat", "sum", "_local_scalar_dense"}, once.ops  # those of the round itself
+
+
 def same_bits(got: Tensor, wanted: Tensor) -> None:
     assert got.shape == wanted.shape and got.dtype == wanted.dtype
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]

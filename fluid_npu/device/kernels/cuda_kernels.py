@@ -100,7 +100,7 @@ class CudaKernels(TorchKernels):
             counts_CL = counts_CL.contiguous()
         if not self._rows.orders(counts_CL):
             return super().chunk_order(counts_CL, host_CL)
-        order: ChunkOrder = load("triton_routing").chunk_order(counts_CL, int(host_CL.sum()))
+        order: ChunkOrder = load("triton_routing").chunk_order(counts_CL, int(host_CL.numpy().sum()))
         return order
 
     def pack_tokens(self, x_TH: Tensor, probs_TE: Tensor, layout: RowLayout) -> Tensor:
