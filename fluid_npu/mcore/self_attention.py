@@ -124,7 +124,19 @@ class FluidSelfAttention(_Connected, SelfAttention):
 
 
 class FluidMLASelfAttention(_Connected, MLASelfAttention):
-    """The same for multi-latent attention. Arguments as ``FluidSelfAttention``; it has no chunks."""
+    """The same for multi-latent attention. Arguments as ``FluidSelfAttention``; it has no chunks.
+
+    Its core must know two head sizes, which Megatron's DotProductAttention does not (ValueError).
+    """
+
+    def __init__(self, config: TransformerConfig, submodules: Any, *args: Any, **kwargs: Any) -> None:
+        core = submodules.core_attention
+        if core in (DotProductAttention, FluidDotProductAttention):
+            raise ValueError(
+                f"core_attention={core.__name__} under multi_latent_attention: it has one head size for all; put "
+                "fluid_npu.train.latent_attention.FluidLatentDotProductAttention into the spec, or use backend='te'"
+            )
+        super().__init__(config, submodules, *args, **kwargs)
 
 
 def _take_linears(submodules: Any, in_chunks: bool) -> None:

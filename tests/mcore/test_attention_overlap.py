@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fluid_npu.mcore.head_chunks import HeadChunks
-from tests.support.context import Case, Stack, run_stack, worst_error
+from tests.support.context import Case, Stack, make_config, run_stack, worst_error
 from tests.support.device import here
 from tests.support.moe import relative
 
@@ -170,6 +170,28 @@ def test_what_cannot_be_cut_is_refused_by_name(run_ranks: Ranks) -> None:
     )
     for message, text in zip(run_ranks(2, refuse, sizes=Case().sizes)[0], wanted, strict=True):
         assert text in message
+
+
+def latent() -> str:
+    """What is said of multi-latent attention with Megatron's core, which knows one head size."""
+    from megatron.core.transformer.spec_utils import build_module
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    from fluid_npu.mcore.layer_spec import get_fluid_moe_layer_spec
+
+    plain = make_config(Case())
+    names = ("num_layers", "hidden_size", "num_attention_heads", "num_moe_experts", "moe_grouped_gemm")
+    sizes = {name: getattr(plain, name) for name in (*names, "moe_ffn_hidden_size", "add_bias_linear")}
+    config = MLATransformerConfig(**sizes, context_parallel_size=2, multi_latent_attention=True)
+    with pytest.raises(ValueError) as caught:
+        build_module(get_fluid_moe_layer_spec(config, backend="local"), config=config, layer_number=1)
+    return str(caught.value)
+
+
+def test_latent_attention_with_a_core_of_one_head_size_is_refused_by_name(run_ranks: Ranks) -> None:
+    for message in run_ranks(2, latent, sizes={"context_parallel_size": 2}):
+        assert "core_attention=FluidDotProductAttention under multi_latent_attention" in message
+        assert "FluidLatentDotProductAttention" in message
 
 
 def tensor_parallel() -> list[dict[str, Any]]:

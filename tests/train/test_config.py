@@ -80,6 +80,10 @@ REFUSED = [
     ),
     (["--a2a-transport", "pigeon"], r"--a2a-transport 'pigeon': allowed are auto, collective, peer-copy"),
     (["--a2a-transport", "pairwise", "--impl", "stock"], r"--a2a-transport pairwise: stock Megatron .* has none"),
+    (
+        ["--attention-chunks", "2", "--cp", "2", "--nproc", "4", "--preset", "deepseek-v3"],
+        r"--attention-chunks 2: the multi-latent attention of preset deepseek-v3 has none",
+    ),
     (["--topk", "9"], r"--topk 9: must be at most --experts 8"),
     (["--hidden", "257"], r"--heads 8: must divide --hidden 257"),
     (["--resume"], r"--resume: there is no run of mixtral-tiny"),
