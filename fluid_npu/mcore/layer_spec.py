@@ -192,7 +192,10 @@ def _replace_norms(submodules: Any) -> None:
 
 
 def _takes_linears(layer: ModuleSpec, binder: SchedulerBinder) -> bool:
-    """Whether a layer's linears become ours: with carry-over alone is there a flight that their dW could fill."""
+    """Whether all of a layer's linears become ours: with carry-over alone is there a flight that their dW could fill.
+
+    Under context parallelism ``FluidSelfAttention`` takes its output projection by itself, whose exchanges follow.
+    """
     if not binder.carry_over:
         return False
     what = "linear layers under carry_over"

@@ -78,7 +78,9 @@ class FluidSelfAttention(_Connected, SelfAttention):
     """Self-attention with context parallelism, by Ulysses or a ring, over Megatron's context-parallel group.
 
     Goes into a ModuleSpec where SelfAttention does, with its submodules; a DotProductAttention among them is replaced
-    by ours. A subclass may override ``forward`` and call ``self.core_attention`` as Megatron's does.
+    by ours, and under context parallelism, unless the binder's overlap is 'off', a RowParallelLinear by ours, whose dW
+    runs beside the backward of the exchanges. A subclass may override ``forward`` and call ``self.core_attention`` as
+    Megatron's does.
 
     Args:
         config: Megatron's TransformerConfig; its ``cp_comm_type`` may be 'ulysses' or 'ring' (``mcore.context``).

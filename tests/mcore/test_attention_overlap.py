@@ -104,6 +104,7 @@ def test_attention_in_chunks_against_one_process_and_its_twin(cases: list[Case],
     for rank in ranks:
         for index, case in enumerate(cases):
             _check_launches(case, rank[2 * index]["launches"])
+            assert rank[2 * index]["launches"] == ranks[0][2 * index]["launches"], "no rank decides alone"
 
 
 def _check_launches(case: Case, launches: list[str]) -> None:
