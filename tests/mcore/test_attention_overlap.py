@@ -173,6 +173,26 @@ def test_what_cannot_be_cut_is_refused_by_name(run_ranks: Ranks) -> None:
         assert text in message
 
 
+def ordered() -> list[Any]:
+    """What a rank submits in two micro-batches of chunked layers with carried weight gradients."""
+    from fluid_npu.order.recorder import OrderRecorder
+
+    with OrderRecorder(torch.distributed.get_rank()) as recorder:
+        run_stack(Case(layers=2, chunks=2, carry=True, key_heads=4, micro_batches=2))
+    return recorder.entries
+
+
+@pytest.mark.host
+def test_no_buffer_is_touched_in_flight(run_ranks: Ranks) -> None:
+    from fluid_npu.order.checker import check
+
+    record = dict(enumerate(run_ranks(2, ordered, sizes=Case().sizes)))
+    report = check(record)
+    assert report.clean, "\n".join(map(str, report.findings))
+    # Four exchanges a chunk, layer and micro-batch, besides those of the experts.
+    assert all(sum(entry.kind == "collective" for entry in entries) >= 4 * 2 * 2 * 2 for entries in record.values())
+
+
 def latent() -> str:
     """What is said of multi-latent attention with Megatron's core, which knows one head size."""
     from megatron.core.transformer.spec_utils import build_module

@@ -66,8 +66,9 @@ BESIDE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("kind", BESIDE)
 def test_beside_what_else_is_parallel(kind: str, tmp_path: Path) -> None:
     both, besides = BESIDE[kind]
-    plain = trained(tmp_path, "plain", steps=6, **both)
-    shared = trained(tmp_path, "shared", steps=6, **{**both, **besides})
+    calm = {"steps": 6, "lr": 1e-3}  # at the default rounding of latent attention grows to 2e-5 in six steps
+    plain = trained(tmp_path, "plain", **calm, **both)
+    shared = trained(tmp_path, "shared", **calm, **{**both, **besides})
     assert shared["losses"] == pytest.approx(plain["losses"], rel=1e-5)
 
 
