@@ -173,6 +173,30 @@ def test_what_cannot_be_cut_is_refused_by_name(run_ranks: Ranks) -> None:
         assert text in message
 
 
+def checkpointed() -> list[dict[str, Any]]:
+    """Chunked layers as they are, and each inside torch's activation checkpointing, re-entrant and not."""
+    from torch.utils.checkpoint import checkpoint
+
+    case = Case(layers=2, chunks=2, carry=True, key_heads=4, micro_batches=2)
+    found = [run_stack(case)]
+    for reentrant in (True, False):
+
+        def forward(self: Stack, x: torch.Tensor, rotary: torch.Tensor, reentrant: bool = reentrant) -> torch.Tensor:
+            for layer in self.layers:
+                body = lambda x, layer=layer: layer(x, attention_mask=None, rotary_pos_emb=rotary)[0]
+                x = checkpoint(body, x, use_reentrant=reentrant)
+            return x
+
+        Stack.forward = forward
+        found.append(run_stack(case))
+    return found
+
+
+def test_activation_checkpointing_of_chunked_layers_changes_no_bit(run_ranks: Ranks) -> None:
+    for plain, again, other in run_ranks(2, checkpointed, sizes=Case().sizes):
+        assert equal(plain, again) and equal(plain, other)
+
+
 def ordered() -> list[Any]:
     """What a rank submits in two micro-batches of chunked layers with carried weight gradients."""
     from fluid_npu.order.recorder import OrderRecorder
