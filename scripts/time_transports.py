@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fluid_npu.comm.transports import CollectiveTransport, FewCtasTransport, PairwiseTransport, carve_out
+from fluid_npu.comm.transports import CollectiveTransport, PairwiseTransport, carve_out, few_ctas_transport
 from fluid_npu.comm.transports.peer_open import peer_copy_transport
 
 MIB = 1 << 20
@@ -156,7 +156,7 @@ def transports() -> dict[str, Any]:
         TRANSPORTS["collective"] = CollectiveTransport()
         TRANSPORTS["peer-copy"] = peer_copy_transport("cuda", landing_bytes=160 * MIB)
         TRANSPORTS["peer-copy, ring"] = peer_copy_transport("cuda", ring_bytes=64 * MIB, landing_bytes=0)
-        TRANSPORTS["few-ctas 8"] = FewCtasTransport(8)
+        TRANSPORTS["few-ctas 8"] = few_ctas_transport(8)
         TRANSPORTS["pairwise"] = PairwiseTransport()
     return TRANSPORTS
 

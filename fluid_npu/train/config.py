@@ -19,7 +19,7 @@ DTYPES = ("fp32", "bf16", "fp16")
 OVERLAPS = ("off", "dw", "full", "auto")
 IMPLS = ("fluid", "stock")
 DISPATCHES = ("plain", "once-per-rank", "auto")
-A2A_TRANSPORTS = ("auto", "collective", "peer-copy", "few-ctas", "pairwise")
+A2A_TRANSPORTS = ("auto", "collective", "peer-copy", "few-ctas", "aicpu", "pairwise")
 
 #: Fields that may differ between a checkpoint and the run that resumes it; all others must be equal.
 RESUME_MAY_DIFFER = frozenset(

@@ -104,7 +104,7 @@ def test_a_transport_that_is_asked_for_is_taken_or_refused_by_name(
     )
     assert mine["few-ctas"][:2] == ("TransportUnavailable", refused)
     assert mine["unknown"][0] == "ValueError"
-    assert "'carrier-pigeon': allowed are auto, collective, peer-copy, few-ctas, pairwise" in mine["unknown"][1]
+    assert "'carrier-pigeon': allowed are auto, collective, peer-copy, few-ctas, aicpu, pairwise" in mine["unknown"][1]
 
 
 def test_what_one_rank_lacks_or_gets_wrong_no_rank_uses(answers: list[dict[str, tuple[str, str, str]]]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fluid_npu.comm.transports import CollectiveTransport, FewCtasTransport, PairwiseTransport, carve_out
+from fluid_npu.comm.transports import CollectiveTransport, PairwiseTransport, carve_out, few_ctas_transport
 from fluid_npu.comm.transports.choose import close
 from fluid_npu.comm.transports.peer_open import peer_copy_transport
 from fluid_npu.device.choice import Choice
@@ -37,7 +37,7 @@ def _make(name: str) -> Any:
     if name == "collective":
         return CollectiveTransport()
     if name == "few-ctas":
-        return FewCtasTransport(4)
+        return few_ctas_transport(4)
     if name == "pairwise":
         return PairwiseTransport()
     return peer_copy_transport("cuda", ring_bytes=64 << 10, landing_bytes=1 << 20 if "small" in name else 160 << 20)

@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fluid_npu.comm.all_to_all import Peers, Route, fluid_all_to_all, start_exchange
 from fluid_npu.comm.guard import CollectiveError
+from fluid_npu.comm.sink import DirectSink
 from fluid_npu.comm.transports.peer_copy import PeerCopyTransport
 from fluid_npu.comm.transports.peer_memory import WindowSize
 from fluid_npu.comm.transports.peer_open import peer_copy_transport, window_size
@@ -90,6 +92,24 @@ def test_rows_land_where_they_are_read_unless_they_do_not_fit(world: int) -> Non
     assert run_ranks(world, _landings) == [[]] * world
 
 
+def _kept_results() -> bool:
+    """An unloading that returns the received rows themselves: the results of earlier exchanges stay as they were."""
+    group, index, table = dist.group.WORLD, dist.get_rank(), [[2, 3], [1, 4]]
+    incoming, sink = [row[index] for row in table], DirectSink(transport=_small(landing_bytes=8 << 10))
+    route = Route(
+        peers=Peers.of(group), output_splits=incoming, input_splits=table[index], comm_type="moe_dispatch", table=table
+    )
+    results, copies = [], []
+    for step in range(6):
+        results.append(start_exchange(route, [torch.full((sum(table[index]), 9), float(step))], sink=sink).wait())
+        copies.append(results[-1].clone())
+    return all(torch.equal(result, copy) for result, copy in zip(results, copies, strict=True))
+
+
+def test_what_was_received_does_not_change_when_its_area_is_used_again() -> None:
+    assert run_ranks(2, _kept_results) == [True, True]
+
+
 def _back_to_back(steps: int) -> tuple[bool, int, int]:
     """Exchanges without any synchronisation between the ranks but their own; returns growth of descriptors, KiB."""
     world, group = dist.get_world_size(), dist.group.WORLD
@@ -120,9 +140,6 @@ def test_a_thousand_exchanges_in_a_row_are_right_and_nothing_grows() -> None:
 
 
 def _one_rank_dies() -> str:
-    from fluid_npu.comm.all_to_all import fluid_all_to_all
-    from fluid_npu.comm.sink import DirectSink
-
     group = dist.group.WORLD
     sink = DirectSink(transport=peer_copy_transport("cpu"))
     x = torch.ones(4, 3)

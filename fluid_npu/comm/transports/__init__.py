@@ -3,14 +3,13 @@
 from fluid_npu.comm.transports.base import Landing, PendingWork, Table, Transport
 from fluid_npu.comm.transports.collective import CollectiveTransport
 from fluid_npu.comm.transports.delayed import DelayedTransport
-from fluid_npu.comm.transports.few_ctas import FewCtasTransport, carve_out
+from fluid_npu.comm.transports.few_ctas import carve_out, few_ctas_transport
 from fluid_npu.comm.transports.pairwise import PairwiseTransport
 from fluid_npu.comm.transports.peer_copy import PeerCopyTransport
 
 __all__ = [
     "CollectiveTransport",
     "DelayedTransport",
-    "FewCtasTransport",
     "Landing",
     "PairwiseTransport",
     "PeerCopyTransport",
@@ -18,4 +17,5 @@ __all__ = [
     "Table",
     "Transport",
     "carve_out",
+    "few_ctas_transport",
 ]

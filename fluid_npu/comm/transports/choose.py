@@ -18,7 +18,8 @@ from fluid_npu.comm.transports.agreement import gathered, node_name
 from fluid_npu.comm.transports.base import Transport
 from fluid_npu.comm.transports.calibration import Calibration, Cost, Table, measure, topology
 from fluid_npu.comm.transports.collective import CollectiveTransport
-from fluid_npu.comm.transports.few_ctas import FewCtasTransport, few_ctas_missing
+from fluid_npu.comm.transports.few_ctas import few_ctas_missing, few_ctas_transport
+from fluid_npu.comm.transports.hccl_aicpu import DEFAULT_MIB, hccl_aicpu_missing, hccl_aicpu_transport
 from fluid_npu.comm.transports.pairwise import PairwiseTransport
 from fluid_npu.comm.transports.peer_open import peer_copy_transport
 from fluid_npu.comm.transports.self_check import self_check
@@ -26,7 +27,7 @@ from fluid_npu.device.base import Device
 from fluid_npu.device.choice import Choice
 
 #: What ``--a2a-transport`` may be.
-TRANSPORTS = ("auto", "collective", "peer-copy", "few-ctas", "pairwise")
+TRANSPORTS = ("auto", "collective", "peer-copy", "few-ctas", "aicpu", "pairwise")
 #: A candidate must be faster than the collective by this factor: less is noise of a short calibration.
 _CLEARLY = 0.9
 
@@ -57,12 +58,18 @@ def _peer_copy(device: str, timeout_s: float, received: int) -> Transport:
     return peer_copy_transport(device, timeout_s=timeout_s, **area)
 
 
+def _aicpu(device: str, timeout_s: float, received: int) -> Transport:
+    """Buffers with room for a quarter more than usual."""
+    return hccl_aicpu_transport(-(-(received + received // 4) // 2**20) or DEFAULT_MIB)
+
+
 _KINDS = {
     "peer-copy": _Kind(
         make=_peer_copy,
         missing=lambda device: "no copies into another NPU's memory from Python" if device == "npu" else "",
     ),
-    "few-ctas": _Kind(make=lambda device, timeout_s, received: FewCtasTransport(), missing=few_ctas_missing),
+    "few-ctas": _Kind(make=lambda device, timeout_s, received: few_ctas_transport(), missing=few_ctas_missing),
+    "aicpu": _Kind(make=_aicpu, missing=hccl_aicpu_missing),
     "pairwise": _Kind(make=lambda device, timeout_s, received: PairwiseTransport(), missing=lambda device: ""),
 }
 

@@ -6,61 +6,27 @@ CTAs and a GEMM that leaves as many multiprocessors free (``carve_out``) both ru
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from fluid_npu.comm.transports.base import PendingWork
-from fluid_npu.device.choice import Choice
+from fluid_npu.comm.transports.own_groups import OwnGroupsTransport
 
 
-class FewCtasTransport:
-    """``all_to_all_single`` on a twin of each group. The twins are made in ``prepare``, or at the first use of a group.
+def few_ctas_transport(ctas: int = 8) -> OwnGroupsTransport:
+    """``ctas``: how many NCCL may use for an exchange."""
+    if ctas < 1:
+        raise ValueError(f"ctas={ctas}: NCCL needs one CTA at least; give 4 to 16")
 
-    Args:
-        ctas: how many CTAs NCCL may use.
-    """
+    def options() -> Any:
+        made = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        made.config.max_ctas, made.config.min_ctas = ctas, 1
+        return made
 
-    name = "few-ctas"
-
-    def __init__(self, ctas: int = 8) -> None:
-        if ctas < 1:
-            raise ValueError(f"ctas={ctas}: NCCL needs one CTA at least; give 4 to 16")
-        self._ctas = ctas
-        self._twins: dict[str, Any] = {}
-
-    def prepare(self, group: Any) -> Choice[bool]:
-        """Makes the group's communicator; a collective call of all of its ranks."""
-        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        options.config.max_ctas, options.config.min_ctas = self._ctas, 1
-        # Ranks outside of the group do not take part: groups may be made by each on its own.
-        self._twins[group.group_name] = dist.new_group(
-            dist.get_process_group_ranks(group), backend="nccl", pg_options=options, use_local_synchronization=True
-        )
-        return Choice(True, f"at most {self._ctas} CTAs")
-
-    def start(
-        self,
-        output: torch.Tensor,
-        source: torch.Tensor,
-        output_splits: Sequence[int] | None,
-        input_splits: Sequence[int] | None,
-        group: Any,
-    ) -> PendingWork:
-        """Starts the exchange without blocking the host."""
-        if group.group_name not in self._twins:
-            self.prepare(group)
-        twin = self._twins[group.group_name]
-        return dist.all_to_all_single(output, source, output_splits, input_splits, group=twin, async_op=True)
-
-    def close(self) -> None:
-        """Gives the communicators back."""
-        for twin in self._twins.values():
-            dist.destroy_process_group(twin)
-        self._twins.clear()
+    return OwnGroupsTransport("few-ctas", "nccl", options, 1, f"at most {ctas} CTAs")
 
 
 def few_ctas_missing(device: str) -> str:
