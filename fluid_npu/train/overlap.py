@@ -46,7 +46,7 @@ def settle(config: TrainConfig, place: Place) -> tuple[TrainConfig, Choice[str]]
         return config, Choice(value, f"{reason}; --profile {config.profile} is not used: {differs}")
     settings = profile.settings
     reason = f"--profile {config.profile}: {profile.reason}"
-    own = {name: settings[name] for name in ("carry_over", "dispatch")}
+    own = {name: settings[name] for name in ("carry_over", "dispatch", "moe_chunks")}
     return replace(config, **own), Choice(settings["overlap"], reason)
 
 
