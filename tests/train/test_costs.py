@@ -47,7 +47,7 @@ def test_costs_are_equal_on_all_ranks_and_decide_what_auto_does(
     first, second = run_ranks(2, planned, tiny(tmp_path, overlap="auto").to_json())
     assert first == second
     costs = Costs(**first["costs"])
-    assert costs.alpha_ms + costs.beta_ms_per_mib * costs.dispatch_mib == pytest.approx(DELAY_MS, rel=0.5)
+    assert costs.transfer_ms(costs.dispatch_mib) >= 0.99 * DELAY_MS
     assert min(costs.forward_ms, costs.dx_ms, costs.dw_ms) > 0 and 0 <= costs.hiding <= 1
     value, _, chunks, reason = first["slow"]
     assert value == "full" and chunks in (2, 4) and "expected of a layer: plain" in reason
