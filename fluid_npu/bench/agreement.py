@@ -91,12 +91,16 @@ def names_over_ranks(names: Sequence[str]) -> list[str]:
     return sorted({name for part in every for name in part})
 
 
-def check_agreement(variants: Sequence[Any], batch: Any, tolerance: float) -> dict[str, Worst]:
+def check_agreement(
+    variants: Sequence[Any], batch: Any, tolerance: float, reference: Gradients | None = None
+) -> dict[str, Worst]:
     """Loss and every gradient of each variant against the first; a twin bitwise against the variant before it.
 
+    ``reference``: what the first computed for this batch, if it is known.
     Returns the worst error of each variant. Collective; raises Disagreement on all ranks alike.
     """
-    results = [gradients_of(variant, batch) for variant in variants]
+    first = gradients_of(variants[0], batch) if reference is None else reference
+    results = [first, *(gradients_of(variant, batch) for variant in variants[1:])]
     found: dict[str, Worst] = {}
     for variant, got, before in zip(variants[1:], results[1:], results, strict=False):
         found[variant.name] = over_ranks(max(loss_error(got.loss, results[0].loss), _worst(got, results[0])))

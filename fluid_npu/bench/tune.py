@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fluid_npu.bench.agreement import TOLERANCE, Disagreement, check_agreement
+from fluid_npu.bench.agreement import TOLERANCE, Disagreement, Gradients, check_agreement, gradients_of
 from fluid_npu.bench.machine import describe_machine
 from fluid_npu.bench.memory import peak_memory_mb
 from fluid_npu.bench.plant import plant_error
@@ -31,12 +31,17 @@ _WARM_UP = 2
 _BATCHES = 4
 
 #: Name and settings; the first is the reference.
-CANDIDATES: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("plain", {"overlap": "off", "carry_over": False, "dispatch": "plain"}),
-    ("dW beside the dispatch's backward", {"overlap": "dw", "carry_over": False, "dispatch": "plain"}),
-    ("dW beside dispatch and combine", {"overlap": "dw", "carry_over": True, "dispatch": "plain"}),
-    ("tokens once per rank", {"overlap": "off", "carry_over": False, "dispatch": "once-per-rank"}),
-    ("tokens once per rank, dW beside both", {"overlap": "dw", "carry_over": True, "dispatch": "once-per-rank"}),
+CANDIDATES: tuple[tuple[str, dict[str, Any]], ...] = tuple(
+    (name, {"overlap": overlap, "carry_over": carry_over, "dispatch": dispatch, "moe_chunks": chunks})
+    for name, overlap, carry_over, dispatch, chunks in (
+        ("plain", "off", False, "plain", "auto"),
+        ("dW beside the dispatch's backward", "dw", False, "plain", "auto"),
+        ("dW beside dispatch and combine", "dw", True, "plain", "auto"),
+        ("2 chunks of experts, dW beside both", "full", True, "plain", 2),
+        ("4 chunks of experts, dW beside both", "full", True, "plain", 4),
+        ("tokens once per rank", "off", False, "once-per-rank", "auto"),
+        ("tokens once per rank, dW beside both", "dw", True, "once-per-rank", "auto"),
+    )
 )
 
 
@@ -47,13 +52,18 @@ def measure(config: TrainConfig, options: dict[str, Any], place: Place) -> dict[
     data = MockData(config, place)
     batches = [data.batch(number) for number in range(_BATCHES)]
     stock = build_variants((STOCK,), config, place, optimizer="none", reduce=False)[0]
+    reference = gradients_of(stock, batches[0])
     rows: list[dict[str, Any]] = []
     timed: list[Variant] = []
     for name, settings in CANDIDATES:
+        impossible = _impossible(settings, config)
+        if impossible is not None:
+            rows.append({**_row(name, settings), "refused": impossible})
+            continue
         variant = _variant(name, settings, config, place, stock)
         if options.get("plant_error") and name == CANDIDATES[-1][0]:
             plant_error(variant, options["plant_error"])
-        row, fits = _checked(variant, settings, stock, batches[0])
+        row, fits = _checked(variant, settings, stock, reference, batches[0])
         rows.append(row)
         if fits:
             timed.append(variant)
@@ -98,12 +108,26 @@ def _variant(name: str, settings: dict[str, Any], config: TrainConfig, place: Pl
     return variant
 
 
-def _checked(variant: Variant, settings: dict[str, Any], stock: Variant, batch: Any) -> tuple[dict[str, Any], bool]:
-    """A row without times, and whether it may be timed; equal on all ranks."""
-    row = {"setting": variant.name, "settings": settings, "error": None, "refused": None, "judged": True}
+def _impossible(settings: dict[str, Any], config: TrainConfig) -> str | None:
+    """Why this model has no such setting, or None."""
+    local, chunks = config.model().experts // config.ep, settings["moe_chunks"]
+    if chunks != "auto" and local % chunks:
+        return f"the {local} experts of a rank make no {chunks} chunks of equally many"
+    return None
+
+
+def _row(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    return {"setting": name, "settings": settings, "error": None, "refused": None, "judged": True}
+
+
+def _checked(
+    variant: Variant, settings: dict[str, Any], stock: Variant, reference: Gradients, batch: Any
+) -> tuple[dict[str, Any], bool]:
+    """A row without times, and whether it may be timed; equal on all ranks. ``reference``: stock's gradients."""
+    row = _row(variant.name, settings)
     twins = [] if settings["overlap"] == "off" else [variant.as_twin()]
     try:
-        worst = check_agreement([stock, variant, *twins], batch, TOLERANCE[variant.config.dtype or "fp32"])
+        worst = check_agreement([stock, variant, *twins], batch, TOLERANCE[variant.config.dtype or "fp32"], reference)
     except Disagreement as error:
         return {**row, "refused": str(error)}, False
     return {**row, "error": worst[variant.name].error}, True

@@ -42,8 +42,11 @@ def _classes(modules: dict[str, torch.nn.Module], paths: list[str]) -> str:
 
 
 def _role(modules: dict[str, torch.nn.Module], path: str) -> str:
-    """Where the dW of a linear's layer runs; the core of an attention layer, and how its ranks share a sequence."""
+    """Where the dW of a linear's layer runs; chunks of an MoE layer; the core of an attention layer, and how its ranks
+    share a sequence."""
     module = modules[path]
+    if isinstance(module, FluidMoELayer):
+        return f" (in {module.chunks.value} chunks of experts)" if module.chunks.value > 1 else ""
     if isinstance(module, FluidLinear):
         return f" (dW {module.dw_runs})"
     core = getattr(module, "core_attention", None)

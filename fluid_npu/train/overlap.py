@@ -9,13 +9,16 @@ from typing import Any
 import torch.distributed as dist
 
 from fluid_npu.device import Choice
+from fluid_npu.mcore.chunk_choice import divisors
+from fluid_npu.schedule.planner import choose_plan
 from fluid_npu.train.config import ConfigError, TrainConfig
+from fluid_npu.train.costs import measure_costs
 from fluid_npu.train.parallel import Place
 from fluid_npu.train.profile import Profile, key_of
 
 
 def choose_overlap(config: TrainConfig, place: Place) -> Choice[str]:
-    """'dw' or 'off' and why. Collective: host names are gathered, so that no rank decides alone."""
+    """'dw' or 'off' by rule, and why. Collective: host names are gathered, so that no rank decides alone."""
     if config.impl == "stock":
         return Choice("off", "stock Megatron has no overlap")
     if config.overlap != "auto":
@@ -32,21 +35,45 @@ def choose_overlap(config: TrainConfig, place: Place) -> Choice[str]:
     return Choice("off", "on one machine's loopback the copy itself is CPU work, so nothing can hide")
 
 
+def plan_overlap(config: TrainConfig, place: Place) -> tuple[TrainConfig, Choice[str]]:
+    """``choose_overlap``'s answer; where that is an automatic 'dw' for plain AllToAlls, the planner's. Collective.
+
+    The planner decides from costs that are measured here, and may turn on carry-over and chunks.
+    """
+    ruled = choose_overlap(config, place)
+    planned = config.overlap == "auto" and ruled.value == "dw" and config.plant_delay_ms == 0
+    if not planned or config.ep == 1 or config.dispatch != "plain" or config.a2a_transport != "collective":
+        return config, ruled
+    costs, why_not = measure_costs(config, place)
+    if costs is None:
+        return config, Choice(ruled.value, f"{ruled.reason}; not planned from costs: {why_not}")
+    plan, reason = choose_plan(costs, divisors(config.model().experts // config.ep), carry_over=has_layer_below(config))
+    own: dict[str, Any] = {"carry_over": plan.carry_over or (config.carry_over and plan.overlap != "off")}
+    if plan.overlap == "full":
+        own["moe_chunks"] = plan.chunks
+    return replace(config, **own), Choice(plan.overlap, reason)
+
+
+def has_layer_below(config: TrainConfig) -> bool:
+    """Whether some MoE layer has another below it on its rank, whose combine its dW could hide."""
+    return config.model().layers // (config.pp * config.vpp) > 1
+
+
 def settle(config: TrainConfig, place: Place) -> tuple[TrainConfig, Choice[str]]:
-    """The configuration with the settings of its profile, and ``choose_overlap``'s answer or the profile's.
+    """The configuration with the settings of its profile or its plan, and the overlap with its reason.
 
     Collective. Raises ConfigError on every rank alike for a profile that cannot be read.
     """
     profile = _shared_profile(config, place)
     if profile is None:
-        return config, choose_overlap(config, place)
+        return plan_overlap(config, place)
     differs = profile.differs(key_of(config, place, hosts=len(set(_host_names(place)))))
     if differs is not None:
-        value, reason = choose_overlap(config, place)
+        config, (value, reason) = plan_overlap(config, place)
         return config, Choice(value, f"{reason}; --profile {config.profile} is not used: {differs}")
     settings = profile.settings
     reason = f"--profile {config.profile}: {profile.reason}"
-    own = {name: settings[name] for name in ("carry_over", "dispatch")}
+    own = {name: settings[name] for name in ("carry_over", "dispatch", "moe_chunks")}
     return replace(config, **own), Choice(settings["overlap"], reason)
 
 

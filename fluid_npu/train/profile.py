@@ -18,9 +18,9 @@ from fluid_npu.train.summary import versions
 if TYPE_CHECKING:
     from fluid_npu.train.parallel import Place
 
-SCHEMA = 1
+SCHEMA = 2
 #: Fields of TrainConfig that a profile may set.
-SETTINGS = ("overlap", "carry_over", "dispatch")
+SETTINGS = ("overlap", "carry_over", "dispatch", "moe_chunks")
 _SIZES = ("hidden", "moe_ffn", "experts", "topk", "seq_length", "micro_batch_size")
 
 

@@ -17,7 +17,7 @@ from fluid_npu.train.profile import Profile, key_of
 from tests.support.training import CUT, store
 
 _PLACE: list[Any] = []  # of this process; joined once
-PLAIN, DISPATCH, BOTH, _, LAST = (settings for _, settings in CANDIDATES)
+PLAIN, DISPATCH, BOTH, *_, LAST = (settings for _, settings in CANDIDATES)
 
 
 def row(number: int, ms: float, low: float, *, judged: bool = True, refused: str | None = None) -> dict[str, Any]:

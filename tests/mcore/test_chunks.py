@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -191,6 +193,7 @@ def test_the_order_of_a_training_step_is_clean(run_ranks: Ranks) -> None:
 
 def refusals() -> dict[str, str]:
     """What cannot be had says what is in the way; 'auto' then runs in one piece, with the reason."""
+    from fluid_npu.mcore.info import print_fluid_layer_info
     from fluid_npu.mcore.layer_spec import get_fluid_moe_layer_spec
 
     calls: dict[str, Callable[[], Any]] = {
@@ -214,8 +217,12 @@ def refusals() -> dict[str, str]:
         "auto_one": Case(overlap="full", experts=2, topk=1),
         "auto_dw": Case(),
     }.items():
-        value, reason = fluid_layer(case).chunks
+        layer = fluid_layer(case)
+        value, reason = layer.chunks
         messages[name] = f"{value}: {reason}"
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            print_fluid_layer_info(layer)
+        messages[f"info_{name}"] = printed.getvalue()
     return messages
 
 
@@ -227,6 +234,8 @@ def test_what_is_not_there_is_refused_by_name(run_ranks: Ranks) -> None:
     assert "once per rank; use dispatch='plain'; use chunks=1 or 'auto'" in messages["once"]
     assert "chunks=2: moe_apply_probs_on_input=True" in messages["input"]
     assert "chunks=2: moe_token_dispatcher_type='allgather' overlaps nothing" in messages["allgather"]
+    assert "(in 2 chunks of experts)" in messages["info_auto"] and "overlap full" in messages["info_auto"]
+    assert "chunks of experts" not in messages["info_auto_dw"]
     assert messages["auto"] == "2: the fewest that overlap; 4 local experts allow 1, 2, 4"
     assert messages["auto_once"].startswith("1: chunks of experts would send a token once for each chunk")
     assert messages["auto_one"] == "1: a rank has one expert, which is not split"

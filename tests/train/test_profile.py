@@ -15,7 +15,7 @@ from fluid_npu.train.profile import Profile, key_of
 from tests.support.ranks import run_ranks
 from tests.support.training import store, tiny
 
-SETTINGS = {"overlap": "dw", "carry_over": True, "dispatch": "once-per-rank"}
+SETTINGS = {"overlap": "dw", "carry_over": True, "dispatch": "once-per-rank", "moe_chunks": "auto"}
 
 
 def settled(config_text: str, change: dict[str, Any]) -> tuple[bool, str, str, str]:
@@ -63,10 +63,10 @@ def test_an_unreadable_profile_stops_every_rank(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[]", "not a profile of schema 1"),
+        ("[]", "not a profile of schema 2"),
         ("{", "no JSON"),
-        ('{"profile": 2}', "not a profile of schema 1"),
-        ('{"profile": 1, "key": {}, "reason": "", "settings": {"overlap": "dw"}}', "misses 'carry_over'"),
+        ('{"profile": 1}', "not a profile of schema 2"),
+        ('{"profile": 2, "key": {}, "reason": "", "settings": {"overlap": "dw"}}', "misses 'carry_over'"),
     ],
 )
 def test_what_is_no_profile_is_refused_before_anything_starts(

@@ -1,0 +1,72 @@
+"""Plans from costs: arithmetic by hand, and the limits at which another plan wins."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fluid_npu.schedule.planner import PLAIN, Costs, Plan, choose_plan, expected_ms
+
+#: An exchange takes 4 ms: 1 to start and 3 for 3 MiB.
+COSTS = Costs(
+    alpha_ms=1.0,
+    beta_ms_per_mib=1.0,
+    dispatch_mib=3.0,
+    combine_mib=3.0,
+    forward_ms=6.0,
+    dx_ms=6.0,
+    dw_ms=6.0,
+    chunk_ms=0.5,
+    hiding=1.0,
+)
+
+
+def test_each_plan_takes_what_its_timeline_says() -> None:
+    assert expected_ms(COSTS, PLAIN) == 4 * 4.0 + 18.0
+    assert expected_ms(COSTS, Plan(overlap="dw")) == (4 + 6 + 4) + (4 + 6 + max(4, 6))
+    # FC2's 3 ms beside the combine, FC1's beside the dispatch.
+    assert expected_ms(COSTS, Plan(overlap="dw", carry_over=True)) == (4 + 6 + 4) + (4 + 6 + 4)
+    # Two chunks: exchanges of 2.5 ms, chunks of 3.25.
+    # There at 2.5 and 5, computed at 5.75 and 9, back at 8.25 and 11.5.
+    forward = 11.5
+    backward = max(9 + 6, 11.5)
+    assert expected_ms(COSTS, Plan(overlap="full", chunks=2)) == forward + backward
+
+
+def test_half_of_what_could_be_hidden_where_half_hides() -> None:
+    half = replace(COSTS, hiding=0.5)
+    full, plain = (expected_ms(half, plan) for plan in (Plan(overlap="dw"), PLAIN))
+    assert plain - full == 0.5 * (expected_ms(COSTS, PLAIN) - expected_ms(COSTS, Plan(overlap="dw")))
+
+
+def test_plain_is_best_where_nothing_hides_and_within_the_spread() -> None:
+    plan, reason = choose_plan(replace(COSTS, hiding=0.0), (1, 2, 4))
+    assert plan == PLAIN
+    assert "plain 34.00 ms, dw 34.00 ms, full in 2 chunks 39.00 ms" in reason and "0% of an exchange hides" in reason
+    plan, reason = choose_plan(replace(COSTS, spread_ms=50.0), (1, 2, 4))
+    assert plan == PLAIN and "less than 50.00 ms cannot be told from plain" in reason
+
+
+def test_without_transfers_chunks_only_cost() -> None:
+    assert choose_plan(replace(COSTS, alpha_ms=0.0, beta_ms_per_mib=0.0), (1, 2, 4)).value == PLAIN
+
+
+def test_chunks_win_on_a_slow_link_and_fewer_where_starting_one_is_dear() -> None:
+    slow = replace(COSTS, alpha_ms=0.05, beta_ms_per_mib=2.0, chunk_ms=0.1)
+    dear = replace(slow, chunk_ms=1.5, alpha_ms=1.0)
+    plans = [choose_plan(costs, (1, 2, 4), carry_over=False).value for costs in (slow, dear)]
+    assert plans == [Plan(overlap="full", chunks=4), Plan(overlap="full", chunks=2)]
+
+
+def test_carry_over_is_taken_only_where_it_may_be() -> None:
+    assert choose_plan(COSTS, (1,), carry_over=False).value == Plan(overlap="dw")
+    assert choose_plan(COSTS, (1,)).value == Plan(overlap="dw", carry_over=True)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 4, 8])
+def test_no_plan_is_faster_than_its_longer_resource(chunks: int) -> None:
+    plan = Plan(overlap="full" if chunks > 1 else "dw", chunks=chunks)
+    transfers = 4 * chunks * COSTS.transfer_ms(3.0 / chunks)
+    compute = 18.0 + 2 * (chunks - 1) * COSTS.chunk_ms
+    assert max(transfers, compute) <= expected_ms(COSTS, plan) <= transfers + compute

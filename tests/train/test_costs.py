@@ -1,0 +1,74 @@
+"""The planner's table on real ranks: equal on all of them, and used where 'auto' would overlap."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fluid_npu.schedule.planner import Costs
+from fluid_npu.train import costs as costs_module
+from fluid_npu.train import overlap
+from fluid_npu.train.config import TrainConfig
+from tests.support.training import store, tiny
+
+pytestmark = pytest.mark.host
+DELAY_MS = 30.0
+
+
+def planned(config_text: str) -> dict[str, Any]:
+    """Costs with a planted delay; and what 'auto' makes of costs in which everything hides, or nothing does."""
+    from fluid_npu.comm.transports import CollectiveTransport, DelayedTransport
+    from fluid_npu.train.parallel import join
+
+    config = TrainConfig.from_json(config_text)
+    place = join(config, store())
+    measured, _ = costs_module.measure_costs(config, place, DelayedTransport(CollectiveTransport(), DELAY_MS))
+    assert measured is not None
+    found: dict[str, Any] = {"costs": dataclasses.asdict(measured)}
+    overlap._host_names = lambda place: ["one", "two"]  # a network lies between them
+    slow = dataclasses.replace(measured, alpha_ms=0.1, beta_ms_per_mib=1e4, hiding=1.0, spread_ms=0.0, chunk_ms=0.0)
+    for name, costs in {"slow": slow, "nothing hides": dataclasses.replace(slow, hiding=0.0), "none": None}.items():
+        overlap.measure_costs = lambda config, place, costs=costs: (costs, "no memory")
+        settled, (value, reason) = overlap.settle(config, place)
+        found[name] = (value, settled.carry_over, settled.moe_chunks, reason)
+    overlap.measure_costs = lambda config, place: pytest.fail("asked for: nothing is measured")
+    found["asked"] = overlap.settle(dataclasses.replace(config, overlap="dw"), place)[1].value
+    return found
+
+
+def test_costs_are_equal_on_all_ranks_and_decide_what_auto_does(
+    tmp_path: Path, run_ranks: Callable[..., list[Any]]
+) -> None:
+    first, second = run_ranks(2, planned, tiny(tmp_path, overlap="auto").to_json())
+    assert first == second
+    costs = Costs(**first["costs"])
+    assert costs.transfer_ms(costs.dispatch_mib) >= 0.99 * DELAY_MS
+    assert min(costs.forward_ms, costs.dx_ms, costs.dw_ms) > 0 and 0 <= costs.hiding <= 1
+    value, _, chunks, reason = first["slow"]
+    assert value == "full" and chunks in (2, 4) and "expected of a layer: plain" in reason
+    assert first["nothing hides"][:3] == ("off", False, "auto")
+    assert first["none"][0] == "dw" and first["none"][3].endswith("not planned from costs: no memory")
+    assert first["asked"] == "dw"
+
+
+def test_a_rank_without_memory_keeps_all_from_planning(tmp_path: Path, run_ranks: Callable[..., list[Any]]) -> None:
+    assert run_ranks(2, without_memory, tiny(tmp_path).to_json()) == [None, None]
+
+
+def without_memory(config_text: str) -> Any:
+    from fluid_npu.train.parallel import join
+
+    config = TrainConfig.from_json(config_text)
+    place = join(config, store())
+
+    def fail(self: Any) -> None:
+        raise torch.OutOfMemoryError("planted")
+
+    if place.rank == 1:
+        costs_module._Layer.compute_ms = fail  # type: ignore[method-assign]
+    return costs_module.measure_costs(config, place).value
