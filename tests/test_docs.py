@@ -83,7 +83,7 @@ def test_the_public_names_of_the_pages_exist() -> None:
 def test_both_readmes_give_the_same_commands_and_code() -> None:
     english, chinese = ROOT / "README.md", ROOT / "README.zh-CN.md"
     assert set(commands(chinese)) <= set(commands(english))
-    code = [re.sub(r"#.*", "#", block.text) for page in (english, chinese) for block in blocks(page, "python")]
+    code = [[re.sub(r"#.*", "#", block.text) for block in blocks(page, "python")] for page in (english, chinese)]
     assert code[0] == code[1]
 
 
