@@ -14,7 +14,7 @@ from tests.support.mutation import ROOT, all_mutants, mutated
 SAMPLE = {
     "self._source is let go": "checker",
     "all_to_all.py:* wait: flight.land() does not wait": "checker",
-    "moe_layer.py:* wait: combined.handle.wait() does not wait": "checker",
+    "moe_layer.py:* wait: handle.wait() does not wait": "checker",
     "dispatch_plan.py:* order: host = received.cpu() before work.wait()": "checker",
     "all_to_all.py:* hook: without self.sink.fill": "value",
     "scheduler.py:* queue: no task is carried": "value",

@@ -223,13 +223,14 @@ def _in_expression(node: ast.AST, put: Callable[[ast.AST], None]) -> Iterator[_S
             yield _Site(node.lineno, "queue", "the newest task first", lambda: put(newest))
             other = ast.IfExp(_call("rank_is_odd"), newest, copy.deepcopy(node))
             yield _Site(node.lineno, "queue", "the newest task first on every second rank", lambda: put(other))
+        elif name == "fits":
+            yield _Site(node.lineno, "queue", "no task is carried", lambda: put(ast.Constant(True)))
+            carries = ast.UnaryOp(ast.Not(), _attribute(owner, "carry"))
+            yield _Site(node.lineno, "queue", "a task is carried past the combine", lambda: put(carries))
         elif name == "apply" and _name(owner) == "_Wait":
             changed = copy.deepcopy(node)
             changed.args[0] = ast.Call(_attribute(changed.args[0], "detach"), [], [])
             yield _Site(node.lineno, "edge", "the wait does not know its launch", lambda: put(changed))
-    elif isinstance(node, ast.BoolOp) and "carry" in ast.dump(node) and "moe_dispatch" in ast.dump(node):
-        yield _Site(node.lineno, "queue", "no task is carried", lambda: put(ast.Constant(False)))
-        yield _Site(node.lineno, "queue", "a task is carried past the combine", lambda: put(node.values[0]))
 
 
 def _put(parent: ast.AST, field: str, value: Any, place: int, new: ast.AST) -> None:
