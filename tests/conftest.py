@@ -8,12 +8,17 @@ With FLUID_FORBID_SKIPS=1, as scripts/test.sh sets it, a skipped test fails: it 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts its background jobs so, and processes that are interrupted here would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two ranks share two cores
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
