@@ -128,6 +128,13 @@ def test_the_combine_backward_hides_behind_dw_of_qkv_and_proj(run_ranks: Callabl
         assert rank["overlapped"]["dw_ms"] >= 2 * DW_MS
 
 
+def _quickest(step: Callable[[bool], tuple[float, dict[str, float]]]) -> dict[str, Any]:
+    """The quickest of some steps of each kind: other work on the machine makes steps longer, never shorter."""
+    step(True)
+    twin, overlapped = (min((step(kind) for _ in range(4)), key=lambda one: one[0]) for kind in (True, False))
+    return {"hidden": twin[0] - overlapped[0], "twin": twin[1], "overlapped": overlapped[1]}
+
+
 CHUNK_DELAY_MS, CHUNK_MS, CHUNK_DW_MS = 100.0, 180.0, 100.0  # an exchange, a chunk's forward or backward, a dW
 
 
@@ -159,7 +166,7 @@ def chunk_times() -> dict[str, Any]:
             layer(x.requires_grad_())[0].sum().backward()
         return (time.perf_counter() - start) * 1e3, scheduler.get_stats()
 
-    measured = _measured(step)
+    measured = _quickest(step)
     clocks = Lanes(scheduler, get_device("cpu").value)
     with scheduler.serialise(), clocks:
         layer(x.requires_grad_())[0].sum().backward()
