@@ -186,7 +186,7 @@ def test_chunks_hide_each_others_exchanges(run_ranks: Callable[..., list[Any]]) 
         dw = ["layer 1 fc2", "layer 1 fc1"]
         assert rank["beside"] == [[], forward[:1], forward[1:], [], [], backward[:1], [*backward[1:], *dw], dw]
         covered = rank["covered"]
-        assert covered.coverable_ms == pytest.approx(5 * CHUNK_DELAY_MS, rel=0.1)
-        assert covered.beside_ms == pytest.approx(4 * CHUNK_MS + 2 * CHUNK_DW_MS, rel=0.1)
-        assert covered.transfer_ms == pytest.approx(8 * CHUNK_DELAY_MS, rel=0.1)
+        assert covered.coverable_ms == pytest.approx(5 * CHUNK_DELAY_MS, abs=CHUNK_DELAY_MS / 2)
+        assert covered.beside_ms >= 0.99 * (4 * CHUNK_MS + 2 * CHUNK_DW_MS)
+        assert covered.transfer_ms == pytest.approx(8 * CHUNK_DELAY_MS, abs=CHUNK_DELAY_MS / 2)
         assert hidden_fraction(rank["hidden"], 0.0, covered) == pytest.approx(1.0, abs=0.15)
