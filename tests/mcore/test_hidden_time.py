@@ -128,6 +128,17 @@ def test_the_combine_backward_hides_behind_dw_of_qkv_and_proj(run_ranks: Callabl
         assert rank["overlapped"]["dw_ms"] >= 2 * DW_MS
 
 
+def _quickest(step: Callable[[bool], tuple[float, dict[str, float]]]) -> dict[str, Any]:
+    """The quickest step of each kind, as other work on the machine makes steps longer; again until two are alike."""
+    step(True)
+    for _ in range(ATTEMPTS):
+        twin, overlapped = (sorted((step(kind) for _ in range(3)), key=lambda one: one[0]) for kind in (True, False))
+        apart = max(second[0] - first[0] for first, second, _ in (twin, overlapped))
+        if _everywhere(apart <= CHUNK_DELAY_MS / 10):
+            break
+    return {"hidden": twin[0][0] - overlapped[0][0], "twin": twin[0][1], "overlapped": overlapped[0][1]}
+
+
 CHUNK_DELAY_MS, CHUNK_MS, CHUNK_DW_MS = 100.0, 180.0, 100.0  # an exchange, a chunk's forward or backward, a dW
 
 
@@ -159,7 +170,7 @@ def chunk_times() -> dict[str, Any]:
             layer(x.requires_grad_())[0].sum().backward()
         return (time.perf_counter() - start) * 1e3, scheduler.get_stats()
 
-    measured = _measured(step)
+    measured = _quickest(step)
     clocks = Lanes(scheduler, get_device("cpu").value)
     with scheduler.serialise(), clocks:
         layer(x.requires_grad_())[0].sum().backward()
@@ -179,7 +190,7 @@ def test_chunks_hide_each_others_exchanges(run_ranks: Callable[..., list[Any]]) 
         dw = ["layer 1 fc2", "layer 1 fc1"]
         assert rank["beside"] == [[], forward[:1], forward[1:], [], [], backward[:1], [*backward[1:], *dw], dw]
         covered = rank["covered"]
-        assert covered.coverable_ms == pytest.approx(5 * CHUNK_DELAY_MS, rel=0.1)
-        assert covered.beside_ms == pytest.approx(4 * CHUNK_MS + 2 * CHUNK_DW_MS, rel=0.1)
-        assert covered.transfer_ms == pytest.approx(8 * CHUNK_DELAY_MS, rel=0.1)
+        assert covered.coverable_ms == pytest.approx(5 * CHUNK_DELAY_MS, abs=CHUNK_DELAY_MS / 2)
+        assert covered.beside_ms >= 0.99 * (4 * CHUNK_MS + 2 * CHUNK_DW_MS)
+        assert covered.transfer_ms == pytest.approx(8 * CHUNK_DELAY_MS, abs=CHUNK_DELAY_MS / 2)
         assert hidden_fraction(rank["hidden"], 0.0, covered) == pytest.approx(1.0, abs=0.15)
