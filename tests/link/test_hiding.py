@@ -68,8 +68,14 @@ def test_alone_an_all_to_all_is_exposed(measured: list[dict[str, Any]]) -> None:
 
 
 def test_beside_enough_matmuls_nine_tenths_hide(measured: list[dict[str, Any]]) -> None:
-    """Time in the launch and in wait() after the matmuls; their processor time, on each rank, grows under a quarter."""
+    """Exposed is the time in the launch and in wait() after the matmuls."""
     for rank in measured:
         hidden = 1 - median(rank["exposed_ms"]) / LINK.transfer_ms(BYTES)
         assert hidden >= 0.9, rank
-        assert min(rank["beside_cpu_ms"]) <= 1.25 * min(rank["matmul_cpu_ms"]), rank
+
+
+def test_an_exchange_leaves_the_processor_to_what_runs_beside_it(measured: list[dict[str, Any]]) -> None:
+    """All threads of the process together, in an exchange alone. That of the matmuls beside it would not do: how
+    long a core takes for the same work depends on what its neighbour does."""
+    for rank in measured:
+        assert median(rank["alone_processor_ms"]) <= 0.25 * LINK.transfer_ms(BYTES), rank
