@@ -22,6 +22,7 @@ from fluid_npu.bench.forced_routing import ForcedRouting
 from fluid_npu.bench.layer_baseline import Baseline
 from fluid_npu.bench.layer_floor import local_slices
 from fluid_npu.bench.layer_impls import EXTRAS, KINDS, NEVER, LayerVariant, unavailable
+from fluid_npu.bench.layer_levers import lever_rows
 from fluid_npu.bench.layer_parts import PARTS, Timeline, busy_parts, watched
 from fluid_npu.bench.machine import describe_machine
 from fluid_npu.bench.memory import held_mb, peak_memory_mb
@@ -43,12 +44,12 @@ def measure(config: TrainConfig, options: dict[str, Any], place: Place) -> dict[
     machine = describe_machine(place)
     # Resolved, so that what depends on the device decides by what is there.
     bench = Bench(replace(config, device=place.device.name), options, place)
-    rows = bench.rows(options["rounds"])
+    rows, levers = bench.rows(options["rounds"])
     facts = {"preset": config.model().name, "cut": dict(config.cut)}
     result = envelope("layer", config, options, place, machine, rows, **facts)
     left_out = {name: reason for name, reason in bench.left_out.items()}
     more = {"part": options["part"], "workload": options["workload"], "left_out": left_out}
-    return {**result, **more, "agreement": bench.agreement}
+    return {**result, **more, "levers": levers, "agreement": bench.agreement}
 
 
 class Impl:
@@ -183,8 +184,8 @@ class Bench:
 
     # ---- timing
 
-    def rows(self, rounds: int) -> list[dict[str, Any]]:
-        """One row for each implementation and pass."""
+    def rows(self, rounds: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """One row for each implementation and pass, and one for each lever and pass."""
         cells = [(impl, name) for impl in self.impls for name in _PASSES]
         memory = [self._memory(*cell) for cell in cells]
         parted = [Parted(self.place, impl, self._step(impl, name, False)) for impl, name in cells]
@@ -197,7 +198,10 @@ class Bench:
             first = next(i for i, cell in enumerate(cells) if cell[1] == name)
             row = self._row(impl, name, times, 3 * number, 3 * first)
             rows.append({**row, **memory[number], **parted[number].figures(row, rounds)})
-        return rows
+        names = [(impl.name, name) for impl, name in cells]
+        held = [one["activation_memory_mb"] for one in memory]
+        own = [times[:, 3 * number] for number in range(len(cells))]
+        return rows, lever_rows(dict(zip(names, own, strict=True)), dict(zip(names, held, strict=True)))
 
     def _step(self, impl: Impl, name: str, floor: bool) -> Callable[[int], Any]:
         def step(number: int) -> torch.Tensor:

@@ -15,7 +15,11 @@ def layer_text(result: Row) -> str:
     head = ("pass", "impl", "median ms", "p10", "p90", "floor ms", "first/this (95 %)", "held MiB", "peak MiB")
     parts = [table(head, [_line(row) for row in result["rows"]]), ""]
     names = ("pass", "impl", *(name.replace("_", " ") for name in _PARTS), "sum", "of layer")
-    parts += [table(names, [_part_line(row) for row in result["rows"]]), "", machine_text(result)]
+    parts += [table(names, [_part_line(row) for row in result["rows"]]), ""]
+    if result["levers"]:
+        levers = ("pass", "lever", "saves ms (95 %)", "held MiB", "from", "to")
+        parts += [table(levers, [_lever_line(row) for row in result["levers"]]), ""]
+    parts.append(machine_text(result))
     cut = "".join(f" --{name.replace('_', '-')} {value}" for name, value in result["cut"].items())
     parts.append(
         f"{result['part']} layer of {result['preset']}{cut}, {result['dtype']}, workload {result['workload']}; rounds: "
@@ -65,6 +69,18 @@ def _line(row: Row) -> tuple[str, ...]:
         f"{row['ratio_baseline_over_this']:.3f} ({low:.3f} to {high:.3f})",
         number(row["activation_memory_mb"]),
         number(row["peak_memory_mb"]),
+    )
+
+
+def _lever_line(row: Row) -> tuple[str, ...]:
+    saved, low, high = (row[f"saved{end}_ms"] for end in ("", "_low", "_high"))
+    return (
+        row["pass"],
+        row["lever"] + ("" if row["judged"] else " (NOISY)"),
+        f"{saved:+.2f} ({low:+.2f} to {high:+.2f})",
+        f"{row['held_mb']:+.1f}",
+        row["without"],
+        row["with"],
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fluid_npu.report.table import Table, all_judged, between, cells, figure, percent, plus_minus, signed_percent
@@ -143,7 +143,32 @@ def _layer(result: Row) -> list[Table]:
             words=2,
             note="The sum agrees with the median within 5 %, or lies between p10 and p90, unless it says so.",
         ),
+        *_levers(result.get("levers", [])),
     ]
+
+
+def _levers(rows: Sequence[Row]) -> Iterator[Table]:
+    """None for results from before there were levers."""
+    if rows:
+        yield Table(
+            name="levers",
+            title="What each lever gives: the difference of two medians of this run",
+            head=("lever", "pass", "from", "to", "saves ms (95 %)", "held MiB"),
+            rows=tuple(_lever_row(row) for row in rows),
+            words=4,
+            note=all_judged(rows),
+        )
+
+
+def _lever_row(row: Row) -> tuple[str, ...]:
+    return cells(
+        row["lever"] + _noisy(row),
+        row["pass"],
+        row["without"],
+        row["with"],
+        f"{figure(row['saved_ms'])} ({between(row['saved_low_ms'], row['saved_high_ms'], 2)})",
+        figure(row["held_mb"], 1),
+    )
 
 
 def _layer_row(row: Row) -> tuple[str, ...]:

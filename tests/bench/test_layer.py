@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fluid_npu.bench.layer import _kernel_time
 from fluid_npu.bench.layer_cli import IMPLS
+from fluid_npu.bench.layer_levers import lever_rows
 from fluid_npu.bench.layer_parts import union
 from fluid_npu.bench.layer_text import layer_text, layer_verdict
 from fluid_npu.train.config import TrainConfig, validate
@@ -90,8 +92,8 @@ def planted() -> dict[str, Any]:
 
     dist.all_to_all_single = slow
     made.impls = [impl for impl in made.impls if impl.name in ("stock SequentialMLP", "ours overlapped")]
-    rows = made.rows(2)
-    return {"rows": rows, "agreement": made.agreement, "left_out": made.left_out}
+    rows, levers = made.rows(2)
+    return {"rows": rows, "levers": levers, "agreement": made.agreement, "left_out": made.left_out}
 
 
 def test_parts_and_floor_show_where_the_time_is(run_ranks: Callable[..., list[Any]]) -> None:
@@ -120,6 +122,23 @@ _ENVELOPE = {
         **{"cores": 2, "settings": {}},
     },
 }
+
+
+def test_a_lever_is_the_difference_of_two_that_ran() -> None:
+    both = ("forward", "forward+backward")
+    ms = {"stock SequentialMLP": 9.0, "stock GroupedMLP": 8.0, "ours plain": 5.0, "ours overlapped": 4.5}
+    times = {(impl, name): np.array([value, value + 0.1, value]) for impl, value in ms.items() for name in both}
+    found = lever_rows(times, {cell: cell[0].count("e") for cell in times})
+    assert [(row["pass"], row["without"], row["with"], row["saved_ms"]) for row in found] == [
+        (name, without, with_it, saved)
+        for name in both
+        for without, with_it, saved in (
+            ("stock GroupedMLP", "ours plain", 3.0),
+            ("ours plain", "ours overlapped", 0.5),
+        )
+    ]
+    assert found[0]["held_mb"] == -1 and found[0]["judged"]
+    assert lever_rows({("ours plain", "forward"): np.ones(2)}, {("ours plain", "forward"): 0.0}) == []
 
 
 def refused() -> str:
