@@ -8,7 +8,7 @@ builds GroupedMLP or the AllToAll dispatcher by their names.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import wraps
 from typing import Any
 
@@ -39,8 +39,7 @@ def binder() -> SchedulerBinder:
     global _bound
     settings = current()
     if _bound is None or _bound[0] != settings:
-        made = SchedulerBinder(settings.overlap, carry_over=settings.carry_over, gemm_fusion=settings.gemm_fusion)
-        _bound = (settings, made)
+        _bound = (settings, SchedulerBinder(**asdict(settings)))
     return _bound[1]
 
 

@@ -80,7 +80,8 @@ def _ours(name: str, settings: Mapping[str, Any]) -> Flag:
         return Flag(name, "switch", (), "", "fluid")
     if "choices" in settings:
         return Flag(name, "choices", tuple(settings["choices"]), "", "fluid")
-    return Flag(name, settings.get("type", str).__name__, (), "", "fluid")
+    kind = settings.get("type", str)
+    return Flag(name, kind.__name__ if isinstance(kind, type) else "str", (), "", "fluid")
 
 
 def _rows() -> Iterator[tuple[str, str, list[str]]]:

@@ -44,6 +44,8 @@ _SIZES: Mapping[str, Any] = {
     "--eval-iters": 1,
     "--eval-interval": 1000,
     "--save-interval": 1000,
+    "--fluid-moe-chunks": "auto",
+    "--fluid-attention-chunks": 1,
 }
 #: At most these: a smaller value stays.
 _AT_MOST = {"--moe-router-topk": 2, "--moe-router-num-groups": 2, "--moe-router-group-topk": 1}
@@ -146,6 +148,9 @@ TRAINER = {
     "--train-iters": "--steps",
     "--fluid-overlap": "--overlap",
     "--fluid-carry-over": "--carry-over",
+    "--fluid-moe-chunks": "--moe-chunks",
+    "--fluid-dispatch": "--dispatch",
+    "--fluid-attention-chunks": "--attention-chunks",
     "--weight-decay": "--weight-decay",
     "--clip-grad": "--clip-grad",
     "--use-distributed-optimizer": "--distributed-optimizer",

@@ -205,10 +205,7 @@ def dtype(plan: Plan) -> Iterator[Problem]:
 def overlap(plan: Plan) -> Iterator[Problem]:
     """What hiding the AllToAll needs; as ``fluid_npu.adaptor.megatron_lm.checks`` refuses it at the launch."""
     args, chosen = plan.args, f"--fluid-overlap {plan.overlap}"
-    if plan.overlap == "full":
-        fix = "use --fluid-overlap dw"
-        yield _problem("overlap", "--fluid-overlap", "full", "the pipelined schedule is not built yet", fix)
-    if plan.overlap in ("off", "full"):
+    if plan.overlap == "off":
         return
     dispatcher = args.get("--moe-token-dispatcher-type", "allgather")
     if dispatcher != "alltoall":

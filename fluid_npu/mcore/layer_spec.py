@@ -168,7 +168,7 @@ def with_fluid_moe(layer: ModuleSpec, binder: SchedulerBinder) -> ModuleSpec:
         if ours is not None and getattr(inside, "core_attention", None) is FluidDotProductAttention:
             chunks = {"attention_chunks": binder.attention_chunks} if binder.attention_chunks > 1 else {}
             layer.submodules.self_attention = rebuilt(attention, ours, inside, binder=binder, **chunks)
-        elif binder.attention_chunks > 1:
+        elif binder.attention_chunks > 1 and module_of(attention) not in FLUID_ATTENTION.values():
             core = getattr(inside, "core_attention", None)
             raise ValueError(
                 f"attention_chunks={binder.attention_chunks}: the layer has {_name(module_of(attention))} with "

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from tests.support.doors import WORDS, launch, model_of, through_megatron
-from tests.support.gpt import Run, batch, make_config
+from tests.support.doors import WORDS, launch, model_of, through_megatron, train
+from tests.support.gpt import Run, batch, make_config, same_bits
 
 
 def launched(folder: str) -> dict[str, Any]:
@@ -61,6 +61,48 @@ def test_a_launch_validates_switches_on_and_reports(run_ranks: Callable[..., lis
     assert report["totals"]["a2a_bytes"] > 0 and report["communication_ms_per_twin"] > 0
     text = (tmp_path / "report" / "report.txt").read_text()
     assert "device: cpu (--fluid-device cpu)" in text and "Applied and never reached" in text
+
+
+FULL = ["--fluid-overlap", "full", "--fluid-moe-chunks", "2", "--fluid-dispatch", "plain"]
+
+
+def launched_in_chunks(folder: str) -> dict[str, Any]:
+    """What a launch with ``FULL`` builds and trains, and what the Layer Spec does with the same words and without."""
+    from fluid_npu.mcore.layer_spec import get_fluid_moe_block_spec
+
+    run = Run(config={"gradient_accumulation_fusion": False, "moe_layer_freq": [0, 1]})
+    config = make_config(run)
+    found = {"dw": train(get_fluid_moe_block_spec(config), config, run)}
+    found["spec"] = train(get_fluid_moe_block_spec(config, overlap="full", chunks=2), config, run)
+    launch(folder, *WORDS, *FULL)
+    found["launch"] = train(through_megatron(config), config, run)
+    model = model_of(through_megatron(config), config)
+    chunks = [tuple(module.chunks) for module in model.modules() if hasattr(module, "token_dispatcher")]
+    return {"found": found, "chunks": chunks}
+
+
+def test_a_launch_in_chunks_trains_as_the_layer_spec_and_as_one_piece(
+    run_ranks: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    for rank in run_ranks(2, launched_in_chunks, str(tmp_path), sizes={"expert_model_parallel_size": 2}):
+        assert rank["chunks"] == [(2, "as asked")]
+        launch, *others = (rank["found"][door] for door in ("launch", "spec", "dw"))
+        for other in others:
+            assert torch.equal(launch["losses"], other["losses"])
+            assert not same_bits(launch["grads"], other["grads"])
+
+
+def attention_of_a_launch(folder: str) -> list[int]:
+    """In how many parts the attentions of a launch compute their heads."""
+    launch(folder, *WORDS, "--context-parallel-size", "2", "--fluid-attention-chunks", "2")
+    config = make_config(Run(config={"context_parallel_size": 2, "num_query_groups": 4, "cp_comm_type": "ulysses"}))
+    model = model_of(through_megatron(config), config)
+    return [len(m.head_chunks.chunks) for m in model.modules() if getattr(m, "head_chunks", None) is not None]
+
+
+def test_a_launch_hands_its_attention_chunks_on(run_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    sizes = {"expert_model_parallel_size": 2, "context_parallel_size": 2}
+    assert run_ranks(2, attention_of_a_launch, str(tmp_path), sizes=sizes) == [[2, 2], [2, 2]]
 
 
 def test_without_megatron_lm_the_import_says_where_to_start() -> None:

@@ -49,6 +49,14 @@ def test_a_refused_call_and_a_refused_rollback_change_no_setting() -> None:
     for overlap in ("sideways", "auto"):  # refused here, and not when the first model is built
         with pytest.raises(PatchError, match=rf"adapt\(overlap='{overlap}'\): allowed are off, dw, full"):
             adapt(["moe"], overlap=overlap)
+    for name, value, rule in (
+        ("dispatch", "twice", "allowed are plain, once-per-rank, auto"),
+        ("chunks", 0, "a number of at least 1, or 'auto'"),
+        ("chunks", 2, "overlap='dw' has one; use overlap='full'"),
+        ("attention_chunks", True, "a number of at least 1"),
+    ):
+        with pytest.raises(PatchError, match=rf"adapt\({name}={value!r}\): {rule}"):
+            adapt(["moe"], **{name: value})
     assert current() == Settings()
     first = adapt(["moe"], overlap="dw")
     second = adapt(["token_dispatcher"], overlap="off")
@@ -71,7 +79,9 @@ def test_the_specs_made_meanwhile_are_bound_by_the_settings_in_force() -> None:
 
 
 def test_allowed_is_what_a_scheduler_takes() -> None:
-    from fluid_npu.adaptor.settings import OVERLAPS
+    from fluid_npu.adaptor.settings import DISPATCHES, OVERLAPS
+    from fluid_npu.mcore import dispatch_choice
     from fluid_npu.schedule.scheduler import OVERLAP_MODES
 
     assert OVERLAPS == OVERLAP_MODES
+    assert DISPATCHES == dispatch_choice.DISPATCHES

@@ -128,9 +128,11 @@ MISTAKES = [
     planted(
         "overlap",
         "mixtral_8x7b",
-        "--fluid-overlap full: the pipelined schedule is not built yet",
+        "--moe-token-dispatcher-type allgather: --fluid-overlap full hides an AllToAll",
         "--fluid-overlap",
         "full",
+        "--moe-token-dispatcher-type",
+        "allgather",
     ),
     planted(
         "overlap",

@@ -46,6 +46,7 @@ def test_defaults_change_nothing() -> None:
     args = parse()
     assert args.fluid_overlap == "auto" and args.fluid_device == "auto"
     assert not args.gemm_gradient_accumulation_fusion and not args.fluid_carry_over
+    assert (args.fluid_dispatch, args.fluid_moe_chunks, args.fluid_attention_chunks) == ("plain", "auto", 1)
     assert args.fluid_report is None and args.fluid_twin_every == 0 and args.fluid_fingerprints is None
 
 
@@ -82,7 +83,28 @@ def test_a_wrong_value_is_refused_by_the_parser(words: list[str], capsys: pytest
 
 
 REFUSED: list[tuple[list[str], dict[str, Any], str, str]] = [
-    (["--fluid-overlap", "full"], {}, "0.16", "--fluid-overlap full: .*not built yet; use dw, auto or off"),
+    (["--fluid-overlap", "full"], {"moe_grouped_gemm": False}, "0.16", "--fluid-overlap full without --moe-grouped"),
+    (["--fluid-overlap", "full"], {"expert_model_parallel_size": 1}, "0.16", "full with --expert.*-size 1: there is"),
+    (["--fluid-moe-chunks", "0"], {}, "0.16", "--fluid-moe-chunks 0: must be a number of at least 1, or auto"),
+    (["--fluid-moe-chunks", "many"], {}, "0.16", "--fluid-moe-chunks many: must be a number"),
+    (["--fluid-moe-chunks", "2"], {}, "0.16", "--fluid-moe-chunks 2 with --fluid-overlap auto: .*use --fluid-ov"),
+    (["--fluid-moe-chunks", "3", "--fluid-overlap", "full"], {}, "0.16", "3: a rank has 4 experts; allowed are 1, 2"),
+    (["--fluid-attention-chunks", "0"], {}, "0.16", "--fluid-attention-chunks 0: must be at least 1"),
+    (["--fluid-attention-chunks", "2"], {}, "0.16", "--fluid-attention-chunks 2 with --context-parallel-size 1: "),
+    (["--fluid-attention-chunks", "2"], {"moe_grouped_gemm": False}, "0.16", "chunks 2 without --moe-grouped-gemm"),
+    (["--fluid-dispatch", "auto"], {"moe_grouped_gemm": False}, "0.16", "--fluid-dispatch auto without --moe-grouped"),
+    (
+        ["--fluid-dispatch", "once-per-rank"],
+        {"moe_token_dispatcher_type": "allgather"},
+        "0.16",
+        "--fluid-dispatch once-per-rank with --moe-token-dispatcher-type allgather: .*use alltoall",
+    ),
+    (
+        ["--fluid-dispatch", "once-per-rank"],
+        {"moe_pad_expert_input_to_capacity": True},
+        "0.16",
+        "with --moe-pad-expert-input-to-capacity: .*drop one",
+    ),
     (["--fluid-overlap", "dw"], {"moe_grouped_gemm": False}, "0.16", "add --moe-grouped-gemm"),
     (["--fluid-overlap", "dw"], {"expert_model_parallel_size": 1}, "0.16", "no AllToAll to hide; raise it, or"),
     (["--fluid-overlap", "dw"], {"moe_token_dispatcher_type": "allgather"}, "0.16", "type allgather: .*use alltoall"),
@@ -116,6 +138,9 @@ def test_contradictions_are_refused_with_the_fix(
     ("words", "megatron", "line"),
     [
         (["--fluid-overlap", "dw", "--fluid-carry-over"], {}, "0.16"),
+        (["--fluid-overlap", "full", "--fluid-moe-chunks", "4", "--fluid-carry-over"], {}, "0.18"),
+        (["--fluid-overlap", "full", "--fluid-dispatch", "auto"], {"num_experts": 64}, "0.12"),
+        (["--fluid-attention-chunks", "2"], {"context_parallel_size": 2}, "0.16"),
         (["--gemm-gradient-accumulation-fusion"], {"bf16": False}, "0.12"),
         ([], {"bf16": False, "fp16": True}, "0.16"),
         ([], {"bf16": False, "fp16": True, "expert_model_parallel_size": 1}, "0.12"),
@@ -131,7 +156,7 @@ def test_what_fits_together_passes(words: list[str], megatron: dict[str, Any], l
 
 def test_all_contradictions_are_told_at_once() -> None:
     with pytest.raises(FlagError) as caught:
-        checks.check(launch("--fluid-overlap", "full", num_experts=None, add_bias_linear=True), "0.16")
+        checks.check(launch("--fluid-moe-chunks", "0", num_experts=None, add_bias_linear=True), "0.16")
     assert len(str(caught.value).splitlines()) == 3
 
 
@@ -144,6 +169,7 @@ def test_arguments_from_a_yaml_file_are_refused() -> None:
     ("words", "megatron", "device", "world", "expected"),
     [
         (["--fluid-overlap", "off"], {}, "npu", (8, 8), ("off", "as asked")),
+        (["--fluid-overlap", "full"], {}, "cpu", (2, 2), ("full", "as asked")),
         ([], {"expert_model_parallel_size": 1}, "npu", (8, 8), ("off", "no AllToAll")),
         ([], {"moe_token_dispatcher_type": "allgather"}, "cuda", (8, 8), ("off", "allgather")),
         ([], {}, "npu", (8, 8), ("dw", "the npu computes")),

@@ -21,12 +21,12 @@ import torch
 def add_megatron_arguments{add_megatron_arguments}:
     for name in ("moe-grouped-gemm", "bf16", "fp16", "disable-bias-linear"):
         parser.add_argument("--" + name, action="store_true")
-    for name in ("num-experts", "expert-model-parallel-size"):
+    for name in ("num-experts", "expert-model-parallel-size", "context-parallel-size"):
         parser.add_argument("--" + name, type=int)
     parser.add_argument("--moe-token-dispatcher-type", default="alltoall")
     parser.add_argument("--distributed-backend", default="nccl")
     parser.add_argument("--transformer-impl", default="transformer_engine")
-    parser.set_defaults(expert_model_parallel_size=1)
+    parser.set_defaults(expert_model_parallel_size=1, context_parallel_size=1)
     return parser
 
 

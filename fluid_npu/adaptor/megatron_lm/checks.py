@@ -27,24 +27,23 @@ def check(args: Namespace, line: str) -> None:
         raise FlagError(
             "the arguments lack fluid_npu's (--yaml-cfg replaces the parsed ones): pass flags instead of a YAML file"
         )
-    problems = [*_overlap(args), *_grouped(args, line), *_others(args)]
+    problems = [*_overlap(args), *_chunks(args), *_dispatch(args), *_grouped(args, line), *_others(args)]
     if problems:
         raise FlagError("fluid_npu: " + "\nfluid_npu: ".join(problems))
 
 
 def _overlap(args: Namespace) -> Iterator[str]:
-    if args.fluid_overlap == "full":
-        yield "--fluid-overlap full: a pipelined forward is not built yet; use dw, auto or off"
-    if args.fluid_overlap == "dw" and not args.moe_grouped_gemm:
-        yield "--fluid-overlap dw without --moe-grouped-gemm: stock MoE layers overlap nothing; add --moe-grouped-gemm"
-    elif args.fluid_overlap == "dw" and args.expert_model_parallel_size == 1:
+    asked, chosen = args.fluid_overlap in ("dw", "full"), f"--fluid-overlap {args.fluid_overlap}"
+    if asked and not args.moe_grouped_gemm:
+        yield f"{chosen} without --moe-grouped-gemm: stock MoE layers overlap nothing; add --moe-grouped-gemm"
+    elif asked and args.expert_model_parallel_size == 1:
         yield (
-            "--fluid-overlap dw with --expert-model-parallel-size 1: there is no AllToAll to hide; raise it, or use "
+            f"{chosen} with --expert-model-parallel-size 1: there is no AllToAll to hide; raise it, or use "
             "--fluid-overlap off or auto"
         )
-    if args.fluid_overlap == "dw" and args.moe_token_dispatcher_type not in ("alltoall", "flex"):
+    if asked and args.moe_token_dispatcher_type not in ("alltoall", "flex"):
         yield (
-            f"--fluid-overlap dw with --moe-token-dispatcher-type {args.moe_token_dispatcher_type}: only the AllToAll "
+            f"{chosen} with --moe-token-dispatcher-type {args.moe_token_dispatcher_type}: only the AllToAll "
             "dispatcher overlaps; use alltoall, or --fluid-overlap off"
         )
     if args.fluid_carry_over and args.fluid_overlap == "off":
@@ -53,8 +52,54 @@ def _overlap(args: Namespace) -> Iterator[str]:
         yield f"--fluid-twin-every {args.fluid_twin_every}: must be 0 (never) or a number of steps"
 
 
+def _chunks(args: Namespace) -> Iterator[str]:
+    number, ranks = args.fluid_moe_chunks, args.expert_model_parallel_size
+    if number != "auto" and (not isinstance(number, int) or number < 1):
+        yield f"--fluid-moe-chunks {number}: must be a number of at least 1, or auto"
+    elif number not in ("auto", 1) and args.fluid_overlap != "full":
+        yield (
+            f"--fluid-moe-chunks {number} with --fluid-overlap {args.fluid_overlap}: layers are in chunks with full "
+            "alone; use --fluid-overlap full, or drop the flag"
+        )
+    elif number != "auto" and args.num_experts is not None and args.num_experts // ranks % number:
+        local = args.num_experts // ranks
+        allowed = ", ".join(str(fit) for fit in range(1, local + 1) if local % fit == 0)
+        yield f"--fluid-moe-chunks {number}: a rank has {local} experts; allowed are {allowed} and auto"
+    if args.fluid_attention_chunks < 1:
+        yield f"--fluid-attention-chunks {args.fluid_attention_chunks}: must be at least 1, which cuts nothing"
+    elif args.fluid_attention_chunks > 1 and getattr(args, "context_parallel_size", 1) == 1:
+        yield (
+            f"--fluid-attention-chunks {args.fluid_attention_chunks} with --context-parallel-size 1: there is no "
+            "AllToAll to compute beside; drop the flag, or raise the size"
+        )
+
+
+def _dispatch(args: Namespace) -> Iterator[str]:
+    chosen = f"--fluid-dispatch {args.fluid_dispatch}"
+    if args.fluid_dispatch == "once-per-rank" and args.moe_token_dispatcher_type != "alltoall":
+        yield (
+            f"{chosen} with --moe-token-dispatcher-type {args.moe_token_dispatcher_type}: it is a form of our AllToAll "
+            "dispatcher; use alltoall, or drop the flag"
+        )
+    if args.fluid_dispatch == "once-per-rank" and getattr(args, "moe_pad_expert_input_to_capacity", False):
+        yield (
+            f"{chosen} with --moe-pad-expert-input-to-capacity: it gives every expert its own fixed rows; drop one of "
+            "the two"
+        )
+
+
 def _grouped(args: Namespace, line: str) -> Iterator[str]:
     if not args.moe_grouped_gemm:
+        if args.fluid_dispatch != "plain":
+            yield (
+                f"--fluid-dispatch {args.fluid_dispatch} without --moe-grouped-gemm: it is about our MoE layers; add "
+                "--moe-grouped-gemm"
+            )
+        if args.fluid_attention_chunks > 1:
+            yield (
+                f"--fluid-attention-chunks {args.fluid_attention_chunks} without --moe-grouped-gemm: the attention is "
+                "Megatron's then; add --moe-grouped-gemm"
+            )
         for flag in ("gemm_gradient_accumulation_fusion", "fluid_carry_over"):
             if getattr(args, flag):
                 yield f"{_name(flag)} without --moe-grouped-gemm: it is about grouped experts; add --moe-grouped-gemm"

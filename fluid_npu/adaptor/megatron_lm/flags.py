@@ -13,7 +13,14 @@ from typing import Any
 
 GROUP = "fluid_npu"
 OVERLAPS = ("off", "dw", "full", "auto")
+DISPATCHES = ("plain", "once-per-rank", "auto")
 DEVICES = ("auto", "cpu", "cuda", "npu")
+
+
+def number_or_auto(text: str) -> int | str:
+    """What ``checks`` judges: a number where it is one."""
+    return int(text) if text.lstrip("-").isdecimal() else text
+
 
 #: (flag, settings of add_argument), owner by owner: the experts, the overlap, the launch.
 FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -31,7 +38,35 @@ FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
             "choices": OVERLAPS,
             "default": "auto",
             "help": "what runs while an AllToAll of an MoE layer flies: off nothing, dw the experts' weight gradients, "
-            "full is not built yet, auto decides and says why (auto)",
+            "full also the other chunks of the layer, forward and backward, auto decides and says why (auto)",
+        },
+    ),
+    (
+        "--fluid-moe-chunks",
+        {
+            "type": number_or_auto,
+            "default": "auto",
+            "metavar": "N",
+            "help": "with --fluid-overlap full: groups of its experts that an MoE layer is cut in, or auto (auto)",
+        },
+    ),
+    (
+        "--fluid-dispatch",
+        {
+            "choices": DISPATCHES,
+            "default": "plain",
+            "help": "how often a token is sent to a rank with several of its experts: plain once for each of them, "
+            "once-per-rank once, auto what has clearly fewer rows (plain)",
+        },
+    ),
+    (
+        "--fluid-attention-chunks",
+        {
+            "type": int,
+            "default": 1,
+            "metavar": "N",
+            "help": "with --context-parallel-size: parts of a rank's heads, each part's AllToAlls beside the "
+            "computation of others (1)",
         },
     ),
     (

@@ -117,7 +117,7 @@ def _hidden(milliseconds: float | None, fraction: float | None) -> str:
     if fraction is None:
         return f"{milliseconds:.3f} ms"
     noise = "; more than all of it is noise of the timing" if fraction > 1 else ""
-    return f"{milliseconds:.3f} ms, {fraction:.0%} of what weight gradients can cover{noise}"
+    return f"{milliseconds:.3f} ms, {fraction:.0%} of what can run beside them{noise}"
 
 
 def _line(patch: Mapping[str, Any]) -> str:

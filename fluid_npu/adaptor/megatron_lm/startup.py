@@ -87,6 +87,9 @@ def switch_on(args: Namespace, device: str) -> None:
         overlap=overlap.value,
         carry_over=args.fluid_carry_over,
         gemm_fusion=args.gemm_gradient_accumulation_fusion,
+        dispatch=args.fluid_dispatch,
+        chunks=args.fluid_moe_chunks,
+        attention_chunks=args.fluid_attention_chunks,
     )
     if os.environ.get("RANK", "0") == "0":
         te = args.transformer_impl == "transformer_engine" and installed("transformer_engine").value
@@ -107,7 +110,7 @@ def wanted(args: Namespace) -> list[str]:
 
 
 def choose_overlap(args: Namespace, device: str) -> Choice[str]:
-    """'dw' or 'off' with the reason; a function of the flags and of the launch alone, so equal on all ranks."""
+    """'full', 'dw' or 'off' with the reason; a function of the flags and of the launch alone, so equal on all ranks."""
     if args.fluid_overlap != "auto":
         return Choice(args.fluid_overlap, "as asked")
     if args.expert_model_parallel_size == 1:
