@@ -1,12 +1,14 @@
 """Checks of the Triton kernels against float64 loops, for a GPU and for Triton's interpreter on a CPU.
 
-``python -m tests.support.triton_cases`` runs all of them in the interpreter and prints one JSON line a case. The
-interpreter multiplies no bf16: there, matrices are fp32 and fp16. Shapes as in ``device/kernels/base.py``.
+``python -m tests.support.triton_cases`` runs all of them, in the interpreter with TRITON_INTERPRET=1 and else on a GPU,
+and prints one JSON line a case; with K/N every N-th case from K. The interpreter multiplies no bf16: there, matrices
+are fp32 and fp16. Shapes as in ``device/kernels/base.py``.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import traceback
@@ -483,12 +485,13 @@ def experts_through_the_seam(device: str) -> None:
 
 
 def main() -> int:
-    """Runs every case on the CPU; returns 1 when one failed."""
-    failed = 0
-    for name, check in CASES.items():
+    """Runs the cases; returns 1 when one failed."""
+    failed, device = 0, "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+    share, shares = map(int, (sys.argv[1] if len(sys.argv) > 1 else "0/1").split("/"))
+    for name, check in list(CASES.items())[share::shares]:
         try:
             start = time.process_time()
-            check("cpu")
+            check(device)
             print(json.dumps({"case": name, "failure": None, "seconds": time.process_time() - start}), flush=True)
         except Exception:
             failed = 1
