@@ -29,9 +29,11 @@ def soak(impls: list[str], steps: int, plant: bool = False) -> dict[str, Any]:
     return module.measure(config, {"impls": impls, "steps": steps}, join(config, store()))
 
 
+LONG = [pytest.mark.nightly, pytest.mark.timeout(1000)]
+
+
 @pytest.mark.parametrize(
-    ("impls", "steps"),
-    [(["ours-once-peer", "ours-2-chunks"], 24), pytest.param(OURS, 1000, marks=[pytest.mark.nightly, pytest.mark.timeout(1000)])],
+    ("impls", "steps"), [(["ours-once-peer", "ours-2-chunks"], 24), pytest.param(OURS, 1000, marks=LONG)]
 )
 def test_nothing_is_kept_from_step_to_step(run_ranks: Ranks, impls: list[str], steps: int) -> None:
     result = run_ranks(2, soak, impls, steps, timeout=900)[0]
