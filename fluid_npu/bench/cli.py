@@ -8,6 +8,7 @@ from typing import Any
 from fluid_npu.bench.layer_cli import add_layer_parser
 from fluid_npu.bench.options import (
     add_common_flags,
+    add_engine_flags,
     add_file_flags,
     add_model_flags,
     add_rounds_flag,
@@ -32,6 +33,7 @@ def add_parity_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     add_model_flags(parser, "h64")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="SGD steps (20)")
+    add_engine_flags(parser)
     add_common_flags(parser)
     parser.set_defaults(func=run_parity)
     return parser
@@ -66,6 +68,7 @@ def _add_train_step_parser(commands: Any) -> None:
     parser.add_argument(
         "--plant-delay-ms", type=float, default=0.0, metavar="D", help="delay every AllToAll of ours, on a CPU"
     )
+    add_engine_flags(parser)
     add_common_flags(parser)
     parser.set_defaults(func=run_train_step)
 

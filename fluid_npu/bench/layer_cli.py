@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fluid_npu.bench.options import add_common_flags, add_file_flags, add_model_flags, add_rounds_flag, fail, run_bench
+from fluid_npu.bench.options import (
+    add_common_flags,
+    add_engine_flags,
+    add_file_flags,
+    add_model_flags,
+    add_rounds_flag,
+    fail,
+    run_bench,
+)
 from fluid_npu.bench.workload_names import DESCRIPTIONS
 from fluid_npu.train.presets import PresetError, get_preset
 
@@ -34,6 +42,7 @@ def add_layer_parser(commands: Any) -> None:
     )
     add_rounds_flag(parser, str(_ROUNDS))
     add_file_flags(parser, "layer")
+    add_engine_flags(parser)
     add_common_flags(parser)
     parser.set_defaults(func=run_layer)
 

@@ -11,7 +11,7 @@ from typing import Any
 from fluid_npu.bench.job import Job
 from fluid_npu.link import LinkError, parse_link, why_unavailable
 from fluid_npu.train import exit_codes
-from fluid_npu.train.config import DISPATCHES, DTYPES, ConfigError, TrainConfig, validate
+from fluid_npu.train.config import A2A_TRANSPORTS, DISPATCHES, DTYPES, ConfigError, TrainConfig, validate
 from fluid_npu.train.presets import CUT_FIELDS, PRESETS, PresetError, flag_of
 
 _DEFAULTS = TrainConfig()
@@ -23,12 +23,6 @@ def add_common_flags(parser: argparse.ArgumentParser, *, nproc: int = 2, ep: int
         parser.add_argument(flag_of(name), type=int, default=value, metavar="N", help=f"{text} ({value})")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or npu (auto)")
     parser.add_argument("--dtype", default="fp32", metavar="NAME", help=f"{', '.join(DTYPES)} (fp32)")
-    parser.add_argument(
-        "--dispatch",
-        default=_DEFAULTS.dispatch,
-        metavar="NAME",
-        help=f"ours sends a token to a rank with several of its experts: {', '.join(DISPATCHES)} (plain)",
-    )
     parser.add_argument("--seed", type=int, default=_DEFAULTS.seed, metavar="N", help="of weights and data")
     parser.add_argument("--timeout", type=float, default=_DEFAULTS.timeout, metavar="SECONDS", help="of a collective")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -39,6 +33,14 @@ def add_common_flags(parser: argparse.ArgumentParser, *, nproc: int = 2, ep: int
         metavar="X",
         help="scale a weight gradient of ours plain by 1+X: shows that the check refuses",
     )
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """How our layers send, for benches that run AllToAlls."""
+    text = f"ours sends a token to a rank with several of its experts: {', '.join(DISPATCHES)} (plain)"
+    parser.add_argument("--dispatch", default=_DEFAULTS.dispatch, metavar="NAME", help=text)
+    text = f"what moves the bytes of our AllToAlls: {', '.join(A2A_TRANSPORTS)} ({_DEFAULTS.a2a_transport})"
+    parser.add_argument("--a2a-transport", default=_DEFAULTS.a2a_transport, metavar="NAME", help=text)
 
 
 def add_file_flags(parser: argparse.ArgumentParser, name: str) -> None:
@@ -63,7 +65,8 @@ def add_model_flags(parser: argparse.ArgumentParser, preset: str) -> None:
 def make_config(args: argparse.Namespace, **values: Any) -> TrainConfig:
     """The configuration of the ranks. Raises ConfigError or PresetError."""
     given = {name: getattr(args, f"cut_{name}", None) for name in CUT_FIELDS}
-    shared = {name: getattr(args, name) for name in ("nproc", "ep", "device", "dtype", "dispatch", "seed", "timeout")}
+    shared = {name: getattr(args, name) for name in ("nproc", "ep", "device", "dtype", "seed", "timeout")}
+    shared |= {name: getattr(args, name) for name in ("dispatch", "a2a_transport") if hasattr(args, name)}
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         shared["nproc"] = int(os.environ["WORLD_SIZE"])
     cut = {**values.pop("cut", {}), **{name: value for name, value in given.items() if value is not None}}

@@ -51,12 +51,13 @@ def measure(config: TrainConfig, options: dict[str, Any], place: Place) -> dict[
         run = bench.run(name, options["rounds"])
         own_rows = rows_of_exchanges(name, run.twin, run.overlapped, run.alone_ms)
         rows += own_rows
-        steps.append({**step_row(name, run.times, run.twin, own_rows), **run.facts})
+        steps.append({**step_row(name, run.times, run.twin, own_rows, config.overlap), **run.facts})
         lanes += run.lanes
     result = envelope("overlap", config, options, place, machine, rows, steps=steps, lanes=lanes)
     judged = all(row["judged"] for row in steps)
     more = {"preset": config.model().name, "cut": dict(config.cut), "carry_over": config.carry_over}
     more |= {"dispatch": config.dispatch, "overlap": config.overlap, "moe_chunks": config.moe_chunks}
+    more["a2a_transport"] = config.a2a_transport
     return {**result, **more, "agreement": bench.agreement, "judged": judged}
 
 

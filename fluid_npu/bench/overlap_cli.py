@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fluid_npu.bench.options import add_common_flags, add_file_flags, add_model_flags, add_rounds_flag, fail, run_bench
+from fluid_npu.bench.options import (
+    add_common_flags,
+    add_engine_flags,
+    add_file_flags,
+    add_model_flags,
+    add_rounds_flag,
+    fail,
+    run_bench,
+)
 from fluid_npu.bench.workload_names import DESCRIPTIONS
 from fluid_npu.train.presets import PresetError, get_preset
 
@@ -37,6 +45,7 @@ def add_overlap_parser(commands: Any) -> None:
     )
     parser.add_argument("--link", metavar="RATE", help="put the ranks behind links of this rate, such as 1gbit (root)")
     add_file_flags(parser, "overlap")
+    add_engine_flags(parser)
     add_common_flags(parser)
     parser.set_defaults(func=run_overlap)
 

@@ -84,8 +84,8 @@ def _row(
     }
 
 
-def step_row(name: str, times: Times, twin: Rounds, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The row of a workload; ``times`` are [N, (plain, twin, overlapped)] of the slowest rank."""
+def step_row(name: str, times: Times, twin: Rounds, rows: Sequence[dict[str, Any]], overlap: str) -> dict[str, Any]:
+    """The row of a workload; ``times`` are [N, (plain, twin, overlapped)] of the slowest rank, ``overlap`` its mode."""
     gain = difference_of_medians(times[:, 1], times[:, 2])
     found = median_coverage([coverage(step) for step in twin])
     parts = sum(row["hidden_ms"] for row in rows)
@@ -106,7 +106,7 @@ def step_row(name: str, times: Times, twin: Rounds, rows: Sequence[dict[str, Any
         "a2a_hidden_ms": parts,
         "agrees": parts_agree(gain.value, parts, gain.spread),
         "judged": judged,
-        "advice": "dw" if gain.value > gain.spread and judged else "off",
+        "advice": overlap if gain.value > gain.spread and judged else "off",
     }
 
 

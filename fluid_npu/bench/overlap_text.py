@@ -63,12 +63,13 @@ def overlap_verdict(result: Row) -> list[str]:
     if result["planted_delay_ms"]:
         sentences.append(f"Every AllToAll was delayed by {result['planted_delay_ms']:g} ms.")
     judged = [row for row in result["steps"] if row["judged"]]
-    pays = [row["workload"] for row in judged if row["advice"] == "dw"]
+    pays = [row for row in judged if row["advice"] != "off"]
     if judged and not pays:
         noisy = "" if len(judged) == len(result["steps"]) else " that could be judged"
         sentences.append(f"Nothing{noisy} pays here: use --overlap off (train --overlap auto decides by itself).")
     elif pays:
-        sentences.append(f"Overlap pays under {', '.join(pays)}: use --overlap dw.")
+        names = ", ".join(row["workload"] for row in pays)
+        sentences.append(f"Overlap pays under {names}: use --overlap {pays[0]['advice']}.")
     return sentences + _uncovered(result)
 
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fluid_npu.bench.options import add_common_flags, add_model_flags, add_rounds_flag, fail, run_task
+from fluid_npu.bench.options import add_common_flags, add_engine_flags, add_model_flags, add_rounds_flag, fail, run_task
 from fluid_npu.train import exit_codes
 
 #: What a model is cut to: its layers are alike, and a profile is for any number of them.
@@ -31,6 +31,7 @@ def add_tune_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--link", metavar="RATE", help="put the ranks behind links of this rate, such as 1gbit (root)")
     parser.add_argument("--out", default="profile.json", metavar="FILE", help="where the profile goes (profile.json)")
+    add_engine_flags(parser)
     add_common_flags(parser)
     parser.set_defaults(func=run_tune)
 

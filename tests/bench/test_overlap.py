@@ -66,7 +66,7 @@ def planted(late: bool) -> dict[str, Any]:
                 dist.all_gather_object(every, lanes.take_steps())
             found.append([list(one) for one in zip(*every, strict=True)])
         rows = rows_of_exchanges("W0", *found, [0.0] * 4)
-        return {"rows": rows, "step": step_row("W0", ms, found[0], rows)}
+        return {"rows": rows, "step": step_row("W0", ms, found[0], rows, "dw")}
 
     step(True)
     for _ in range(ATTEMPTS):
