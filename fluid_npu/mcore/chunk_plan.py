@@ -6,12 +6,14 @@ E experts, L local experts, P expert-parallel ranks; no expert tensor parallelis
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fluid_npu.comm.all_to_all import Route
+from fluid_npu.comm.transports import Table
 from fluid_npu.device import kernels_of
 from fluid_npu.device.kernels.groups import GroupRows
 from fluid_npu.mcore.dispatch_plan import ExpertGroups
@@ -36,6 +38,8 @@ class ChunkPlan:
     """[P] rows received from each."""
     tokens_per_expert: GroupRows
     """Rows of each of its experts."""
+    table: Table | None
+    """[P, P] rows from each rank to each, where every rank was told them."""
 
     def route(self, groups: ExpertGroups, label: str, back: bool = False) -> Route:
         """Of its dispatch, or of its combine."""
@@ -45,6 +49,7 @@ class ChunkPlan:
             input_splits=self.input_splits,
             comm_type="moe_dispatch",
             label=label,
+            table=self.table,
         )
         return there.reversed("moe_combine") if back else there
 
@@ -66,6 +71,7 @@ def make_chunked_plan(
     counts_PL: Tensor,
     on_device: tuple[Tensor, Tensor],
     chunks: int,
+    table: Callable[[slice], Table | None] = lambda experts: None,
 ) -> ChunkedPlan:
     """The plan for these counts.
 
@@ -76,6 +82,7 @@ def make_chunked_plan(
         counts_PL: rows that each rank sends to each local expert, on the host.
         on_device: both counts on the tokens' device.
         chunks: a divisor of L.
+        table: rows from each rank to each for some of its local experts, where every rank was told them; else None.
     """
     ranks, local = counts_PL.shape
     by_chunk_E = experts_by_chunk(len(counts_E), ranks, chunks, layout.token_of_row.device)
@@ -96,6 +103,7 @@ def make_chunked_plan(
                 input_splits=input_splits,
                 output_splits=received.sum(1).tolist(),
                 tokens_per_expert=GroupRows(received.sum(0).tolist(), rows_L[experts], ends),
+                table=table(experts),
             )
         )
         start = rows.stop

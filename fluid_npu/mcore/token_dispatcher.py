@@ -9,6 +9,7 @@ six; both shapes are here on every line.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -44,8 +45,8 @@ class RowCounts(NamedTuple):
     sent_on_device: Tensor
     received_QPL: Tensor
     received_on_device: Tensor
-    table: list[list[int]] | None
-    """Rows from each rank to each, where every rank was told."""
+    table: Callable[[slice], list[list[int]] | None]
+    """Rows from each rank to each, for some local experts of each, where every rank was told; else None."""
 
 
 class FluidTokenDispatcher(MoETokenDispatcher):
@@ -101,14 +102,16 @@ class FluidTokenDispatcher(MoETokenDispatcher):
             counts.received_QPL,
             counts.received_on_device,
             self.groups,
-            counts.table,
+            counts.table(slice(None)),
         )
 
     def plan_chunks(self, routing_map_TE: Tensor, tokens_shape: torch.Size, chunks: int) -> ChunkedPlan:
         """As ``plan``, for plain rows in ``chunks`` groups of local experts, a divisor of their number."""
         layout, counts = self._rows(routing_map_TE)
         on_device = counts.sent_on_device, counts.received_on_device[0]
-        return make_chunked_plan(layout, tokens_shape, counts.sent_E, counts.received_QPL[0], on_device, chunks)
+        return make_chunked_plan(
+            layout, tokens_shape, counts.sent_E, counts.received_QPL[0], on_device, chunks, counts.table
+        )
 
     def _rows(self, routing_map_TE: Tensor) -> tuple[PermuteLayout, RowCounts]:
         """Plain rows, and how many go where. Collective."""
@@ -122,10 +125,10 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         layout = PermuteLayout.from_routing_map(routing_map_TE, topk, routed=routed)
         if pending is None:
             host_E = counts_E.cpu()
-            return layout, RowCounts(host_E, counts_E, host_E.view(1, 1, -1), counts_E.view(1, 1, -1), None)
+            return layout, RowCounts(host_E, counts_E, host_E.view(1, 1, -1), counts_E.view(1, 1, -1), lambda _: None)
         told = finish_counts(pending, self.groups, self.num_local_experts, self._where("dispatch"))
         host_E = counts_E.cpu() if told.own is None else told.own.view(-1)
-        return layout, RowCounts(host_E, counts_E, told.host, told.on_device, told.table())
+        return layout, RowCounts(host_E, counts_E, told.host, told.on_device, told.table)
 
     def _fixed(self, capacity: int, device: torch.device) -> RowCounts:
         ep, local = self.groups.ep_size, self.num_local_experts
@@ -134,7 +137,11 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         sent, sent_there, received, received_there = (
             torch.full(size, capacity, dtype=torch.int64, device=where) for size, where in sizes
         )
-        return RowCounts(sent, sent_there, received, received_there, [[capacity * local] * ep for _ in range(ep)])
+
+        def table(experts: slice) -> list[list[int]]:
+            return [[capacity * len(range(local)[experts])] * ep for _ in range(ep)]
+
+        return RowCounts(sent, sent_there, received, received_there, table)
 
     def _plan_once(self, routing_map_TE: Tensor, tokens_shape: torch.Size) -> DispatchPlan:
         """One row for each (token, rank); what a rank is told is its rows, then the rows of each of its experts."""

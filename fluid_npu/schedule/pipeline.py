@@ -57,7 +57,11 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """What one forward and backward of a layer in chunks needs."""
+    """What one forward and backward of a layer in chunks needs.
+
+    Rows of a chunk's dispatch, and of its combine's gradient, may land in memory of the transport, which has room for
+    two exchanges; what returns to a part of one buffer (``fly(into=...)``) does not.
+    """
 
     chunks: Sequence[Chunk]
     gather: Loading
@@ -170,9 +174,10 @@ def _forward(pipeline: Pipeline, flights: _Flights, keep: bool) -> tuple[Tensor,
     kept: list[Sequence[Tensor]] = []
     rows_NH: Tensor | None = None
     for chunk in pipeline.chunks:
-        received = pipeline.land(flights.forward.pop(0))
+        flight = flights.forward.pop(0)
+        received = pipeline.land(flight)
         with pipeline.sink.computing(f"{chunk.dispatch.label} forward"):
-            x_RH, p_R = chunk.unpack.unload(received)
+            x_RH, p_R = flight.give_back(chunk.unpack.unload(received))
             y_RH, needed = mlp_forward(x_RH, p_R, *pipeline.weights_of(chunk), chunk.mlp)
             back = chunk.collect.load(y_RH)
         if keep:
@@ -180,7 +185,7 @@ def _forward(pipeline: Pipeline, flights: _Flights, keep: bool) -> tuple[Tensor,
         if rows_NH is None:
             rows_NH = y_RH.new_empty(pipeline.num_rows, y_RH.shape[1])
         combines.append(pipeline.fly(back, chunk.combine, into=rows_NH[chunk.rows]))
-        del received, x_RH, p_R, y_RH, needed, back
+        del flight, received, x_RH, p_R, y_RH, needed, back
     for flight in combines:
         pipeline.land(flight)
     assert rows_NH is not None, "a layer has at least one chunk"
@@ -195,14 +200,15 @@ def _backward(pipeline: Pipeline, flights: _Flights, dout: Tensor, kept: list[Se
     pipeline.sink.fill("moe_combine", f"moe_combine AllToAlls of {pipeline.name}")
     weight_grads = _WeightGrads(pipeline.deferred)
     for chunk in pipeline.chunks:
-        received = pipeline.land(combines.pop(0))
+        flight = combines.pop(0)
+        received = pipeline.land(flight)
         with pipeline.sink.computing(f"{chunk.dispatch.label} backward"):
-            (dy,) = chunk.collect.unload_grad(received)
+            (dy,) = flight.give_back(chunk.collect.unload_grad(received))
             assert dy is not None
             dx, dp, _, _ = mlp_backward(dy, kept.pop(0), weight_grads.taken_from(chunk.mlp))
             assert dx is not None and dp is not None
             payload = chunk.unpack.load_grad(dx, dp)
-        del received, dy, dx, dp
+        del flight, received, dy, dx, dp
         if flights.payload_NW is None:
             flights.payload_NW = payload.new_empty(pipeline.num_rows, payload.shape[1])
         into = flights.payload_NW[chunk.rows]

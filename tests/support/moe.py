@@ -32,6 +32,7 @@ class Case:
     etp: int = 1
     dispatch: str = "plain"
     chunks: int | str = "auto"
+    transport: Any = None
     config: dict[str, Any] = field(default_factory=dict)
     seed: int = 5
 
@@ -77,7 +78,9 @@ def fluid_layer(case: Case) -> Any:
     from fluid_npu.mcore.layer_spec import get_fluid_moe_layer_spec
 
     config = make_config(case)
-    spec = get_fluid_moe_layer_spec(config, overlap=case.overlap, dispatch=case.dispatch, chunks=case.chunks)
+    spec = get_fluid_moe_layer_spec(
+        config, overlap=case.overlap, dispatch=case.dispatch, chunks=case.chunks, transport=case.transport
+    )
     layer = here(_built(spec.submodules.mlp, config))
     layer.set_layer_number(1)
     return layer
