@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The benches on CUDA GPUs, each part with a time limit of its own: at most 240 s for all.
+# The benches on CUDA GPUs, each part with a time limit of its own: at most 250 s for all.
 #
 #   bash scripts/gpu_bench.sh OUT_DIR [PART...]        PART: ffn-sweep parallel-sweep overlap layer (default: all)
 #
 # One GPU runs the sweeps and the layer, two or four (a rank and expert parallelism over each) also overlap. PRESET (mixtral-8x7b) and CUT (more flags, such as
 # "--hidden 2048 --moe-ffn 1408 --experts 64 --topk 6") say which model, LAYER_FLAGS and OVERLAP_FLAGS what else those two
-# get; NCCL's variables are the caller's and stand in each result. Needs fluid_npu importable by python3. Leaves OUT_DIR/gpu-bench.txt, and the texts and JSON in
+# get; LAYER_LIMIT (75) how many seconds a layer may take; NCCL's variables are the caller's and stand in each result. Needs fluid_npu importable by python3. Leaves OUT_DIR/gpu-bench.txt, and the texts and JSON in
 # OUT_DIR/gpu-bench.tar.gz. A part that fails or runs out of time does not stop the next; exit code 1 then.
 set -uo pipefail
 out="${1:?usage: gpu_bench.sh OUT_DIR [PART...]}"
@@ -49,7 +49,7 @@ for name in "${parts[@]}"; do
                 part 60 bench overlap "${common[@]}" "${model[@]}" --layers 1 "${overlap_flags[@]}"
             fi
             ;;
-        layer) part 65 bench layer "${common[@]}" "${model[@]}" --part moe "${layer_flags[@]}" ;;
+        layer) part "${LAYER_LIMIT:-75}" bench layer "${common[@]}" "${model[@]}" --part moe "${layer_flags[@]}" ;;
         *) echo "gpu_bench.sh: no part '$name'; give ffn-sweep, parallel-sweep, overlap or layer" >&2; exit 2 ;;
     esac
 done

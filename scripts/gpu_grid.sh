@@ -6,7 +6,7 @@
 # REGIME: nvlink (as it is), nvlink-1-connection and nvlink-32-connections (CUDA_DEVICE_MAX_CONNECTIONS), p2p-off
 # (NCCL_P2P_DISABLE=1: through host memory), p2p-off-1-cta (that and NCCL_MAX_CTAS=1); default: nvlink and the last two.
 # Models: mixtral-8x7b, fine-grained (h2048 f1408 E64 top-6), deepseek-v2-lite, olmoe-1b-7b. Runs gpu_bench.sh for each,
-# whose LAYER_FLAGS and OVERLAP_FLAGS are the caller's. Leaves OUT_DIR/gpu-grid.txt and, as REGIME/MODEL/, texts and JSON
+# whose LAYER_FLAGS, LAYER_LIMIT and OVERLAP_FLAGS are the caller's. Leaves OUT_DIR/gpu-grid.txt and, as REGIME/MODEL/, texts and JSON
 # in OUT_DIR/gpu-grid.tar.gz. What no time was left for is named. Exit code 1 if a part failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
@@ -16,7 +16,7 @@ regimes=("$@")
 [[ ${#regimes[@]} -gt 0 ]] || regimes=(nvlink p2p-off p2p-off-1-cta)
 read -ra models <<<"${MODELS:-mixtral-8x7b fine-grained deepseek-v2-lite olmoe-1b-7b}"
 deadline="${DEADLINE:-560}"
-longest=40 # of one layer and one overlap: none is started with less left
+longest="${LONGEST:-40}" # seconds of one model: none is started with less left
 mkdir -p "$out"
 record="$out/gpu-grid.txt"
 : >"$record"
