@@ -1,0 +1,105 @@
+#!/usr/bin/env python3
+"""Whether this tree's training step is slower than another commit's: ``bench train-step`` of both, in turns.
+
+    python3 scripts/compare_commits.py COMMIT [--pairs 6] [--cases h64 h256] [--rounds 12] [--out FILE]
+
+Each pair runs the bench of COMMIT (unpacked into a scratch folder, same Python) and of this tree, one after the other,
+in alternating order. What is compared is each implementation's median over stock's of the same run, so that the speed
+of the machine at that moment cancels. Prints, for each case and implementation, this tree's time over the other's:
+median over the pairs and 95 % interval (bootstrap). Exit code 1 when an interval lies above 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from fluid_npu.bench.stats import paired_ratio  # noqa: E402
+
+_STOCK = "stock SequentialMLP"
+
+
+def main() -> int:
+    """Runs the pairs and prints the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("commit")
+    parser.add_argument("--pairs", type=int, default=6)
+    parser.add_argument("--cases", nargs="+", default=["h64", "h256"])
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--out", type=Path, help="append the text to this file")
+    a = parser.parse_args()
+    if a.pairs < 2:
+        parser.error(f"--pairs {a.pairs}: an interval needs at least 2")
+    with tempfile.TemporaryDirectory(prefix="compare-") as folder:
+        _unpack(a.commit, Path(folder))
+        runs: dict[str, list[dict[tuple[str, str], float]]] = {"other": [], "this": []}
+        for pair in range(a.pairs):
+            order = [("other", Path(folder)), ("this", ROOT)]
+            for name, tree in order if pair % 2 == 0 else order[::-1]:
+                runs[name].append(_medians(tree, a.cases, a.rounds))
+                print(f"pair {pair + 1} of {a.pairs}: {name} done", file=sys.stderr, flush=True)
+    text, slower = _compared(runs, a)
+    print(text)
+    if a.out:
+        with a.out.open("a", encoding="utf-8") as record:
+            record.write(text + "\n")
+    return 1 if slower else 0
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _unpack(commit: str, folder: Path) -> None:
+    archive = subprocess.Popen(["git", "archive", commit], cwd=ROOT, stdout=subprocess.PIPE)
+    subprocess.run(["tar", "-x", "-C", str(folder)], stdin=archive.stdout, check=True)
+    if archive.wait():
+        raise SystemExit(f"compare_commits.py: no commit {commit!r} in this repository")
+    # Where an installed package finds fluid_npu.patches.
+    (folder / "fluid_npu" / "patches").symlink_to(folder / "patches")
+
+
+def _medians(tree: Path, cases: list[str], rounds: int) -> dict[tuple[str, str], float]:
+    """Milliseconds over stock's, of each case and implementation."""
+    words = ["bench", "train-step", "--device", "cpu", "--rounds", str(rounds), "--json", "--cases", *cases]
+    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+    code = "import sys; sys.argv[0] = 'fluid-npu'; from fluid_npu.cli import main; raise SystemExit(main())"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, *words], cwd=tree, env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"compare_commits.py: bench train-step failed:\n{done.stderr[-3000:]}")
+    rows: list[dict[str, Any]] = json.loads(done.stdout)["rows"]
+    stock = {row["case"]: row["median_ms"] for row in rows if row["impl"] == _STOCK}
+    return {(row["case"], row["impl"]): row["median_ms"] / stock[row["case"]] for row in rows if row["impl"] != _STOCK}
+
+
+def _compared(runs: dict[str, list[dict[tuple[str, str], float]]], a: argparse.Namespace) -> tuple[str, bool]:
+    here, there = (_git("rev-parse", "--short", commit) for commit in ("HEAD", a.commit))
+    lines = [
+        f"scripts/compare_commits.py {a.commit} --pairs {a.pairs} --cases {' '.join(a.cases)} --rounds {a.rounds}: "
+        f"{here} against {there}, fp32, 2 ranks on a CPU",
+        "this tree's milliseconds over the other's, each over stock's of its run; below 1 is faster",
+    ]
+    slower = False
+    for cell in runs["this"][0]:
+        this, other = (np.array([run[cell] for run in runs[name]]) for name in ("this", "other"))
+        ratio = paired_ratio(this, other)
+        slower |= ratio.low > 1
+        lines.append(f"{cell[0]}, {cell[1]}: {ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})")
+    return "\n".join(lines), slower
+
+
+if __name__ == "__main__":
+    sys.exit(main())
