@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fluid_npu.device.kernels.torch_attention import repeatable_attention
+
 #: Largest relative Frobenius error against stock. The fp32 figure is the contract; in low precision stock rounds too,
 #: so it only catches mistakes.
 TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 2e-2}
@@ -44,7 +46,8 @@ def gradients_of(variant: Any, batch: Any) -> Gradients:
 
     Collective; raises Disagreement on all ranks alike for numbers that are not finite: nothing compares with them.
     """
-    loss = variant.forward_backward(batch)
+    with repeatable_attention():
+        loss = variant.forward_backward(batch)
     by_name = {name: value.clone() for name, value in variant.gradients().items()}
     endless = ["the loss"] * (not math.isfinite(loss)) + [n for n, g in by_name.items() if not g.isfinite().all()]
     found = names_over_ranks(endless)

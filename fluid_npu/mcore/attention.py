@@ -1,7 +1,8 @@
 """Megatron's DotProductAttention that uses the device's fused attention, where there is one and it takes the call.
 
-On a CPU and on CUDA it is Megatron's forward, unchanged. What the fused operator does not compute takes Megatron's
-forward too; the reason is printed once. With context parallelism it gets whole sequences (``mcore.context``).
+On a CPU it is Megatron's forward, unchanged, unless ``FLUID_ATTENTION=torch`` asks for torch's. What the fused operator
+does not compute takes Megatron's forward too; the reason is printed once. With context parallelism it gets whole
+sequences (``mcore.context``).
 """
 
 from __future__ import annotations

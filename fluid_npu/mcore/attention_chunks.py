@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fluid_npu.comm.all_to_all import AllToAllHandle
 from fluid_npu.comm.ulysses import start_hp2sp, start_sp2hp
-from fluid_npu.mcore.context import ContextParallelCore, check_mask
+from fluid_npu.mcore.context import ContextParallelCore, check_mask, packed_bounds
 from fluid_npu.mcore.head_chunks import HeadChunks
 from fluid_npu.mcore.linear import InParts
 from fluid_npu.mcore.lines.rotary import apply_rotary
@@ -34,9 +34,13 @@ _OPTIONS = (
 
 def why_whole(attention: Any, hidden_states: Tensor, args: tuple[Any, ...], given: dict[str, Any]) -> str:
     """Why a call of ``attention`` must take Megatron's forward; empty: it can be cut. The same on every rank."""
-    named = [name for name, value in given.items() if value is not None and name != "rotary_pos_emb"]
+    known = ("rotary_pos_emb", "packed_seq_params")
+    named = [name for name, value in given.items() if value is not None and name not in known]
     if args or named:
         return f"the call has {', '.join(named) or 'positional arguments'}"
+    packed = given.get("packed_seq_params")
+    if packed is not None and packed.qkv_format != "thd":
+        return f"packed sequences are in the format {packed.qkv_format}, not thd"
     for option in _OPTIONS:
         if getattr(attention.config, option, False):
             return f"{option} is set"
@@ -46,7 +50,12 @@ def why_whole(attention: Any, hidden_states: Tensor, args: tuple[Any, ...], give
 
 
 def in_chunks(
-    attention: Any, chunks: HeadChunks, hidden_states: Tensor, attention_mask: Tensor | None, rotary: Any
+    attention: Any,
+    chunks: HeadChunks,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    rotary: Any,
+    packed: Any = None,
 ) -> tuple[Tensor, Tensor | None]:
     """What Megatron's SelfAttention.forward returns: ``([T, B, H], bias or None)``.
 
@@ -56,12 +65,14 @@ def in_chunks(
         hidden_states: ``[T, B, H]``; a tensor rank's part of the rows under sequence parallelism.
         attention_mask: of the whole sequence, or None.
         rotary: angles, or those of queries and of keys, or None.
+        packed: Megatron's PackedSeqParams of sequences behind one another (then B is 1), or None.
     """
     size, shared = attention.hidden_size_per_attention_head, _shared(attention)
-    flights = _Flights(attention.core_attention, chunks, attention_mask, attention.attn_mask_type)
+    flights = _Flights(attention.core_attention, chunks, attention_mask, attention.attn_mask_type, packed)
 
     def send(number: int, mixed: Tensor) -> None:
-        flights.send(number, _heads(attention, mixed, chunks, number, rotary))
+        mixed = mixed if packed is None else mixed.squeeze(1)
+        flights.send(number, _heads(attention, mixed, chunks, number, rotary, packed_bounds(packed)))
 
     blocks = [chunk.blocks(shared) for chunk in chunks.chunks]
     attention.linear_qkv(InParts(parts=blocks, size=size, x=hidden_states, consume=send))
@@ -75,19 +86,21 @@ def in_chunks(
 class _Flights:
     """The exchanges of one call, from chunk to chunk."""
 
-    def __init__(self, core: ContextParallelCore, chunks: HeadChunks, mask: Tensor | None, mask_type: Any) -> None:
+    def __init__(
+        self, core: ContextParallelCore, chunks: HeadChunks, mask: Tensor | None, mask_type: Any, packed: Any
+    ) -> None:
         assert core.context is not None
         self._core, self._context, self._chunks = core, core.context, chunks
-        self._mask, self._mask_type = mask, mask_type
+        self._mask, self._mask_type, self._packed = mask, mask_type, packed
         self._there: list[AllToAllHandle] = []
         self._back: list[AllToAllHandle] = []
         self._keys: Sequence[Tensor] = ()
 
     def send(self, number: int, tensors: Sequence[Tensor]) -> None:
-        """Starts the sp2hp of q, and of k and v where the chunk has some: ``[T, B, heads, D]``."""
-        context = self._context
-        self._shards, _ = context.shards(tensors[0].shape[0], None, tensors[0].device)
-        check_mask(self._mask, self._shards.total, None)
+        """Starts the sp2hp of q, and of k and v where the chunk has some: ``[T, B, heads, D]``; packed without B."""
+        context, first = self._context, tensors[0]
+        self._shards, self._bounds = context.shards(first.shape[0], packed_bounds(self._packed), first.device)
+        check_mask(self._mask, self._shards.total, self._packed)
         self._there.append(start_sp2hp(context.peers, tensors, self._shards, **self._how(number)))
 
     def attend(self, number: int) -> None:
@@ -95,14 +108,15 @@ class _Flights:
         got = self._there[number].wait()
         query, *keys = (got,) if isinstance(got, Tensor) else got
         self._keys = keys or self._keys
-        share = (self._chunks.heads, self._chunks.key_heads)
-        out = self._core.attend_whole((query, *self._keys), self._mask, share=share, attn_mask_type=self._mask_type)
+        share, bounds = (self._chunks.heads, self._chunks.key_heads), self._bounds if self._packed is not None else None
+        how = {"bounds": bounds, "share": share, "attn_mask_type": self._mask_type}
+        out = self._core.attend_whole((query, *self._keys), self._mask, **how)
         self._back.append(start_hp2sp(self._context.peers, out.unsqueeze(-2), self._shards, **self._how(number)))
 
     def collect(self, number: int) -> Tensor:
         """``[T, B, heads * D]`` of a chunk, in the order of its queries."""
-        out: Tensor = self._back[number].wait()
-        return out.flatten(-2)
+        out: Tensor = self._back[number].wait().flatten(-2)
+        return out if self._packed is None else out.unsqueeze(1)
 
     def _how(self, number: int) -> dict[str, Any]:
         label = f"chunk {number + 1} of {len(self._chunks.chunks)}, {self._context.label}"
@@ -114,8 +128,10 @@ def _shared(attention: Any) -> int:
     return int(attention.num_attention_heads_per_partition // attention.num_query_groups_per_partition)
 
 
-def _heads(attention: Any, mixed: Tensor, chunks: HeadChunks, number: int, rotary: Any) -> list[Tensor]:
-    """q, and k and v if the chunk has some, of its columns ``[T, B, blocks * D]``: normed and turned."""
+def _heads(
+    attention: Any, mixed: Tensor, chunks: HeadChunks, number: int, rotary: Any, bounds: Tensor | None
+) -> list[Tensor]:
+    """q, and k and v if the chunk has some, of its columns ``[T, B, blocks * D]``, packed without B: normed, turned."""
     chunk = chunks.chunks[number]
     heads = mixed.unflatten(-1, (-1, attention.hidden_size_per_attention_head))
     counts = [len(chunk.queries), *([len(chunk.keys)] * 2 if chunk.keys else [])]
@@ -125,6 +141,6 @@ def _heads(attention: Any, mixed: Tensor, chunks: HeadChunks, number: int, rotar
         norm = (attention.q_layernorm, attention.k_layernorm, None)[which]
         part = part if norm is None else norm(part)
         if which < 2 and turns[which] is not None:
-            part = apply_rotary(attention, part, turns[which])
+            part = apply_rotary(attention, part, turns[which], bounds)
         made.append(part)
     return made

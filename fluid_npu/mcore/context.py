@@ -134,7 +134,7 @@ class ContextParallelCore:
         if context.algorithm == "ring":
             _check_ring(attention_mask, packed)
             return ring_attention(query, key, value, self._ring(context))
-        shards, bounds = context.shards(query.shape[0], _bounds(packed), query.device)
+        shards, bounds = context.shards(query.shape[0], packed_bounds(packed), query.device)
         check_mask(attention_mask, shards.total, packed)
         how: dict[str, Any] = {"label": context.label, "sink": context.sink}
         whole = start_sp2hp(context.peers, [query, key, value], shards, **how).wait()
@@ -271,7 +271,7 @@ def _check_ring(mask: Tensor | None, packed: Any) -> None:
             )
 
 
-def _bounds(packed: Any) -> Tensor | None:
+def packed_bounds(packed: Any) -> Tensor | None:
     """Where packed sequences begin and end, padding included."""
     if packed is None:
         return None

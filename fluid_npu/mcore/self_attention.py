@@ -112,8 +112,8 @@ class FluidSelfAttention(_Connected, SelfAttention):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """``([T, B, H], bias or None)``. Arguments as SelfAttention's; those of inference, and packed sequences, are
-        not computed in chunks, which is said once."""
+        """``([T, B, H], bias or None)``. Arguments as SelfAttention's; those of inference are not computed in chunks,
+        which is said once."""
         if self.head_chunks is None:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         why = why_whole(self, hidden_states, args, kwargs)
@@ -122,7 +122,8 @@ class FluidSelfAttention(_Connected, SelfAttention):
         if why:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         rotary = None if _without_rotary(self) else kwargs.get("rotary_pos_emb")
-        return in_chunks(self, self.head_chunks, hidden_states, attention_mask, rotary)
+        packed = kwargs.get("packed_seq_params")
+        return in_chunks(self, self.head_chunks, hidden_states, attention_mask, rotary, packed)
 
 
 class FluidMLASelfAttention(_Connected, MLASelfAttention):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fluid_npu.device import Choice, kernels_of
-from fluid_npu.device.kernels.fused import AttentionCall
+from fluid_npu.device.kernels.fused import AttentionCall, AttentionKernels, DifferentiableAttention
 
 
 def fuses_attention(q_SBND: Tensor, k_TBMD: Tensor, v_TBMV: Tensor, call: AttentionCall) -> Choice[bool]:
@@ -30,6 +30,9 @@ def fused_attention(q_SBND: Tensor, k_TBMD: Tensor, v_TBMV: Tensor, call: Attent
     chosen = fuses_attention(q_SBND, k_TBMD, v_TBMV, call)
     if not chosen.value:
         raise ValueError(f"fused_attention: {chosen.reason}; use Megatron's DotProductAttention")
+    attention = kernels_of(q_SBND).attention
+    if isinstance(attention, DifferentiableAttention):
+        return attention.compute(q_SBND, k_TBMD, v_TBMV, call)
     return _FusedAttention.apply(q_SBND, k_TBMD, v_TBMV, call)
 
 
@@ -37,7 +40,7 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         attention = kernels_of(q).attention
-        assert attention is not None
+        assert isinstance(attention, AttentionKernels)
         out, kept = attention.forward(q, k, v, call)
         ctx.save_for_backward(q, k, v, out, *kept)
         ctx.call = call
@@ -48,5 +51,5 @@ class _FusedAttention(torch.autograd.Function):
     def backward(ctx: Any, dy_SBO: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, *kept = ctx.saved_tensors
         attention = kernels_of(q).attention
-        assert attention is not None
+        assert isinstance(attention, AttentionKernels)
         return *attention.backward(dy_SBO, q, k, v, out, tuple(kept), ctx.call), None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,10 +70,10 @@ class Stack(torch.nn.Module):
         layers = [build_module(spec, config=config, layer_number=number + 1) for number in range(case.layers)]
         self.layers = torch.nn.ModuleList(layers)
 
-    def forward(self, x_TBH: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
-        """Each layer after the other."""
+    def forward(self, x_TBH: torch.Tensor, rotary: torch.Tensor, packed: Any = None) -> torch.Tensor:
+        """Each layer after the other; ``packed`` are Megatron's PackedSeqParams."""
         for layer in self.layers:
-            x_TBH = layer(x_TBH, attention_mask=None, rotary_pos_emb=rotary)[0]
+            x_TBH = layer(x_TBH, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packed)[0]
         return x_TBH
 
 
@@ -193,17 +194,25 @@ def run_stack(case: Case, attention: Any = None) -> dict[str, Any]:
 
 def reference(case: Case, replicas: int) -> dict[str, Any]:
     """Outputs and input gradients by replica and micro-batch, and weight gradients of all together, in float64."""
+    numbers = [(replica, micro) for replica in range(replicas) for micro in range(case.micro_batches)]
+    found = reference_of(case, [sample(case, *number) for number in numbers])
+    by_number = {kind: dict(zip(numbers, found[kind], strict=True)) for kind in ("out", "dx")}
+    return {**by_number, "weights": found["weights"]}
+
+
+def reference_of(case: Case, samples: Sequence[tuple[torch.Tensor, ...]]) -> dict[str, Any]:
+    """The same of some (input, weights of the loss) pairs, lists in their order."""
     weights = {name: weight(name, shape, case.seed).double().requires_grad_() for name, shape in _shapes(case).items()}
-    found: dict[str, Any] = {"out": {}, "dx": {}}
-    for replica in range(replicas):
-        for micro in range(case.micro_batches):
-            x, g = (value.double() for value in sample(case, replica, micro))
-            x.requires_grad_()
-            out = x
-            for layer in range(case.layers):
-                out = _layer(out, weights, f"layers.{layer}.", case)
-            (out * g).sum().backward()
-            found["out"][replica, micro], found["dx"][replica, micro] = out.detach(), x.grad
+    found: dict[str, Any] = {"out": [], "dx": []}
+    for pair in samples:
+        x, g = (value.double() for value in pair)
+        x.requires_grad_()
+        out = x
+        for layer in range(case.layers):
+            out = _layer(out, weights, f"layers.{layer}.", case)
+        (out * g).sum().backward()
+        found["out"].append(out.detach())
+        found["dx"].append(x.grad)
     found["weights"] = {name: value.grad for name, value in weights.items()}
     return found
 
@@ -241,9 +250,9 @@ def _attention(x: torch.Tensor, w: dict[str, torch.Tensor], at: str, case: Case)
     """Head by head; query heads of a group follow one another."""
     shared = case.heads // case.key_heads
     groups = (x @ w[f"{at}linear_qkv.weight"].t()).unflatten(-1, (case.key_heads, shared + 2, SIZE))
-    rows = torch.arange(case.rows)
+    rows = torch.arange(x.shape[0])
     distance = rows[:, None] - rows[None]
-    left, right = case.window or (case.rows, 0)
+    left, right = case.window or (len(rows), 0)
     hidden = (distance > left) | (distance < -right)
     heads = []
     for head in range(case.heads):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fluid_npu.device.choice import Choice
-from fluid_npu.device.kernels.fused import AttentionKernels, RotaryKernels
+from fluid_npu.device.kernels.fused import AttentionKernels, DifferentiableAttention, RotaryKernels
 from fluid_npu.device.kernels.routed import ChunkOrder, RoutedRows, RowIndices, Slots
 
 
@@ -68,7 +68,7 @@ class Kernels(ABC):
 
     one_wait_for_counts: bool = False
     """Every rank is told the counts of all: one wait of the host for all of them costs less than two for its own."""
-    attention: AttentionKernels | None = None
+    attention: AttentionKernels | DifferentiableAttention | None = None
     """The device's fused attention; None: Megatron's own, in plain torch, is all there is."""
     rotary: RotaryKernels | None = None
     """The device's fused rotary embedding; None as above."""

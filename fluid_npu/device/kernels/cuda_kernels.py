@@ -13,6 +13,7 @@ from fluid_npu.device.kernels.gemm_chooser import GemmChooser
 from fluid_npu.device.kernels.gemm_forms import GemmCall, add_product_, fuses_wide_mm
 from fluid_npu.device.kernels.routed import ChunkOrder, RoutedRows, Slots
 from fluid_npu.device.kernels.row_kernels import RowKernels, gather, gathered_sum, summed_payload
+from fluid_npu.device.kernels.torch_attention import MEGATRON, TORCH, torch_attention
 from fluid_npu.device.kernels.torch_kernels import TorchKernels
 from fluid_npu.device.kernels.triton_support import load
 
@@ -27,6 +28,7 @@ class CudaKernels(TorchKernels):
     def __init__(self, chooser: GemmChooser | None = None, rows: RowKernels | None = None) -> None:
         self.chooser = chooser if chooser is not None else GemmChooser()
         self._rows = rows if rows is not None else RowKernels(TorchKernels())
+        self.attention = torch_attention(("auto", MEGATRON, "cudnn", "flash", "efficient", TORCH))
 
     def grouped_mm(self, x_RK: Tensor, w_LKN: Tensor, counts_L: Sequence[int], trans_w: bool = False) -> Tensor:
         call = GemmCall(op="mm_t" if trans_w else "mm", a=x_RK, b=w_LKN, counts=counts_L)

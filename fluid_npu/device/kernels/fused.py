@@ -1,4 +1,4 @@
-"""Fused operators that only some devices have: attention and rotary embedding, without autograd.
+"""Fused operators that only some devices have: attention and rotary embedding, without autograd unless they say so.
 
 A device that has one says for each call whether it takes it, and why not; a caller then computes in plain torch.
 Shapes: S queries, T keys, B batch, N query heads, M key heads, D head size of queries and keys, V of values.
@@ -53,6 +53,18 @@ class AttentionKernels(ABC):
         call: AttentionCall,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v, in their shapes and dtypes; O is N * V."""
+
+
+class DifferentiableAttention(ABC):
+    """The same by operators that have gradients of their own."""
+
+    @abstractmethod
+    def accepts(self, q_SBND: Tensor, k_TBMD: Tensor, v_TBMV: Tensor, call: AttentionCall) -> Choice[bool]:
+        """As ``AttentionKernels.accepts``."""
+
+    @abstractmethod
+    def compute(self, q_SBND: Tensor, k_TBMD: Tensor, v_TBMV: Tensor, call: AttentionCall) -> Tensor:
+        """[S, B, N * V] in the dtype of q, differentiable."""
 
 
 class RotaryKernels(ABC):

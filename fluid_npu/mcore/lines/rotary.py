@@ -14,10 +14,17 @@ from torch import Tensor
 from fluid_npu.mcore.lines.arguments import taken
 
 
-def apply_rotary(attention: Any, x_TBND: Tensor, angles: Tensor) -> Tensor:
-    """``x_TBND`` turned as ``attention`` turns it: by this context-parallel rank's positions."""
+def apply_rotary(attention: Any, x_TBND: Tensor, angles: Tensor, bounds: Tensor | None = None) -> Tensor:
+    """``x_TBND`` turned as ``attention`` turns it: by this context-parallel rank's positions.
+
+    With the ``bounds`` of packed sequences x is ``[T, heads, D]``, and positions begin anew in each.
+    """
     groups = getattr(attention, "pg_collection", None)
-    known = {"mscale": _concentration(attention), "cp_group": getattr(groups, "cp", None)}
+    known: dict[str, Any] = {
+        "cu_seqlens": bounds,
+        "mscale": _concentration(attention),
+        "cp_group": getattr(groups, "cp", None),
+    }
     optional = taken(
         upstream.apply_rotary_pos_emb, **{name: value for name, value in known.items() if value is not None}
     )
