@@ -38,6 +38,7 @@ _PRELOAD = [
     "megatron.core.distributed",
     "megatron.core.optimizer",
     *device.PRELOAD,
+    "tests.support.parsed",
 ]
 
 
