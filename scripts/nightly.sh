@@ -106,8 +106,8 @@ PY
 # The nightly tests of a folder; their figures (lines that begin with a number) go into the record.
 nightly_tests() {
     local code=0
-    "$python" -m pytest -q -W ignore -m nightly -rP "tests/$1" >"$work/all" 2>&1 || code=$?
-    grep -E '^[0-9]+ (ranks|tests|operators)' "$work/all"
+    "$python" -m pytest -q -W ignore -m nightly -rPfE "tests/$1" >"$work/all" 2>&1 || code=$?
+    grep -E "^([0-9]+ (ranks|tests|operators)|FAILED|ERROR)" "$work/all" | cut -c1-300
     tail -n 3 "$work/all"
     return "$code"
 }
