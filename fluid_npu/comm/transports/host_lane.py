@@ -9,7 +9,6 @@ import queue
 import threading
 from collections.abc import Callable
 
-
 _thread = threading.local()
 
 
