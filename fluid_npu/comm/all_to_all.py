@@ -22,6 +22,7 @@ from fluid_npu.comm.cargo import AS_IS, Loading, Unloading
 from fluid_npu.comm.guard import collective
 from fluid_npu.comm.sink import DirectSink, OverlapSink, Passengers
 from fluid_npu.comm.transports import Landing, PendingWork, Table, Transport
+from fluid_npu.comm.transports.base import begin
 from fluid_npu.device import device_of
 
 
@@ -95,6 +96,7 @@ class Flight:
         self._launched.record()
         with collective(name, self._ranks):
             self.output, self._work, self._landing = _start(self._source, route, sink.transport, into)
+        sink.comm.count_legs(getattr(self._work, "leg_bytes", None))
         if sink.serialised or torch.is_anomaly_enabled():
             # Anomaly mode reads what a node returns, which must not still be in flight.
             self.land(at_once=True)
@@ -132,7 +134,8 @@ def _start(
         if landing is not None:
             return landing.rows, landing, landing
     output = _receive_buffer(source, route) if into is None else into
-    return output, transport.start(output, source, route.output_splits, route.input_splits, group), None
+    splits = route.output_splits, route.input_splits
+    return output, begin(transport, output, source, splits, group, route.table), None
 
 
 def _apart(tensor: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:

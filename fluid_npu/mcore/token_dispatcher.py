@@ -21,6 +21,7 @@ from torch import Tensor
 from fluid_npu.comm.all_to_all import AllToAllHandle, Peers, Route, start_exchange
 from fluid_npu.comm.cargo import AS_IS
 from fluid_npu.comm.sink import OverlapSink, Passengers
+from fluid_npu.comm.transports.base import wants_table
 from fluid_npu.device import kernels_of
 from fluid_npu.mcore.chunk_plan import ChunkedPlan, make_chunked_plan
 from fluid_npu.mcore.dispatch_choice import choose_dispatch
@@ -160,8 +161,8 @@ class FluidTokenDispatcher(MoETokenDispatcher):
 
     @property
     def _everyone_counts(self) -> bool:
-        """Whether the transport writes into other ranks' memory, and so must know what they get from each other."""
-        return self.sink is not None and hasattr(self.sink.transport, "land")
+        """Whether the transport must know what other ranks get from each other."""
+        return self.sink is not None and wants_table(self.sink.transport)
 
     def send(
         self, x_TH: Tensor, probs_TE: Tensor, plan: DispatchPlan, passengers: Passengers | None = None

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fluid_npu.comm.transports.host_lane import on_host_lane
 from fluid_npu.order.log import Log
 from fluid_npu.order.memory import Memory, stream_of, tensors_in
 from fluid_npu.order.patching import Patches
@@ -58,7 +59,7 @@ class ProcessGroupHooks:
 
     def _issuing(self, old: Any, name: str) -> Any:
         def issue(group: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.paused:
+            if self.paused or on_host_lane():
                 return old(group, *args, **kwargs)
             began = time.perf_counter()
             reads, writes = _buffers(name, group, args)
@@ -76,13 +77,31 @@ class ProcessGroupHooks:
         """Notes a collective that torch.distributed does not issue."""
         return self._note(group, name, (), reads, writes, time.perf_counter())[0]
 
+    def message(self, call: dist.P2POp, after: str) -> int:
+        """Notes a message of the host that a thread will start after what was noted on the stream ``after``."""
+        sends = call.op is dist.isend
+        reads, writes = ([call.tensor], []) if sends else ([], [call.tensor])
+        began, lanes = time.perf_counter(), {"after": after}
+        return self._note(call.group, "send" if sends else "recv", (), reads, writes, began, lanes)[0]
+
+    def numbers_of(self, work: Any) -> list[int]:
+        """What a Work was noted as."""
+        return self._works[id(work)][0] if id(work) in self._works else []
+
     def _note(
-        self, group: Any, name: str, args: Any, reads: list[Any], writes: list[Any], began: float
+        self,
+        group: Any,
+        name: str,
+        args: Any,
+        reads: list[Any],
+        writes: list[Any],
+        began: float,
+        lanes: dict[str, Any] | None = None,
     ) -> tuple[int, torch.device]:
         key = self._know(group)
         device = next((x.device for x in (*writes, *reads)), torch.device("cpu"))
         current = stream_of(device)
-        lanes: dict[str, Any] = {}
+        lanes = lanes or {}
         if current != HOST:
             lanes = {"stream": f"{current.partition('/')[0]}/group {key}", "after": current}
         number = self._log.add(
@@ -145,7 +164,7 @@ class ProcessGroupHooks:
 
     def _landed(self, work: Any, began: float, on_host: bool = False) -> None:
         known = self._works.get(id(work))
-        if known is None or self.paused:
+        if known is None or self.paused or on_host_lane():
             return
         numbers, device, _ = known
         for number in numbers:

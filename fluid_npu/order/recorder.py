@@ -29,6 +29,7 @@ from fluid_npu.order.peer_copies import PeerCopyHooks
 from fluid_npu.order.process_groups import ProcessGroupHooks
 from fluid_npu.order.records import Entry
 from fluid_npu.order.streams import StreamHooks, note_host_reads
+from fluid_npu.order.two_level import TwoLevelHooks
 
 
 def _no_label() -> str:
@@ -58,6 +59,7 @@ class OrderRecorder:
             if module is not None:
                 streams.install(self._patches, getattr(module, "npu", module))
         PeerCopyHooks(self._log, self._memory).install(self._patches)
+        TwoLevelHooks(self._log, self._groups).install(self._patches)
         note_host_reads(self._patches, self._log, self._memory)
         self._mode.__enter__()
         return self

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from fluid_npu.comm.guard import watch
+from fluid_npu.comm.transports.base import Table, begin
 from fluid_npu.device import Device
 from fluid_npu.device.base import TimingEvent
 from fluid_npu.schedule.definitions import Exchange
@@ -249,6 +250,7 @@ class _ClockedTransport:
 
     def __init__(self, inner: Any, lanes: Lanes) -> None:
         self.name, self._inner, self._lanes = inner.name, inner, lanes
+        self.needs_table = getattr(inner, "needs_table", False)
 
     def start(
         self,
@@ -257,6 +259,7 @@ class _ClockedTransport:
         output_splits: Sequence[int] | None,
         input_splits: Sequence[int] | None,
         group: Any,
+        table: Table | None = None,
     ) -> _ClockedWork:
         cargo = Cargo(
             output_shape=output.shape,
@@ -268,12 +271,13 @@ class _ClockedTransport:
             group=group,
         )
         flight = self._lanes._launch(cargo)
-        return _ClockedWork(self._inner.start(output, source, output_splits, input_splits, group), flight)
+        return _ClockedWork(begin(self._inner, output, source, (output_splits, input_splits), group, table), flight)
 
 
 class _ClockedWork:
     def __init__(self, work: Any, flight: _Open) -> None:
         self._work, self._flight = work, flight
+        self.leg_bytes: tuple[int, int] | None = getattr(work, "leg_bytes", None)
 
     def wait(self) -> Any:
         self._flight.reached.record()

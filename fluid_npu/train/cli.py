@@ -112,6 +112,8 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--attention-chunks", type=int, default=_DEFAULTS.attention_chunks, metavar="N", help=text)
     text = f"what moves the bytes of AllToAlls: {', '.join(A2A_TRANSPORTS)} ({_DEFAULTS.a2a_transport})"
     group.add_argument("--a2a-transport", default=_DEFAULTS.a2a_transport, metavar="NAME", help=text)
+    text = "ranks inside which links are fast, for --a2a-transport two-level; 0: those of the launcher (0)"
+    group.add_argument("--a2a-node-size", type=int, default=0, metavar="N", help=text)
     impl = _DEFAULTS.impl
     group.add_argument("--impl", default=impl, metavar="NAME", help=f"MoE layers: {' or '.join(IMPLS)} ({impl})")
 

@@ -19,7 +19,7 @@ DTYPES = ("fp32", "bf16", "fp16")
 OVERLAPS = ("off", "dw", "full", "auto")
 IMPLS = ("fluid", "stock")
 DISPATCHES = ("plain", "once-per-rank", "auto")
-A2A_TRANSPORTS = ("auto", "collective", "peer-copy", "few-ctas", "aicpu", "pairwise")
+A2A_TRANSPORTS = ("auto", "collective", "peer-copy", "few-ctas", "aicpu", "pairwise", "two-level")
 
 #: Fields that may differ between a checkpoint and the run that resumes it; all others must be equal.
 RESUME_MAY_DIFFER = frozenset(
@@ -33,6 +33,7 @@ RESUME_MAY_DIFFER = frozenset(
         "moe_chunks",
         "attention_chunks",
         "a2a_transport",
+        "a2a_node_size",
     )
 )
 
@@ -48,7 +49,8 @@ class TrainConfig:
     ``dtype`` None is the device's own; ``data`` None the default corpus; ``lr_decay_steps`` None is ``steps``.
     ``plant_delay_ms`` delays every AllToAll, for tests and demonstrations. ``carry_over`` lets dW of FC2 and of the
     router wait for the combine of the layer below. ``dispatch`` 'once-per-rank' sends a token once to each rank that
-    holds some of its experts. ``a2a_transport`` moves the bytes of AllToAlls. ``vpp`` is the number of model chunks
+    holds some of its experts. ``a2a_transport`` moves the bytes of AllToAlls; 'two-level' between nodes of
+    ``a2a_node_size`` ranks, where 0 asks the launcher. ``vpp`` is the number of model chunks
     per pipeline stage. ``moe_chunks`` is in how many groups of its experts ``overlap`` 'full' pipelines an MoE layer: a
     number, or 'auto'. ``attention_chunks`` are the parts in which a context-parallel rank computes its heads.
     """
@@ -88,6 +90,7 @@ class TrainConfig:
     moe_chunks: int | str = "auto"
     attention_chunks: int = 1
     a2a_transport: str = "collective"
+    a2a_node_size: int = 0
     impl: str = "fluid"
 
     def model(self) -> Preset:
@@ -182,6 +185,7 @@ def _check_choices(c: TrainConfig) -> None:
     if c.carry_over and c.overlap == "off":
         raise ConfigError("--carry-over: with --overlap off no AllToAll is in flight; use --overlap dw or auto")
     _check_moe_chunks(c)
+    _check_node_size(c)
     if c.impl == "stock":
         _check_stock(c)
     if c.profile is not None:
@@ -209,6 +213,16 @@ def _check_moe_chunks(c: TrainConfig) -> None:
         raise ConfigError(
             f"--moe-chunks {n}: a rank has {local} experts (experts / ep); allowed are {allowed} and auto"
         )
+
+
+def _check_node_size(c: TrainConfig) -> None:
+    n = c.a2a_node_size
+    if n == 0:
+        return
+    if n < 0 or c.nproc % n:
+        raise ConfigError(f"--a2a-node-size {n}: must divide --nproc {c.nproc}; leave it out to ask the launcher")
+    if c.a2a_transport not in ("auto", "two-level"):
+        raise ConfigError(f"--a2a-node-size {n}: --a2a-transport {c.a2a_transport} has no nodes; use two-level or auto")
 
 
 def _check_stock(c: TrainConfig) -> None:

@@ -134,6 +134,7 @@ def _transport(config: TrainConfig) -> Any:
         Calibration(Path(config.out) / "transports.json" if config.out else None),
         bytes_to_peers=tokens * topk * hidden * itemsize * (config.ep - 1) // config.ep,
         timeout_s=config.timeout,
+        node_size=config.a2a_node_size,
     ).value
     return DelayedTransport(chosen, config.plant_delay_ms) if config.plant_delay_ms else chosen
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from fluid_npu.comm.transports.base import begin
 
 #: [source][target] rows.
 Table = list[list[int]]
@@ -77,8 +78,8 @@ class Exchange:
             return
         self.output = torch.full_like(self.expected, 99, device=device)
         incoming, outgoing = [row[index] for row in table], table[index]
-        splits: Sequence[Any] = (incoming, outgoing) if lists else (None, None)
-        self.work = transport.start(self.output, self.source, *splits, group)
+        splits: tuple[Any, Any] = (incoming, outgoing) if lists else (None, None)
+        self.work = begin(transport, self.output, self.source, splits, group, table if lists else None)
 
     def ok(self) -> bool:
         """Whether every byte is right; gives the transport its memory back."""

@@ -79,6 +79,8 @@ REFUSED = [
         r"--attention-chunks 3: must divide the 4 heads of a rank .*; use --attention-chunks 2",
     ),
     (["--a2a-transport", "pigeon"], r"--a2a-transport 'pigeon': allowed are auto, collective, peer-copy"),
+    (["--a2a-node-size", "3"], r"--a2a-node-size 3: must divide --nproc 2; leave it out"),
+    (["--a2a-node-size", "1"], r"--a2a-node-size 1: --a2a-transport collective has no nodes; use two-level or auto"),
     (["--a2a-transport", "pairwise", "--impl", "stock"], r"--a2a-transport pairwise: stock Megatron .* has none"),
     (
         ["--attention-chunks", "2", "--cp", "2", "--nproc", "4", "--preset", "deepseek-v3"],

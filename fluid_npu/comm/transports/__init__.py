@@ -6,6 +6,7 @@ from fluid_npu.comm.transports.delayed import DelayedTransport
 from fluid_npu.comm.transports.few_ctas import carve_out, few_ctas_transport
 from fluid_npu.comm.transports.pairwise import PairwiseTransport
 from fluid_npu.comm.transports.peer_copy import PeerCopyTransport
+from fluid_npu.comm.transports.two_level import TwoLevelTransport
 
 __all__ = [
     "CollectiveTransport",
@@ -16,6 +17,7 @@ __all__ = [
     "PendingWork",
     "Table",
     "Transport",
+    "TwoLevelTransport",
     "carve_out",
     "few_ctas_transport",
 ]

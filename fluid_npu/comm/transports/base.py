@@ -30,7 +30,10 @@ class Landing(PendingWork, Protocol):
 
 
 class Transport(Protocol):
-    """Moves rows between the ranks of a group. Split sizes are on the host: rows per peer, in rank order."""
+    """Moves rows between the ranks of a group. Split sizes are on the host: rows per peer, in rank order.
+
+    One with ``needs_table = True`` takes the exchange's table too, as the keyword ``table``, None where it is unknown.
+    """
 
     name: str
 
@@ -43,3 +46,21 @@ class Transport(Protocol):
         group: Any,
     ) -> PendingWork:
         """Starts the exchange. ``source`` and ``output`` must stay alive and untouched until ``wait()``."""
+
+
+def wants_table(transport: Transport) -> bool:
+    """Whether every rank should be told what each sends to each."""
+    return hasattr(transport, "land") or getattr(transport, "needs_table", False)
+
+
+def begin(
+    transport: Transport,
+    output: torch.Tensor,
+    source: torch.Tensor,
+    splits: tuple[Sequence[int] | None, Sequence[int] | None],
+    group: Any,
+    table: Table | None,
+) -> PendingWork:
+    """``start``, with the table where the transport takes it; ``splits`` are (output's, input's)."""
+    more: dict[str, Any] = {"table": table} if getattr(transport, "needs_table", False) else {}
+    return transport.start(output, source, *splits, group, **more)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from fluid_npu.comm.transports.agreement import gathered
-from fluid_npu.comm.transports.base import Transport
+from fluid_npu.comm.transports.base import Transport, begin
 from fluid_npu.device.base import Device
 
 _ROUNDS = 7
@@ -142,7 +142,7 @@ def _exchange(transport: Transport, size: int, group: Any, where: torch.device) 
     output, splits = torch.empty_like(source), [rows] * world
 
     def run(beside: Callable[[], None] | None) -> None:
-        work = transport.start(output, source, splits, splits, group)
+        work = begin(transport, output, source, (splits, splits), group, [splits] * world)
         if beside is not None:
             beside()
         work.wait()

@@ -20,14 +20,16 @@ from fluid_npu.comm.transports.calibration import Calibration, Cost, Table, meas
 from fluid_npu.comm.transports.collective import CollectiveTransport
 from fluid_npu.comm.transports.few_ctas import few_ctas_missing, few_ctas_transport
 from fluid_npu.comm.transports.hccl_aicpu import DEFAULT_MIB, hccl_aicpu_missing, hccl_aicpu_transport
+from fluid_npu.comm.transports.nodes import FLAG, agreed_node_size, nodes_of
 from fluid_npu.comm.transports.pairwise import PairwiseTransport
 from fluid_npu.comm.transports.peer_open import peer_copy_transport
 from fluid_npu.comm.transports.self_check import self_check
+from fluid_npu.comm.transports.two_level import TwoLevelTransport
 from fluid_npu.device.base import Device
 from fluid_npu.device.choice import Choice
 
 #: What ``--a2a-transport`` may be.
-TRANSPORTS = ("auto", "collective", "peer-copy", "few-ctas", "aicpu", "pairwise")
+TRANSPORTS = ("auto", "collective", "peer-copy", "few-ctas", "aicpu", "pairwise", "two-level")
 #: A candidate must be faster than the collective by this factor: less is noise of a short calibration.
 _CLEARLY = 0.9
 
@@ -38,39 +40,56 @@ class TransportUnavailable(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class _Needs:
-    """Of the job: seconds to wait for a peer, and bytes of a usual exchange."""
+    """Of the job: seconds to wait for a peer, bytes of a usual exchange, and ranks of a node."""
 
     timeout_s: float
     sent: int
     received: int
+    nodes: Choice[int]
+    """Ranks of a node; 0 with the reason where that is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Kind:
-    make: Callable[[str, float, int], Transport]
-    """From the device's name, seconds to wait for a peer, bytes that a rank receives in a usual exchange."""
-    missing: Callable[[str], str]
+    make: Callable[[str, _Needs], Transport]
+    """For a device of that name."""
+    missing: Callable[[str, Sequence[Any], _Needs], str]
+    """What this rank's device or its groups lack; empty when nothing."""
 
 
-def _peer_copy(device: str, timeout_s: float, received: int) -> Transport:
+def _peer_copy(device: str, needs: _Needs) -> Transport:
     """Landing areas with room for a quarter more than usual."""
-    area = {"landing_bytes": received + received // 4} if received else {}
-    return peer_copy_transport(device, timeout_s=timeout_s, **area)
+    area = {"landing_bytes": needs.received + needs.received // 4} if needs.received else {}
+    return peer_copy_transport(device, timeout_s=needs.timeout_s, **area)
 
 
-def _aicpu(device: str, timeout_s: float, received: int) -> Transport:
+def _aicpu(device: str, needs: _Needs) -> Transport:
     """Buffers with room for a quarter more than usual."""
-    return hccl_aicpu_transport(-(-(received + received // 4) // 2**20) or DEFAULT_MIB)
+    return hccl_aicpu_transport(-(-(needs.received + needs.received // 4) // 2**20) or DEFAULT_MIB)
+
+
+def _one_level(device: str, groups: Sequence[Any], needs: _Needs) -> str:
+    """Why none of the groups has two levels; a rank without groups has nothing against it."""
+    size = needs.nodes.value
+    if not size:
+        return needs.nodes.reason
+    found = [nodes_of(dist.get_process_group_ranks(group), size) for group in groups]
+    if not found or any(nodes is None or nodes.two_levels for nodes, _ in found):
+        return ""  # what is wrong with a group's nodes is said where it is prepared
+    many = max((nodes for nodes, _ in found if nodes is not None), key=lambda nodes: nodes.count)
+    only = "one node" if many.count == 1 else f"{many.count} nodes with one rank each"
+    return f"no group has ranks inside and across nodes: with {size} ranks a node there is {only} ({FLAG})"
 
 
 _KINDS = {
     "peer-copy": _Kind(
         make=_peer_copy,
-        missing=lambda device: "no copies into another NPU's memory from Python" if device == "npu" else "",
+        missing=lambda device, *_: "no copies into another NPU's memory from Python" if device == "npu" else "",
     ),
-    "few-ctas": _Kind(make=lambda device, timeout_s, received: few_ctas_transport(), missing=few_ctas_missing),
-    "aicpu": _Kind(make=_aicpu, missing=hccl_aicpu_missing),
-    "pairwise": _Kind(make=lambda device, timeout_s, received: PairwiseTransport(), missing=lambda device: ""),
+    "few-ctas": _Kind(make=lambda *_: few_ctas_transport(), missing=lambda device, *_: few_ctas_missing(device)),
+    "aicpu": _Kind(make=_aicpu, missing=lambda device, *_: hccl_aicpu_missing(device)),
+    "pairwise": _Kind(make=lambda *_: PairwiseTransport(), missing=lambda *_: ""),
+    "two-level": _Kind(make=lambda device, needs: TwoLevelTransport(needs.nodes.value), missing=_one_level),
 }
 
 
@@ -82,6 +101,7 @@ def choose_transport(
     *,
     bytes_to_peers: int = 0,
     timeout_s: float = 1800.0,
+    node_size: int = 0,
 ) -> Choice[Transport]:
     """The transport called ``wanted`` for these groups, announced; a call that all ranks of the job make together.
 
@@ -92,9 +112,10 @@ def choose_transport(
         calibration: stored times for 'auto'; None measures and keeps nothing.
         bytes_to_peers: of a usual exchange, per rank; 0 for no particular size.
         timeout_s: how long a peer is waited for, where the transport itself waits.
+        node_size: ranks of the job on each node; 0 asks the launcher, then the machines' names.
 
     Raises:
-        ValueError: an unknown name, or a calibration that cannot be read.
+        ValueError: an unknown name, nodes that the ranks do not agree on, or a calibration that cannot be read.
         TransportUnavailable: on all ranks, when the one that was asked for cannot be used on one of them.
     """
     if wanted not in TRANSPORTS:
@@ -103,7 +124,12 @@ def choose_transport(
         return Choice(CollectiveTransport(), "--a2a-transport collective")
     groups = [group for group in groups if dist.get_world_size(group) > 1]
     world = max((dist.get_world_size(group) for group in groups), default=2)
-    needs = _Needs(timeout_s=timeout_s, sent=bytes_to_peers, received=bytes_to_peers * world // (world - 1))
+    needs = _Needs(
+        timeout_s=timeout_s,
+        sent=bytes_to_peers,
+        received=bytes_to_peers * world // (world - 1),
+        nodes=_nodes(wanted, node_size),
+    )
     if wanted == "auto":
         chosen = _automatic(groups, device, calibration or Calibration(), needs)
     else:
@@ -117,10 +143,10 @@ def choose_transport(
 
 def _ready(name: str, groups: Sequence[Any], device: Device, needs: _Needs) -> Choice[Transport | None]:
     """The transport, prepared and checked in every group on every rank; or None and the first reason."""
-    lacks = _first(_KINDS[name].missing(device.name))
+    lacks = _first(_KINDS[name].missing(device.name, groups, needs))
     if lacks:
         return Choice(None, lacks)
-    transport = _KINDS[name].make(device.name, needs.timeout_s, needs.received)
+    transport = _KINDS[name].make(device.name, needs)
     where = _where(device)
     said, failed = "", ""
     for group in groups:  # each on its own: ranks may have different groups
@@ -133,6 +159,12 @@ def _ready(name: str, groups: Sequence[Any], device: Device, needs: _Needs) -> C
         close(transport)
         return Choice(None, failed)
     return Choice(transport, f"{said + ', ' if said else ''}self-check passed")
+
+
+def _nodes(wanted: str, node_size: int) -> Choice[int]:
+    """Ranks of a node, agreed where some transport may ask."""
+    asks = wanted in ("auto", "two-level")
+    return agreed_node_size(node_size, must=wanted == "two-level") if asks else Choice(0, "not asked for")
 
 
 def _first(reason: str) -> str:
@@ -151,7 +183,7 @@ def _automatic(groups: Sequence[Any], device: Device, calibration: Calibration, 
             ready[name] = transport
     if not _anywhere(groups) or len(ready) == 1:
         return Choice(ready["collective"], "; ".join(absent) or "no group has two ranks")
-    table = _table(ready, groups, device, calibration)
+    table = _table(ready, groups, device, calibration, needs.nodes.value)
     best, why = _best({name: table[name] for name in ready if name in table}, needs.sent)
     for name, transport in ready.items():
         if name != best:
@@ -163,10 +195,12 @@ def _anywhere(groups: Sequence[Any]) -> bool:
     return any(gathered(bool(groups), dist.group.WORLD))
 
 
-def _table(ready: dict[str, Transport], groups: Sequence[Any], device: Device, calibration: Calibration) -> Table:
+def _table(
+    ready: dict[str, Transport], groups: Sequence[Any], device: Device, calibration: Calibration, node_size: int
+) -> Table:
     """Rank 0's stored table if it has all of them, else a new one: the slowest of all ranks."""
     everyone = dist.group.WORLD
-    nodes = len(set(gathered(node_name(), everyone)))
+    nodes = max(len(set(gathered(node_name(), everyone))), dist.get_world_size() // node_size if node_size else 1)
     key, stored, error = gathered(_stored(topology(groups, device, nodes), calibration), everyone)[0]
     if error:
         raise ValueError(error)

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from fluid_npu.comm.transports.base import PendingWork, Transport
+from fluid_npu.comm.transports.base import PendingWork, Table, Transport, begin
 
 
 class _DelayedWork:
     def __init__(self, inner: PendingWork, ready_at: float) -> None:
         self._inner = inner
         self._ready_at = ready_at
+        self.leg_bytes: tuple[int, int] | None = getattr(inner, "leg_bytes", None)
 
     def wait(self) -> None:
         self._inner.wait()
@@ -34,6 +35,7 @@ class DelayedTransport:
         if delay_ms < 0:
             raise ValueError(f"delay_ms={delay_ms}: a delay cannot be negative; give 0 for none")
         self.name = f"{inner.name}+{delay_ms:g}ms"
+        self.needs_table = getattr(inner, "needs_table", False)
         self._inner = inner
         self._delay_s = delay_ms / 1e3
 
@@ -44,7 +46,9 @@ class DelayedTransport:
         output_splits: Sequence[int] | None,
         input_splits: Sequence[int] | None,
         group: Any,
+        table: Table | None = None,
     ) -> PendingWork:
         """Starts the inner exchange and the clock."""
         ready_at = time.monotonic() + self._delay_s
-        return _DelayedWork(self._inner.start(output, source, output_splits, input_splits, group), ready_at)
+        work = begin(self._inner, output, source, (output_splits, input_splits), group, table)
+        return _DelayedWork(work, ready_at)

@@ -9,6 +9,13 @@ import queue
 import threading
 from collections.abc import Callable
 
+_thread = threading.local()
+
+
+def on_host_lane() -> bool:
+    """Whether the calling thread is a lane's."""
+    return getattr(_thread, "is_lane", False)
+
 
 class Mark:
     """A point in a lane's order."""
@@ -53,6 +60,7 @@ class HostLane:
         self._thread.join()
 
     def _run(self) -> None:
+        _thread.is_lane = True
         while (step := self._steps.get()) is not None:
             if isinstance(step, Mark):
                 step.set()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from fluid_npu.comm.guard import one_line
 from fluid_npu.comm.transports.agreement import gathered
-from fluid_npu.comm.transports.base import PendingWork, Transport
+from fluid_npu.comm.transports.base import PendingWork, Transport, begin
 
 _WIDTH = 64
 _ROUNDS = 12
@@ -39,12 +39,12 @@ def _exchange(transport: Transport, group: Any, where: torch.device) -> str:
     error = ""
     under_way: list[tuple[int, PendingWork, torch.Tensor, torch.Tensor, torch.Tensor]] = []
     for step in range(_ROUNDS):
-        to_peers = [_rows(step, own, peer, world) for peer in range(world)]
-        from_peers = [_rows(step, peer, own, world) for peer in range(world)]
+        table = [[_rows(step, rank, peer, world) for peer in range(world)] for rank in range(world)]
+        to_peers, from_peers = table[own], [row[own] for row in table]
         source = torch.cat([_block(step, own, peer, rows) for peer, rows in enumerate(to_peers)]).to(where)
         expected = torch.cat([_block(step, peer, own, rows) for peer, rows in enumerate(from_peers)])
         output = torch.full_like(expected, -1, device=where)
-        work = transport.start(output, source, from_peers, to_peers, group)
+        work = begin(transport, output, source, (from_peers, to_peers), group, table)
         under_way.append((step, work, source, output, expected))
         if step % 3 == 2:
             for number, pending, _, got, wanted in under_way:
