@@ -41,6 +41,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dispatch", default=_DEFAULTS.dispatch, metavar="NAME", help=text)
     text = f"what moves the bytes of our AllToAlls: {', '.join(A2A_TRANSPORTS)} ({_DEFAULTS.a2a_transport})"
     parser.add_argument("--a2a-transport", default=_DEFAULTS.a2a_transport, metavar="NAME", help=text)
+    text = "ranks inside which links are fast, for --a2a-transport two-level; 0: those of the launcher (0)"
+    parser.add_argument("--a2a-node-size", type=int, default=0, metavar="N", help=text)
 
 
 def add_file_flags(parser: argparse.ArgumentParser, name: str) -> None:
@@ -66,7 +68,8 @@ def make_config(args: argparse.Namespace, **values: Any) -> TrainConfig:
     """The configuration of the ranks. Raises ConfigError or PresetError."""
     given = {name: getattr(args, f"cut_{name}", None) for name in CUT_FIELDS}
     shared = {name: getattr(args, name) for name in ("nproc", "ep", "device", "dtype", "seed", "timeout")}
-    shared |= {name: getattr(args, name) for name in ("dispatch", "a2a_transport") if hasattr(args, name)}
+    engine = ("dispatch", "a2a_transport", "a2a_node_size")
+    shared |= {name: getattr(args, name) for name in engine if hasattr(args, name)}
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         shared["nproc"] = int(os.environ["WORLD_SIZE"])
     cut = {**values.pop("cut", {}), **{name: value for name, value in given.items() if value is not None}}
