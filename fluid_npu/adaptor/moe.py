@@ -15,7 +15,8 @@ from typing import Any
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from fluid_npu.adaptor.settings import Settings, current
+from fluid_npu.adaptor.settings import OF_TRANSPORT, Settings, current
+from fluid_npu.adaptor.transport import transport_of
 from fluid_npu.mcore.binding import SchedulerBinder
 from fluid_npu.mcore.experts import FluidGroupedMLP
 from fluid_npu.mcore.layer_spec import with_fluid_block, with_fluid_moe
@@ -35,11 +36,13 @@ _bound: tuple[Settings, SchedulerBinder] | None = None
 
 
 def binder() -> SchedulerBinder:
-    """The binder of the settings in force: one for all specs made while they are."""
+    """The binder of the settings in force: one for all specs made while they are. The first one with a transport of its
+    own is a collective call."""
     global _bound
     settings = current()
     if _bound is None or _bound[0] != settings:
-        _bound = (settings, SchedulerBinder(**asdict(settings)))
+        given = {name: value for name, value in asdict(settings).items() if name not in OF_TRANSPORT}
+        _bound = (settings, SchedulerBinder(**given, transport=transport_of(settings)))
     return _bound[1]
 
 

@@ -10,18 +10,24 @@ from typing import Any
 
 from fluid_npu.adaptor.patch import PatchError
 
-#: As the scheduler's OVERLAP_MODES and the dispatcher's DISPATCHES, which cannot be read without torch; a test holds
-#: them equal.
+#: As the scheduler's OVERLAP_MODES, the dispatcher's DISPATCHES and the transports' TRANSPORTS, which cannot be read
+#: without torch; a test holds them equal.
 OVERLAPS = ("off", "dw", "full")
 DISPATCHES = ("plain", "once-per-rank", "auto")
+TRANSPORTS = ("auto", "collective", "peer-copy", "few-ctas", "aicpu", "pairwise", "two-level")
+#: Settings that say which transport, and of what.
+OF_TRANSPORT = ("a2a_transport", "a2a_node_size", "a2a_bytes", "device")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All but ``gemm_fusion`` mean what they mean to ``get_fluid_moe_layer_spec``.
+    """``overlap``, ``carry_over``, ``dispatch``, ``chunks`` and ``attention_chunks`` mean what they mean to
+    ``get_fluid_moe_layer_spec``.
 
     ``gemm_fusion``: the experts' weight gradients go straight into ``main_grad``, also where the model's configuration
-    has no ``gradient_accumulation_fusion``.
+    has no ``gradient_accumulation_fusion``. ``a2a_transport`` moves the bytes of AllToAlls of tensors on ``device``
+    ('auto': the one that is here), ``a2a_bytes`` in a usual exchange of a rank (0: not known); 'two-level' between
+    nodes of ``a2a_node_size`` ranks, 0 for those of the launcher.
     """
 
     overlap: str = "dw"
@@ -30,6 +36,10 @@ class Settings:
     dispatch: str = "plain"
     chunks: int | str = "auto"
     attention_chunks: int = 1
+    a2a_transport: str = "collective"
+    a2a_node_size: int = 0
+    a2a_bytes: int = 0
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         if self.overlap not in OVERLAPS:
@@ -39,6 +49,13 @@ class Settings:
                 raise PatchError(f"adapt({name}={getattr(self, name)!r}): allowed are True and False")
         if self.dispatch not in DISPATCHES:
             raise PatchError(f"adapt(dispatch={self.dispatch!r}): allowed are {', '.join(DISPATCHES)}")
+        if self.a2a_transport not in TRANSPORTS:
+            raise PatchError(f"adapt(a2a_transport={self.a2a_transport!r}): allowed are {', '.join(TRANSPORTS)}")
+        if self.a2a_node_size < 0 or self.a2a_node_size and self.a2a_transport not in ("auto", "two-level"):
+            raise PatchError(
+                f"adapt(a2a_node_size={self.a2a_node_size}): ranks of a node for a2a_transport 'two-level' or 'auto', "
+                "or 0 to ask the launcher"
+            )
         if not _at_least_one(self.attention_chunks):
             raise PatchError(f"adapt(attention_chunks={self.attention_chunks!r}): a number of at least 1")
         self._check_chunks()

@@ -46,6 +46,8 @@ _SIZES: Mapping[str, Any] = {
     "--save-interval": 1000,
     "--fluid-moe-chunks": "auto",
     "--fluid-attention-chunks": 1,
+    "--fluid-a2a-transport": "collective",
+    "--fluid-a2a-node-size": 0,
 }
 #: At most these: a smaller value stays.
 _AT_MOST = {"--moe-router-topk": 2, "--moe-router-num-groups": 2, "--moe-router-group-topk": 1}
@@ -150,6 +152,7 @@ TRAINER = {
     "--fluid-carry-over": "--carry-over",
     "--fluid-moe-chunks": "--moe-chunks",
     "--fluid-dispatch": "--dispatch",
+    "--fluid-a2a-transport": "--a2a-transport",
     "--fluid-attention-chunks": "--attention-chunks",
     "--weight-decay": "--weight-decay",
     "--clip-grad": "--clip-grad",

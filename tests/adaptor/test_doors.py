@@ -92,6 +92,43 @@ def test_a_launch_in_chunks_trains_as_the_layer_spec_and_as_one_piece(
             assert not same_bits(launch["grads"], other["grads"])
 
 
+def launched_over_peer_copies(folder: str) -> dict[str, Any]:
+    """What a launch with another transport trains, over which one, and what the Layer Spec does without."""
+    from fluid_npu.mcore.layer_spec import get_fluid_moe_block_spec
+    from fluid_npu.schedule.live import get_backward_scheduler
+
+    run = Run(config={"gradient_accumulation_fusion": False, "moe_layer_freq": [0, 1]})
+    config = make_config(run)
+    found: dict[str, Any] = {"spec": train(get_fluid_moe_block_spec(config), config, run)}
+    launch(folder, *WORDS, "--fluid-a2a-transport", "peer-copy")
+    found["launch"] = train(through_megatron(config), config, run)
+    model = model_of(through_megatron(config), config)
+    return {**found, "name": get_backward_scheduler(model).transport.name}
+
+
+def test_a_launch_chooses_its_transport(run_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    for rank in run_ranks(2, launched_over_peer_copies, str(tmp_path), sizes={"expert_model_parallel_size": 2}):
+        assert rank["name"] == "peer-copy"
+        assert torch.equal(rank["launch"]["losses"], rank["spec"]["losses"])
+        assert not same_bits(rank["launch"]["grads"], rank["spec"]["grads"])
+
+
+def too_early() -> str:
+    from fluid_npu.adaptor import adapt
+    from fluid_npu.adaptor.moe import binder
+
+    with adapt(["moe"], a2a_transport="peer-copy"):
+        try:
+            binder()
+        except RuntimeError as error:
+            return str(error)
+    return "nothing"
+
+
+def test_a_transport_needs_the_groups_of_the_job(run_ranks: Callable[..., list[Any]]) -> None:
+    assert "call parallel_state.initialize_model_parallel() before" in run_ranks(1, too_early)[0]
+
+
 def attention_of_a_launch(folder: str) -> list[int]:
     """In how many parts the attentions of a launch compute their heads."""
     launch(folder, *WORDS, "--context-parallel-size", "2", "--fluid-attention-chunks", "2")

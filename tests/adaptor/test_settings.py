@@ -54,6 +54,8 @@ def test_a_refused_call_and_a_refused_rollback_change_no_setting() -> None:
         ("chunks", 0, "a number of at least 1, or 'auto'"),
         ("chunks", 2, "overlap='dw' has one; use overlap='full'"),
         ("attention_chunks", True, "a number of at least 1"),
+        ("a2a_transport", "pigeons", "allowed are auto, collective, peer-copy"),
+        ("a2a_node_size", 4, "ranks of a node for a2a_transport 'two-level' or 'auto'"),
     ):
         with pytest.raises(PatchError, match=rf"adapt\({name}={value!r}\): {rule}"):
             adapt(["moe"], **{name: value})
@@ -79,9 +81,11 @@ def test_the_specs_made_meanwhile_are_bound_by_the_settings_in_force() -> None:
 
 
 def test_allowed_is_what_a_scheduler_takes() -> None:
-    from fluid_npu.adaptor.settings import DISPATCHES, OVERLAPS
+    from fluid_npu.adaptor.settings import DISPATCHES, OVERLAPS, TRANSPORTS
+    from fluid_npu.comm.transports import choose
     from fluid_npu.mcore import dispatch_choice
     from fluid_npu.schedule.scheduler import OVERLAP_MODES
 
     assert OVERLAPS == OVERLAP_MODES
     assert DISPATCHES == dispatch_choice.DISPATCHES
+    assert TRANSPORTS == choose.TRANSPORTS

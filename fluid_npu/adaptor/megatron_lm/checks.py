@@ -27,7 +27,8 @@ def check(args: Namespace, line: str) -> None:
         raise FlagError(
             "the arguments lack fluid_npu's (--yaml-cfg replaces the parsed ones): pass flags instead of a YAML file"
         )
-    problems = [*_overlap(args), *_chunks(args), *_dispatch(args), *_grouped(args, line), *_others(args)]
+    ours = (*_overlap(args), *_chunks(args), *_dispatch(args), *_transport(args))
+    problems = [*ours, *_grouped(args, line), *_others(args)]
     if problems:
         raise FlagError("fluid_npu: " + "\nfluid_npu: ".join(problems))
 
@@ -88,8 +89,27 @@ def _dispatch(args: Namespace) -> Iterator[str]:
         )
 
 
+def _transport(args: Namespace) -> Iterator[str]:
+    name, size = args.fluid_a2a_transport, args.fluid_a2a_node_size
+    if size < 0 or (size and name not in ("auto", "two-level")):
+        yield (
+            f"--fluid-a2a-node-size {size} with --fluid-a2a-transport {name}: nodes have 1 rank or more and are for "
+            "two-level and auto; drop the flag to ask the launcher"
+        )
+    if name not in ("auto", "collective") and args.expert_model_parallel_size == 1:
+        yield (
+            f"--fluid-a2a-transport {name} with --expert-model-parallel-size 1: experts exchange nothing; raise it, or "
+            "drop the flag"
+        )
+
+
 def _grouped(args: Namespace, line: str) -> Iterator[str]:
     if not args.moe_grouped_gemm:
+        if args.fluid_a2a_transport != "collective":
+            yield (
+                f"--fluid-a2a-transport {args.fluid_a2a_transport} without --moe-grouped-gemm: the AllToAlls are "
+                "Megatron's then; add --moe-grouped-gemm"
+            )
         if args.fluid_dispatch != "plain":
             yield (
                 f"--fluid-dispatch {args.fluid_dispatch} without --moe-grouped-gemm: it is about our MoE layers; add "

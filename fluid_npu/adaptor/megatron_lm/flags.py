@@ -11,6 +11,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from fluid_npu.adaptor.settings import TRANSPORTS
+
 GROUP = "fluid_npu"
 OVERLAPS = ("off", "dw", "full", "auto")
 DISPATCHES = ("plain", "once-per-rank", "auto")
@@ -57,6 +59,25 @@ FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
             "default": "plain",
             "help": "how often a token is sent to a rank with several of its experts: plain once for each of them, "
             "once-per-rank once, auto what has clearly fewer rows (plain)",
+        },
+    ),
+    (
+        "--fluid-a2a-transport",
+        {
+            "choices": TRANSPORTS,
+            "default": "collective",
+            "help": "what moves the bytes of AllToAlls: torch.distributed's collective, copy engines inside a node "
+            "(peer-copy), the collective with few CTAs, HCCL's AICPU, rounds of pairs, two legs inside and across "
+            "nodes, or auto: the fastest by a short calibration, with a self-check (collective)",
+        },
+    ),
+    (
+        "--fluid-a2a-node-size",
+        {
+            "type": int,
+            "default": 0,
+            "metavar": "N",
+            "help": "ranks inside which links are fast, for --fluid-a2a-transport two-level; 0: the launcher's (0)",
         },
     ),
     (

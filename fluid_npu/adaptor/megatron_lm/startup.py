@@ -9,6 +9,7 @@ Nothing here reads sys.argv; what is parsed is what Megatron parsed.
 
 from __future__ import annotations
 
+import math
 import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -90,6 +91,10 @@ def switch_on(args: Namespace, device: str) -> None:
         dispatch=args.fluid_dispatch,
         chunks=args.fluid_moe_chunks,
         attention_chunks=args.fluid_attention_chunks,
+        a2a_transport=args.fluid_a2a_transport,
+        a2a_node_size=args.fluid_a2a_node_size,
+        a2a_bytes=exchanged_bytes(args),
+        device=device,
     )
     if os.environ.get("RANK", "0") == "0":
         te = args.transformer_impl == "transformer_engine" and installed("transformer_engine").value
@@ -97,6 +102,16 @@ def switch_on(args: Namespace, device: str) -> None:
             launch_line(str(installed_version("megatron-core")), dtype_of(args), device, transformer_engine=te),
             flush=True,
         )
+
+
+def exchanged_bytes(args: Namespace) -> int:
+    """What a rank sends to others in a balanced dispatch; 0 where the sizes are not known yet."""
+    sizes = [getattr(args, name, None) for name in ("micro_batch_size", "seq_length", "moe_router_topk", "hidden_size")]
+    if None in sizes:
+        return 0
+    experts, shards = args.expert_model_parallel_size, args.tensor_model_parallel_size
+    rows = math.prod(sizes) // (shards * getattr(args, "context_parallel_size", 1))  # type: ignore[arg-type]
+    return rows * (2 if dtype_of(args) != "fp32" else 4) * (experts - 1) // experts
 
 
 def wanted(args: Namespace) -> list[str]:
