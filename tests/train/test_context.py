@@ -52,7 +52,7 @@ LATENT = {
 BESIDE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tensor": ({"tp": 2}, {"cp": 2, "nproc": 4}),
     "pipeline": ({"pp": 2, "ep": 1, "micro_batches": 2}, {"cp": 2, "nproc": 4}),
-    "chunks": ({"pp": 2, "vpp": 2, "ep": 1, "micro_batches": 2}, {"cp": 2, "nproc": 4}),
+    "chunks": ({"pp": 2, "vpp": 2, "ep": 1, "micro_batches": 2, "cut": {**CUT, "layers": 4}}, {"cp": 2, "nproc": 4}),
     "latent": ({"nproc": 1, "ep": 1, "preset": "deepseek-v3", "cut": LATENT}, {"cp": 2, "nproc": 2, "overlap": "dw"}),
     "four-ranks-of-two-key-heads": ({"nproc": 1, "ep": 1}, {"cp": 4, "nproc": 4}),
     "ring": ({"nproc": 1, "ep": 1, "cut": {**CUT, "seq_length": 36}}, {"cp": 3, "nproc": 3, "overlap": "dw"}),

@@ -39,9 +39,13 @@ def test_interleaved_pipeline_equals_none(tmp_path: Path) -> None:
     check_pipeline(tmp_path, plain, {**common, "pp": 2, "vpp": 2, "checkpoint_every": 4, "carry_over": True})
 
 
+#: At h64's learning rate rounding differences of this one decide a tie of its router after some ten steps.
+MIXTRAL = {"preset": "mixtral-tiny", "lr": 3e-4, "min_lr": 3e-5}
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("vpp", [1, 2])
-@pytest.mark.parametrize("changes", [{}, {"distributed_optimizer": True}, {"preset": "mixtral-tiny"}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"distributed_optimizer": True}, MIXTRAL], ids=str)
 def test_pipelines_with_expert_parallelism(tmp_path: Path, vpp: int, changes: dict[str, Any]) -> None:
     common = {"ep": 2, "steps": 20, "micro_batches": 4, "cut": FOUR_LAYERS, "overlap": "dw", **changes}
     plain = tiny(tmp_path / "plain", nproc=2, **common)
