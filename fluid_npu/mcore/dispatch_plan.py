@@ -17,10 +17,11 @@ from torch import Tensor
 from fluid_npu.comm.all_to_all import Peers
 from fluid_npu.comm.guard import collective
 from fluid_npu.device import kernels_of
-from fluid_npu.device.kernels.groups import GroupRows
-from fluid_npu.mcore.dispatch_rows import OnceRows, PlainRows, RowForm
+from fluid_npu.device.kernels.groups import DeviceRows, GroupRows
+from fluid_npu.mcore.dispatch_rows import OnceRows, PlainRows, RowForm, StaticRows
 from fluid_npu.ops.once import OnceLayout
 from fluid_npu.ops.payload_once import Arrival
+from fluid_npu.ops.payload_static import StaticArrival
 from fluid_npu.ops.permute import PermuteLayout
 
 
@@ -36,8 +37,8 @@ class DispatchPlan:
     """[P] rows received from each, before any gather over the expert-tensor-parallel group."""
     gather_splits: list[int]
     """[Q] rows that each expert-tensor-parallel rank contributes; one entry without expert tensor parallelism."""
-    tokens_per_expert: GroupRows
-    """[L] rows of each local expert."""
+    tokens_per_expert: GroupRows | DeviceRows
+    """[L] rows of each local expert, perhaps known to the device alone, once they have arrived."""
     plain: PlainCounts | None = None
     """What the plain form would move; None when this is the plain form."""
     table: list[list[int]] | None = None
@@ -209,4 +210,25 @@ def make_once_plan(
             gathered_received=int(pairs_Q.sum() - pairs_Q[here]),
         ),
         table=told.table(slice(0, 1)),
+    )
+
+
+def make_static_plan(layout: OnceLayout, tokens_shape: torch.Size, groups: ExpertGroups) -> DispatchPlan:
+    """The plan of a dispatch that sends every token to every rank: sizes follow from shapes alone.
+
+    The plain form's bytes are those of even routing, since nobody on the host knows the routing.
+    """
+    tokens, ranks = layout.rows.num_tokens, groups.ep_size
+    pairs, splits = tokens * layout.topk, [tokens] * ranks
+    experts = DeviceRows(layout.local, capacity=tokens * ranks * layout.num_slots, expected=pairs)
+    to_others = pairs * (ranks - 1) // ranks
+    return DispatchPlan(
+        rows=StaticRows(layout=layout, arrival=StaticArrival(experts=experts)),
+        tokens_shape=tokens_shape,
+        input_splits=splits,
+        output_splits=splits,
+        gather_splits=[tokens * ranks],
+        tokens_per_expert=experts,
+        plain=PlainCounts(sent=to_others, received=to_others, gathered_sent=0, gathered_received=0),
+        table=[splits] * ranks,
     )

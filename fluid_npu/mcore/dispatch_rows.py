@@ -1,6 +1,6 @@
-"""Which rows a dispatch moves: one for each (token, expert), or one for each (token, rank).
+"""Which rows a dispatch moves: one for each (token, expert), one for each (token, rank), or each token for every rank.
 
-Both forms answer the same five questions, so that the dispatcher does not ask which one it has: what goes into the
+All forms answer the same five questions, so that the dispatcher does not ask which one it has: what goes into the
 dispatch and comes out of it, what goes into the combine and comes out, and what expert-tensor-parallel ranks are given
 in between. R rows of the experts.
 """
@@ -17,6 +17,7 @@ from fluid_npu.comm.cargo import AS_IS, Loading, Unloading
 from fluid_npu.ops.once import OnceLayout
 from fluid_npu.ops.payload import Merge, Pack, Reorder, Replicate, Unpack
 from fluid_npu.ops.payload_once import Arrival, Expand, MergeOnce, PackOnce, Reduce, ReplicateOnce, SlotRow
+from fluid_npu.ops.payload_static import ExpandStatic, ReduceStatic, StaticArrival
 from fluid_npu.ops.permute import PermuteLayout
 
 
@@ -81,6 +82,32 @@ class OnceRows:
 
     def collect(self) -> Loading:
         return Reduce(self.arrival)
+
+    def merge(self, shape: torch.Size) -> Unloading:
+        return MergeOnce(self.layout, shape)
+
+    def _row(self, hidden: int, wire: torch.dtype) -> SlotRow:
+        return SlotRow(hidden=hidden, slots=self.layout.num_slots, wire=wire)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticRows:
+    """A row for each (token, rank), wanted there or not: what arrives is found on the device."""
+
+    layout: OnceLayout
+    arrival: StaticArrival
+
+    def pack(self, hidden: int, wire: torch.dtype) -> Loading:
+        return PackOnce(self.layout, self._row(hidden, wire))
+
+    def unpack(self, hidden: int, wire: torch.dtype) -> Unloading:
+        return ExpandStatic(self._row(hidden, wire), self.arrival)
+
+    def replicate(self, times: int, hidden: int, wire: torch.dtype) -> Loading:
+        raise ValueError("dispatch='static' has no form for expert tensor parallelism")
+
+    def collect(self) -> Loading:
+        return ReduceStatic(self.arrival)
 
     def merge(self, shape: torch.Size) -> Unloading:
         return MergeOnce(self.layout, shape)

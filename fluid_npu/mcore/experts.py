@@ -6,7 +6,7 @@ storage is ``[L, H, 2F]`` and ``[L, F, H]``. L local experts, F ffn of this rank
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
-from fluid_npu.device.kernels.groups import GroupRows
+from fluid_npu.device.kernels.groups import DeviceRows, GroupRows, Groups
 from fluid_npu.mcore.expert_checkpoint import expert_sharded_state_dict, forget_extra_state
 from fluid_npu.mcore.late import LateWeights
 from fluid_npu.mcore.lines.groups import ProcessGroups, default_groups
@@ -85,7 +85,7 @@ class FluidGroupedMLP(LateWeights, MegatronModule):
     def forward(
         self,
         permuted_local_hidden_states: Tensor,
-        tokens_per_expert: Tensor | Sequence[int],
+        tokens_per_expert: Tensor | Groups,
         permuted_probs: Tensor,
         *,
         deferred: DeferredWeights | None = None,
@@ -103,7 +103,7 @@ class FluidGroupedMLP(LateWeights, MegatronModule):
         )
         return expert_mlp(x, p, self.weight1.view(self.fc1_view), self.weight2.view(self.fc2_view), mlp), None
 
-    def chunk(self, counts: GroupRows) -> ExpertMLP:
+    def chunk(self, counts: Groups) -> ExpertMLP:
         """What some consecutive experts compute, without a place for their weight gradients."""
         return ExpertMLP(counts=counts, activation=self._activation, recompute=self.activation_recompute)
 
@@ -151,8 +151,8 @@ _PLAIN = {
 }
 
 
-def _group_rows(given: Tensor | Sequence[int]) -> GroupRows:
-    if isinstance(given, GroupRows):
+def _group_rows(given: Tensor | Groups) -> GroupRows | DeviceRows:
+    if isinstance(given, GroupRows | DeviceRows):
         return given
     return GroupRows(given.tolist(), given) if isinstance(given, Tensor) else GroupRows(given)
 

@@ -65,7 +65,7 @@ def get_fluid_moe_layer_spec(
         transport: moves the bytes; None takes torch.distributed's collective.
         backend: 'local' or 'te' for the modules around the MoE layer; 'auto' takes te where it is installed.
         dispatch: 'plain' sends a token once for each of its experts, 'once-per-rank' once to each rank that holds some,
-            'auto' what has clearly fewer rows.
+            'static' once to every rank, 'auto' what has clearly fewer rows.
         chunks: with overlap 'full', the number of chunks: a divisor of the experts of a rank, or 'auto'.
         attention_chunks: parts in which each rank's heads are computed under context parallelism, each part's
             AllToAlls beside the computation of others (``FluidSelfAttention``).

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fluid_npu.comm.all_to_all import AllToAllHandle
 from fluid_npu.device.choice import Choice
+from fluid_npu.device.kernels.groups import DeviceRows
 from fluid_npu.mcore import chunks as in_chunks
 from fluid_npu.mcore.binding import SchedulerBinder
 from fluid_npu.mcore.chunk_choice import choose_chunks
@@ -121,6 +122,7 @@ class FluidMoELayer(MoELayerInSteps):
             config=self.config,
             pg_collection=groups,
             dispatch=self._binder.dispatch,
+            experts_on=self.experts.weight1.device.type if isinstance(self.experts, FluidGroupedMLP) else "",
         )
         # Megatron's overlap of shared experts needs its own dispatcher and CUDA streams; ours is in the steps below.
         self.shared_expert_overlap = False
@@ -222,7 +224,9 @@ class FluidMoELayer(MoELayerInSteps):
         if sent.deferred is not None:
             out_RH, _ = self.experts(x_RH, plan.tokens_per_expert, p_R, deferred=sent.deferred)
         else:
-            out_RH, _ = self.experts(x_RH.contiguous(), torch.tensor(plan.tokens_per_expert), p_R)
+            counts = plan.tokens_per_expert
+            given = counts if isinstance(counts, DeviceRows) else torch.tensor(counts)
+            out_RH, _ = self.experts(x_RH.contiguous(), given, p_R)
         return _Combined(self.token_dispatcher.send_back(out_RH, plan), shared_output), None
 
     def combine(self, output: Any) -> Any:
@@ -246,9 +250,9 @@ def _overlaps(config: TransformerConfig, dispatch: str) -> bool:
     if kind == "alltoall":
         return True
     if kind in MEGATRON_DISPATCHERS:
-        if dispatch == "once-per-rank":
+        if dispatch in ("once-per-rank", "static"):
             raise ValueError(
-                f"dispatch='once-per-rank': moe_token_dispatcher_type={kind!r} is Megatron's dispatcher, which has no "
+                f"dispatch={dispatch!r}: moe_token_dispatcher_type={kind!r} is Megatron's dispatcher, which has no "
                 "such form; set --moe-token-dispatcher-type alltoall or use dispatch='plain'"
             )
         reason = f"moe_token_dispatcher_type={kind!r} is Megatron's dispatcher: grouped experts, nothing overlapped"

@@ -23,6 +23,7 @@ from fluid_npu.comm.cargo import AS_IS
 from fluid_npu.comm.sink import OverlapSink, Passengers
 from fluid_npu.comm.transports.base import wants_table
 from fluid_npu.device import kernels_of
+from fluid_npu.device.kernels.groups import GroupRows
 from fluid_npu.mcore.chunk_plan import ChunkedPlan, make_chunked_plan
 from fluid_npu.mcore.dispatch_choice import choose_dispatch
 from fluid_npu.mcore.dispatch_plan import (
@@ -32,9 +33,11 @@ from fluid_npu.mcore.dispatch_plan import (
     finish_counts,
     make_once_plan,
     make_plan,
+    make_static_plan,
 )
 from fluid_npu.mcore.lines.groups import ProcessGroups, default_groups
-from fluid_npu.ops.once import once_counts
+from fluid_npu.mcore.same_tokens import check_same_tokens
+from fluid_npu.ops.once import every_group, once_counts
 from fluid_npu.ops.payload import SumParts, payload_width, wire_dtype
 from fluid_npu.ops.permute import PermuteLayout, counts_of_experts
 
@@ -60,8 +63,10 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         local_expert_indices: global numbers of the local experts, consecutive.
         config: Megatron's TransformerConfig.
         pg_collection: process groups ``ep``, ``expt_tp`` and ``tp_ep``; None takes Megatron's global ones.
-        dispatch: 'plain' sends a token once for each of its experts, 'once-per-rank' once to each rank that holds some;
-            'auto' takes what has clearly fewer rows. ``dispatch_form`` says which, and why.
+        dispatch: 'plain' sends a token once for each of its experts, 'once-per-rank' once to each rank that holds some,
+            'static' once to every rank, so that no rank waits for sizes (in FluidMoELayer alone); 'auto' takes what has
+            clearly fewer rows. ``dispatch_form`` says which, and why.
+        experts_on: type of the device of grouped experts that take ``DeviceRows``, which 'static' needs; "" for none.
 
     Raises:
         ValueError: a configuration that this dispatcher does not implement, naming the option and the fix.
@@ -74,6 +79,7 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         config: TransformerConfig,
         pg_collection: ProcessGroups | None = None,
         dispatch: str = "plain",
+        experts_on: str = "",
     ) -> None:
         groups = pg_collection if pg_collection is not None else default_groups()
         _refuse_unsupported(config)
@@ -84,7 +90,7 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         self.sink: OverlapSink | None = None
         self.label = ""
         self.groups = ExpertGroups(ep=Peers.of(groups.ep), etp=Peers.of(groups.expt_tp), tp_ep=Peers.of(groups.tp_ep))
-        self.dispatch_form = choose_dispatch(dispatch, config, self.groups.ep_size, self.groups.etp_size)
+        self.dispatch_form = choose_dispatch(dispatch, config, self.groups.ep_size, self.groups.etp_size, experts_on)
         if dispatch != "plain":
             self.dispatch_form.announce("dispatch")
         self._current: DispatchPlan | None = None
@@ -93,6 +99,8 @@ class FluidTokenDispatcher(MoETokenDispatcher):
 
     def plan(self, routing_map_TE: Tensor, tokens_shape: torch.Size) -> DispatchPlan:
         """Decides rows and splits for a bool routing map; tells the other ranks how many rows they get."""
+        if self.dispatch_form.value == "static":
+            return self._plan_static(routing_map_TE, tokens_shape)
         if self.dispatch_form.value == "once-per-rank":
             return self._plan_once(routing_map_TE, tokens_shape)
         layout, counts = self._rows(routing_map_TE)
@@ -158,6 +166,12 @@ class FluidTokenDispatcher(MoETokenDispatcher):
             host_PC = counts_PC.cpu() if told.own is None else told.own
             layout = layout_of(int(host_PC[:, 0].sum()))
         return make_once_plan(layout, tokens_shape, host_PC, told, self.groups)
+
+    def _plan_static(self, routing_map_TE: Tensor, tokens_shape: torch.Size) -> DispatchPlan:
+        """One row for every (token, rank), told to nobody."""
+        check_same_tokens(routing_map_TE.shape[0], self.groups.ep)
+        layout = every_group(routing_map_TE, self.config.moe_router_topk, self.groups.ep_size)
+        return make_static_plan(layout, tokens_shape, self.groups)
 
     @property
     def _everyone_counts(self) -> bool:
@@ -290,7 +304,9 @@ class FluidTokenDispatcher(MoETokenDispatcher):
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens by local expert, rows of each local expert, probabilities."""
-        return hidden_states, torch.tensor(self._plan_of_step("dispatch_postprocess").tokens_per_expert), probs
+        counts = self._plan_of_step("dispatch_postprocess").tokens_per_expert
+        assert isinstance(counts, GroupRows), "the constructor refuses 'static' outside FluidMoELayer"
+        return hidden_states, torch.tensor(counts), probs
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """Nothing: rows are put in order as they are sent."""

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluid_npu.device import kernels_of
+from fluid_npu.device.kernels.groups import Groups
+from fluid_npu.device.kernels.known_rows import kernels_for
 from fluid_npu.ops.grouped_matmul import DeferDW, grouped_weight_grad
 
 Activation = Callable[[Tensor, Tensor], Tensor]
@@ -33,7 +34,7 @@ class WeightGradTarget:
 class ExpertMLP:
     """What ``expert_mlp`` needs besides tensors."""
 
-    counts: Sequence[int]
+    counts: Groups
     """[L] rows of each group."""
     activation: Activation | None
     """(h, p) -> [R, F], differentiable; None for SwiGLU times p, which has its own kernels."""
@@ -65,12 +66,14 @@ def expert_mlp(x_RH: Tensor, p_R: Tensor, w1_LHF: Tensor, w2_LFH: Tensor, mlp: E
 
 
 def _activate(mlp: ExpertMLP, h: Tensor, p: Tensor) -> Tensor:
-    return kernels_of(h).swiglu_probs(h, p) if mlp.activation is None else mlp.activation(h, p)
+    if mlp.activation is None:
+        return kernels_for(h, mlp.counts).swiglu_probs(h, p, mlp.counts)
+    return mlp.activation(h, p)
 
 
 def _activation_grads(mlp: ExpertMLP, da: Tensor, h: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     if mlp.activation is None:
-        return kernels_of(h).swiglu_probs_grad(da, h, p)
+        return kernels_for(h, mlp.counts).swiglu_probs_grad(da, h, p, mlp.counts)
     inputs = [h.detach().requires_grad_(), p.detach().requires_grad_()]
     with torch.enable_grad():
         a = mlp.activation(*inputs)
@@ -79,7 +82,7 @@ def _activation_grads(mlp: ExpertMLP, da: Tensor, h: Tensor, p: Tensor) -> tuple
 
 
 def _weight_grad(
-    target: WeightGradTarget, needed: bool, w: Tensor, rows: Tensor, dy: Tensor, counts: Sequence[int]
+    target: WeightGradTarget, needed: bool, w: Tensor, rows: Tensor, dy: Tensor, counts: Groups
 ) -> Tensor | None:
     if target.defer is not None:
         target.defer(rows, dy, counts)
@@ -89,7 +92,7 @@ def _weight_grad(
 
 def mlp_forward(x: Tensor, p: Tensor, w1: Tensor, w2: Tensor, mlp: ExpertMLP) -> tuple[Tensor, tuple[Tensor, ...]]:
     """``[R, H]`` and what ``mlp_backward`` needs of the forward, without autograd. Arguments as ``expert_mlp``."""
-    kernels = kernels_of(x)
+    kernels = kernels_for(x, mlp.counts)
     h = kernels.grouped_mm(x, w1, mlp.counts)
     a = _activate(mlp, h, p)
     return kernels.grouped_mm(a, w2, mlp.counts), (x, p, w1, w2, h, *(() if mlp.recompute else (a,)))
@@ -100,7 +103,7 @@ def mlp_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, p, FC1's and FC2's weight in that order; ``needs_dw``: whether autograd wants the last two."""
     x, p, w1, w2, h, *activated = kept
-    kernels, counts = kernels_of(x), mlp.counts
+    kernels, counts = kernels_for(x, mlp.counts), mlp.counts
     dy = dy.contiguous()
     da = kernels.grouped_mm(dy, w2, counts, trans_w=True)
     a = activated[0] if activated else _activate(mlp, h, p)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from fluid_npu.device import kernels_of
-from fluid_npu.device.kernels.groups import GroupRows
+from fluid_npu.device.kernels.groups import GroupRows, Groups
+from fluid_npu.device.kernels.known_rows import kernels_for
 from fluid_npu.ops.gmm_contract import GroupList, check_gmm, host_counts
 
-DeferDW = Callable[[Tensor, Tensor, Sequence[int]], Any]
+DeferDW = Callable[[Tensor, Tensor, Groups], Any]
 
 
 def npu_gmm(
@@ -118,18 +119,18 @@ class _GroupedMM(torch.autograd.Function):
 
 
 def grouped_weight_grad(
-    w_LKN: Tensor, x_RK: Tensor, dy_RN: Tensor, counts_L: Sequence[int], fuse_into: Tensor | None
+    w_LKN: Tensor, x_RK: Tensor, dy_RN: Tensor, counts_L: Groups, fuse_into: Tensor | None
 ) -> Tensor:
     """dW of ``w_LKN``, or with ``fuse_into`` the placeholder after it was added to that parameter's main_grad."""
     if fuse_into is None:
-        return kernels_of(x_RK).grouped_dw(x_RK, dy_RN, counts_L)
+        return kernels_for(x_RK, counts_L).grouped_dw(x_RK, dy_RN, counts_L)
     add_to_main_grad(fuse_into, w_LKN, x_RK, dy_RN, counts_L)
     return placeholder_grad(fuse_into, w_LKN)
 
 
-def add_to_main_grad(parameter: Any, w_LKN: Tensor, x_RK: Tensor, dy_RN: Tensor, counts_L: Sequence[int]) -> None:
+def add_to_main_grad(parameter: Any, w_LKN: Tensor, x_RK: Tensor, dy_RN: Tensor, counts_L: Groups) -> None:
     """Adds dW to the ``main_grad`` of the parameter behind ``w_LKN`` and sets ``grad_added_to_main_grad``."""
-    add_ = kernels_of(x_RK).grouped_dw_add_
+    add_ = kernels_for(x_RK, counts_L).grouped_dw_add_
     groups, inner, outer = w_LKN.shape
     if w_LKN.transpose(1, 2).is_contiguous() and not w_LKN.is_contiguous():
         # A transposed view of the parameter: its main_grad holds dW^T.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -93,6 +93,31 @@ def once_counts(map_TE: Tensor, topk: int, groups: int) -> tuple[Tensor, Callabl
     map_TG = groups_of_tokens(expert_TK, num_experts, groups)
     counts_GC = torch.cat([map_TG.sum(0).unsqueeze(1), map_TE.sum(0).view(groups, -1)], dim=1)
     return counts_GC, lambda rows: once_layout(expert_TK, map_TG, num_experts, rows, map_TE)
+
+
+def every_group(map_TE: Tensor, topk: int, groups: int) -> OnceLayout:
+    """A row for every (token, group), wanted there or not: the host knows their number, and nothing is counted."""
+    tokens, num_experts = map_TE.shape
+    rows = _rows_of_every_group(tokens, groups, map_TE.device)
+    return OnceLayout(rows=rows, num_experts=num_experts, topk=topk, map_TE=map_TE)
+
+
+@lru_cache(maxsize=16)
+def _rows_of_every_group(tokens: int, groups: int, device: torch.device) -> PermuteLayout:
+    """Made once for a number of tokens: nothing writes into a layout."""
+    token_GT = torch.arange(tokens, device=device).expand(groups, tokens)
+    group_G1 = torch.arange(groups, device=device).unsqueeze(1)
+    return PermuteLayout(
+        num_tokens=tokens,
+        num_experts=groups,
+        pairs_per_token=groups,
+        padded=False,
+        token_of_row=token_GT.reshape(-1),
+        row_of_pair=(group_G1 * tokens + token_GT).t().reshape(-1),
+        bag_offsets=torch.arange(0, tokens * groups, groups, device=device),
+        pair_index=(token_GT * groups + group_G1).reshape(-1),
+        most_rows=groups,
+    )
 
 
 def _layout_of(found: RoutedRows, num_rows: int, map_TE: Tensor, topk: int, groups: int) -> OnceLayout:

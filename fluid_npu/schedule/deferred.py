@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 import torch
 
 from fluid_npu.comm.sink import Passengers
-from fluid_npu.device import device_of, kernels_of
+from fluid_npu.device import device_of
+from fluid_npu.device.kernels.groups import Groups, rows_in
+from fluid_npu.device.kernels.known_rows import kernels_for
 from fluid_npu.ops.grouped_matmul import placeholder_grad
 from fluid_npu.schedule.scheduler import BackwardScheduler
 from fluid_npu.schedule.task import DWTask
@@ -28,10 +30,10 @@ class DWPart(NamedTuple):
 
     x: torch.Tensor
     dy: torch.Tensor
-    counts: Sequence[int]
+    counts: Groups
 
 
-GroupedDW = Callable[[torch.Tensor, torch.Tensor, Sequence[int]], None]
+GroupedDW = Callable[[torch.Tensor, torch.Tensor, Groups], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +100,7 @@ class DeferredWeights:
             DWTask(
                 name=f"{self._label} {weight.name}",
                 run=lambda: self._land(index, parts),
-                shape=(sum(part.x.shape[0] for part in parts), first.x.shape[1], first.dy.shape[1]),
+                shape=(sum(rows_in(part.counts, part.x) for part in parts), first.x.shape[1], first.dy.shape[1]),
                 device=device_of(first.x),
                 carry=carry,
                 flight="moe_combine" if carry else "",
@@ -114,7 +116,7 @@ class DeferredWeights:
             if fused:
                 _add_to_main_grad(weight, parts)
             else:
-                grads = [kernels_of(part.x).grouped_dw(*part) for part in parts]
+                grads = [kernels_for(part.x, part.counts).grouped_dw(*part) for part in parts]
                 self._grads[index] = (grads[0] if len(grads) == 1 else torch.cat(grads)).view(parameter.shape)
         self._fused[index] = fused
         if weight.late_hooks:
@@ -138,6 +140,6 @@ def _add_to_main_grad(weight: DeferredWeight, parts: Sequence[DWPart]) -> None:
     main_grad, first = parameter.main_grad.view(weight.view), 0
     for part in parts:
         experts = slice(first, first + len(part.counts))
-        kernels_of(part.x).grouped_dw_add_(main_grad[experts], *part)
+        kernels_for(part.x, part.counts).grouped_dw_add_(main_grad[experts], *part)
         first = experts.stop
     parameter.grad_added_to_main_grad = True

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fluid_npu.comm.all_to_all import Flight, Route
 from fluid_npu.comm.cargo import Loading, Unloading
+from fluid_npu.device.kernels.groups import Groups
 from fluid_npu.ops.expert_mlp import ExpertMLP, WeightGradTarget, mlp_backward, mlp_forward
 from fluid_npu.schedule.deferred import DeferredWeights, DWPart
 from fluid_npu.schedule.scheduler import BackwardScheduler
@@ -234,7 +235,7 @@ class _WeightGrads:
                 self._deferred.submit(index, self._parts[index])
 
     def _target(self, index: int) -> WeightGradTarget:
-        def take(rows: Tensor, dy: Tensor, counts: Sequence[int]) -> None:
+        def take(rows: Tensor, dy: Tensor, counts: Groups) -> None:
             self._parts[index].append(DWPart(rows, dy, counts))
 
         return WeightGradTarget(defer=take if self._deferred.wants(index) else None)

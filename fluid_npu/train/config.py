@@ -18,7 +18,7 @@ DEVICES = ("auto", "cpu", "cuda", "npu")
 DTYPES = ("fp32", "bf16", "fp16")
 OVERLAPS = ("off", "dw", "full", "auto")
 IMPLS = ("fluid", "stock")
-DISPATCHES = ("plain", "once-per-rank", "auto")
+DISPATCHES = ("plain", "once-per-rank", "static", "auto")
 A2A_TRANSPORTS = ("auto", "collective", "peer-copy", "few-ctas", "aicpu", "pairwise", "two-level")
 
 #: Fields that may differ between a checkpoint and the run that resumes it; all others must be equal.

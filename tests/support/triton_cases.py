@@ -20,10 +20,11 @@ from torch import Tensor
 from fluid_npu.ops import reference
 from fluid_npu.ops.permute import PermuteLayout
 from fluid_npu.ops.reference import relative_error
+from tests.support.triton_static_cases import STATIC_CASES, static_round
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 COUNTS = [17, 0, 5, 20]
-CASES: dict[str, Callable[[str], None]] = {}
+CASES: dict[str, Callable[[str], None]] = dict(STATIC_CASES)
 
 
 def case(function: Callable[[str], None]) -> Callable[[str], None]:
@@ -344,6 +345,8 @@ def a_dispatch_is_one_launch_for_each_thing_that_moves(device: str) -> None:
                 pack.unload_grad(unpack.load_grad(*unpack.unload(payload)))
             with OpCount().with_kernels() as once:
                 _once_round(routed, x, p, 3, 3)
+            with OpCount().with_kernels() as static:
+                static_round(routed, x, p, 3, 3)
     finally:
         seam._kernels.pop(device) if kept is None else seam._kernels.update({device: kept})
     kernels = dict.fromkeys(("_routed_rows", "_pack", "_chunk_order", "_unpack", "_pack_rows", "_sum_payload"), 1)
@@ -353,6 +356,20 @@ def a_dispatch_is_one_launch_for_each_thing_that_moves(device: str) -> None:
         ("_once_rows", "_pack_once", "_slots_to_map", "_routed_rows", "_expand", "_reduce", "_sum_once"), 1
     )
     assert once.kernels == kernels, once.kernels
+    wanted = {"_pack_once": 1, "_slots_to_map": 1, "_place": 1, "_spread": 2, "_sum": 2, "_sum_once": 1}
+    assert static.kernels == wanted, static.kernels
+    assert set(static.ops) <= {
+        "repeat",
+        "cat",
+        "sum",
+        "fill_",
+        "diff",
+        "to",
+        "_to_copy",
+        "sub",
+        "new_zeros",
+        "copy_",
+    } | {"_local_scalar_dense"}, static.ops
     assert set(once.ops) <= {"clone", "cat", "sum", "_local_scalar_dense"}, once.ops  # those of the round itself
 
 

@@ -70,7 +70,7 @@ REFUSED = [
     (["--profile", "p.json", "--carry-over"], r"--profile p.json: it decides what --carry-over asks for"),
     (["--profile", "p.json", "--dispatch", "auto"], r"--profile p.json: it decides what --dispatch auto asks for"),
     (["--profile", "p.json", "--impl", "stock"], r"--profile p.json: stock Megatron"),
-    (["--dispatch", "twice"], r"--dispatch 'twice': allowed are plain, once-per-rank, auto"),
+    (["--dispatch", "twice"], r"--dispatch 'twice': allowed are plain, once-per-rank, static, auto"),
     (["--dispatch", "auto", "--impl", "stock"], r"--dispatch auto: stock Megatron .* use --dispatch plain"),
     (["--attention-chunks", "0"], r"--attention-chunks 0: must be at least 1"),
     (["--attention-chunks", "2"], r"--attention-chunks 2: with --cp 1 no heads are exchanged; use --cp 2"),

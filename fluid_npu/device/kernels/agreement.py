@@ -48,14 +48,24 @@ def alone(question: str, decide: Callable[[], str]) -> str:
     return decide()
 
 
+_stores: dict[int, tuple[Any, Any]] = {}
 _of_job: dict[int, Agreement] = {}
+
+
+def store_of_job() -> Any:
+    """A client of its own of the default process group's store, the same at every call."""
+    default = dist.distributed_c10d._get_default_store()
+    if id(default) not in _stores:
+        # The default store is kept too: another one in its place in memory would be taken for it.
+        _stores[id(default)] = default, default.clone() if hasattr(default, "clone") else default
+    return _stores[id(default)][1]
 
 
 def of_this_job() -> Agreement:
     """``StoreAgreement`` on a client of its own of the default process group's store, or ``alone`` without one."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return alone
-    store = dist.distributed_c10d._get_default_store()
+    store = store_of_job()
     if id(store) not in _of_job:
-        _of_job[id(store)] = StoreAgreement(store.clone() if hasattr(store, "clone") else store)
+        _of_job[id(store)] = StoreAgreement(store)
     return _of_job[id(store)]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fluid_npu.device.choice import Choice
 from fluid_npu.device.kernels.fused import AttentionKernels, DifferentiableAttention, RotaryKernels
+from fluid_npu.device.kernels.groups import Groups
 from fluid_npu.device.kernels.routed import ChunkOrder, RoutedRows, RowIndices, Slots
 
 
@@ -63,11 +64,25 @@ class OnceKernels(Protocol):
     def reduce_rows(self, dx_RH: Tensor, dp_R: Tensor, rows: RowIndices, slots: Slots) -> Tensor: ...
 
 
+class StaticKernels(Protocol):
+    """Tokens that go to every group of experts: what ``triton_static`` has, without autograd. Its docstrings hold."""
+
+    def place_rows(self, payload_MW: Tensor, slots: Slots) -> tuple[Tensor, Tensor]: ...
+    def spread_rows(self, rows_MH: Tensor, place_MS: Tensor, capacity: int) -> Tensor: ...
+    def expand_rows(
+        self, payload_MW: Tensor, place_MS: Tensor, capacity: int, slots: Slots
+    ) -> tuple[Tensor, Tensor]: ...
+    def sum_rows(self, x_CH: Tensor, place_MS: Tensor) -> Tensor: ...
+    def reduce_rows(self, dx_CH: Tensor, dp_C: Tensor, place_MS: Tensor, slots: Slots) -> Tensor: ...
+
+
 class Kernels(ABC):
     """Implementations return fresh tensors, except those whose name ends in an underscore."""
 
     one_wait_for_counts: bool = False
     """Every rank is told the counts of all: one wait of the host for all of them costs less than two for its own."""
+    rows_on_device: bool = False
+    """Operators of experts take ``DeviceRows``; where not, ``known_rows`` reads the counts for them."""
     attention: AttentionKernels | DifferentiableAttention | None = None
     """The device's fused attention; None: Megatron's own, in plain torch, is all there is."""
     rotary: RotaryKernels | None = None
@@ -128,6 +143,10 @@ class Kernels(ABC):
         """Fused operators for payloads of tokens like x that go once to each group; None: plain torch."""
         return None
 
+    def static(self, x: Tensor, slots: Slots) -> StaticKernels | None:
+        """Fused operators for payloads of tokens like x that go to every group; None: plain torch."""
+        return None
+
     @abstractmethod
     def chunk_order(self, counts_CL: Tensor, host_CL: Tensor) -> ChunkOrder:
         """The order of rows that come by (source, expert) and are wanted by (expert, source).
@@ -156,11 +175,13 @@ class Kernels(ABC):
         """[R, W] payload: row r at ``rows[r]``, a permutation, or at r."""
 
     @abstractmethod
-    def swiglu_probs(self, h_R2F: Tensor, p_R: Tensor) -> Tensor:
-        """[R, F] in the dtype of h: silu(h[:, :F]) * h[:, F:] * p."""
+    def swiglu_probs(self, h_R2F: Tensor, p_R: Tensor, counts_L: Groups | None = None) -> Tensor:
+        """[R, F] in the dtype of h: silu(h[:, :F]) * h[:, F:] * p. ``counts_L``: rows behind them may be left out."""
 
     @abstractmethod
-    def swiglu_probs_grad(self, da_RF: Tensor, h_R2F: Tensor, p_R: Tensor) -> tuple[Tensor, Tensor]:
+    def swiglu_probs_grad(
+        self, da_RF: Tensor, h_R2F: Tensor, p_R: Tensor, counts_L: Groups | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Gradients (dh in the dtype of h, dp in the dtype of p)."""
 
     @abstractmethod

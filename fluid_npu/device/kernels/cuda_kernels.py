@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from fluid_npu.device.kernels.base import OnceKernels, RowLayout
+from fluid_npu.device.kernels.base import OnceKernels, RowLayout, StaticKernels
 from fluid_npu.device.kernels.gemm_chooser import GemmChooser
 from fluid_npu.device.kernels.gemm_forms import GemmCall, add_product_, fuses_wide_mm
+from fluid_npu.device.kernels.groups import DeviceRows, Groups
+from fluid_npu.device.kernels.known_rows import ExpertKernels, KnownRows
 from fluid_npu.device.kernels.routed import ChunkOrder, RoutedRows, Slots
 from fluid_npu.device.kernels.row_kernels import RowKernels, gather, gathered_sum, summed_payload
 from fluid_npu.device.kernels.torch_attention import MEGATRON, TORCH, torch_attention
@@ -24,34 +25,42 @@ class CudaKernels(TorchKernels):
     """``TorchKernels`` with fused launches, and with grouped matmuls in the form that is fastest for their class."""
 
     one_wait_for_counts = True
+    rows_on_device = True
 
     def __init__(self, chooser: GemmChooser | None = None, rows: RowKernels | None = None) -> None:
         self.chooser = chooser if chooser is not None else GemmChooser()
-        self._rows = rows if rows is not None else RowKernels(TorchKernels())
+        self._torch = TorchKernels()
+        self._rows = rows if rows is not None else RowKernels(self._torch)
         self.attention = torch_attention(("auto", MEGATRON, "cudnn", "flash", "efficient", TORCH))
 
-    def grouped_mm(self, x_RK: Tensor, w_LKN: Tensor, counts_L: Sequence[int], trans_w: bool = False) -> Tensor:
+    def grouped_mm(self, x_RK: Tensor, w_LKN: Tensor, counts_L: Groups, trans_w: bool = False) -> Tensor:
         call = GemmCall(op="mm_t" if trans_w else "mm", a=x_RK, b=w_LKN, counts=counts_L)
         if not _has_work(call):
-            return super().grouped_mm(x_RK, w_LKN, counts_L, trans_w)
+            return self._plain(counts_L).grouped_mm(x_RK, w_LKN, counts_L, trans_w)
         product = self.chooser.compute(call)
         assert product is not None
         return product
 
-    def grouped_dw(self, x_RK: Tensor, dy_RN: Tensor, counts_L: Sequence[int]) -> Tensor:
+    def grouped_dw(self, x_RK: Tensor, dy_RN: Tensor, counts_L: Groups) -> Tensor:
         call = GemmCall(op="dw", a=x_RK, b=dy_RN, counts=counts_L)
         if not _has_work(call):
-            return super().grouped_dw(x_RK, dy_RN, counts_L)
+            return self._plain(counts_L).grouped_dw(x_RK, dy_RN, counts_L)
         dw = self.chooser.compute(call)
         assert dw is not None
         return dw
 
-    def grouped_dw_add_(self, main_grad_LKN: Tensor, x_RK: Tensor, dy_RN: Tensor, counts_L: Sequence[int]) -> None:
+    def grouped_dw_add_(self, main_grad_LKN: Tensor, x_RK: Tensor, dy_RN: Tensor, counts_L: Groups) -> None:
         call = GemmCall(op="dw_add", a=x_RK, b=dy_RN, counts=counts_L, out=main_grad_LKN)
         if not _has_work(call):
-            return super().grouped_dw_add_(main_grad_LKN, x_RK, dy_RN, counts_L)
+            return self._plain(counts_L).grouped_dw_add_(main_grad_LKN, x_RK, dy_RN, counts_L)
         self.chooser.compute(call)
         return None
+
+    def _plain(self, counts_L: Groups | None) -> ExpertKernels:
+        """Plain torch, for which the host reads the counts where only the device knows them."""
+        if isinstance(counts_L, DeviceRows):
+            return KnownRows(self._torch)
+        return cast(ExpertKernels, self._torch)
 
     def dense_dw_add_(self, main_grad_NK: Tensor, x_RK: Tensor, dy_RN: Tensor) -> None:
         if x_RK.dtype != dy_RN.dtype or x_RK.shape[0] == 0:
@@ -90,11 +99,13 @@ class CudaKernels(TorchKernels):
         return rows
 
     def once(self, x: Tensor, slots: Slots) -> OnceKernels | None:
-        hidden = x.shape[1]
-        if slots.wire.itemsize < x.element_size() or hidden * x.element_size() % slots.wire.itemsize:
-            return None
-        kernels: Any = load("triton_once") if self._rows.takes("once", x) else None
+        kernels: Any = load("triton_once") if _tail_fits(x, slots) and self._rows.takes("once", x) else None
         found: OnceKernels | None = kernels
+        return found
+
+    def static(self, x: Tensor, slots: Slots) -> StaticKernels | None:
+        kernels: Any = load("triton_static") if _tail_fits(x, slots) and self._rows.takes("static", x) else None
+        found: StaticKernels | None = kernels
         return found
 
     def chunk_order(self, counts_CL: Tensor, host_CL: Tensor) -> ChunkOrder:
@@ -133,16 +144,19 @@ class CudaKernels(TorchKernels):
         payload: Tensor = load("triton_payload").pack_rows(x_RH, p_R, rows)
         return payload
 
-    def swiglu_probs(self, h_R2F: Tensor, p_R: Tensor) -> Tensor:
+    def swiglu_probs(self, h_R2F: Tensor, p_R: Tensor, counts_L: Groups | None = None) -> Tensor:
         if not self._rows.takes("swiglu", h_R2F):
-            return super().swiglu_probs(h_R2F, p_R)
-        a_RF: Tensor = load("triton_swiglu").swiglu_probs(h_R2F, p_R)
+            return self._plain(counts_L).swiglu_probs(h_R2F, p_R, counts_L)
+        a_RF: Tensor = load("triton_swiglu").swiglu_probs(h_R2F, p_R, _bound(counts_L, h_R2F))
         return a_RF
 
-    def swiglu_probs_grad(self, da_RF: Tensor, h_R2F: Tensor, p_R: Tensor) -> tuple[Tensor, Tensor]:
+    def swiglu_probs_grad(
+        self, da_RF: Tensor, h_R2F: Tensor, p_R: Tensor, counts_L: Groups | None = None
+    ) -> tuple[Tensor, Tensor]:
         if not self._rows.takes("swiglu gradient", h_R2F, da_RF):
-            return super().swiglu_probs_grad(da_RF, h_R2F, p_R)
-        grads: tuple[Tensor, Tensor] = load("triton_swiglu").swiglu_probs_grad(da_RF, h_R2F, p_R)
+            return self._plain(counts_L).swiglu_probs_grad(da_RF, h_R2F, p_R, counts_L)
+        bound = _bound(counts_L, h_R2F)
+        grads: tuple[Tensor, Tensor] = load("triton_swiglu").swiglu_probs_grad(da_RF, h_R2F, p_R, bound)
         return grads
 
     def rms_norm(self, x: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -165,3 +179,13 @@ class CudaKernels(TorchKernels):
 def _has_work(call: GemmCall) -> bool:
     """Whether there is anything to multiply, of one dtype; the rest is torch's own and takes no choice."""
     return call.multiply_adds > 0 and call.a.dtype == call.b.dtype and call.a.dtype in _DTYPES
+
+
+def _tail_fits(x: Tensor, slots: Slots) -> bool:
+    """Whether the tail of a payload row of tokens like x can be seen as integers of the probabilities' size."""
+    return slots.wire.itemsize >= x.element_size() and x.shape[1] * x.element_size() % slots.wire.itemsize == 0
+
+
+def _bound(counts_L: Groups | None, x: Tensor) -> Tensor | None:
+    """[L] where each group ends, if x has rows behind the last one."""
+    return counts_L.ends(x.device, torch.int32) if isinstance(counts_L, DeviceRows) else None

@@ -23,6 +23,7 @@ from fluid_npu.device.choice import Choice
 from fluid_npu.device.kernels.agreement import Agreement, of_this_job
 from fluid_npu.device.kernels.gemm_forms import FORMS, Form, GemmCall, equal_groups
 from fluid_npu.device.kernels.gemm_timing import Trial, room_to_measure, try_forms
+from fluid_npu.device.kernels.groups import DeviceRows
 from fluid_npu.device.kernels.triton_support import GEMM_PROFILE, GROUPED_GEMM, setting
 
 _SMALL = 5e8  # multiply-adds: below, launches decide and measuring costs more than it gives
@@ -105,12 +106,22 @@ class GemmChooser:
 
     def _by_rule(self, call: GemmCall) -> Choice[str]:
         groups = len(call.counts)
+        if isinstance(call.counts, DeviceRows):
+            return self._by_rule_on_device(call)
         if call.multiply_adds >= _LOOP_FLOOR * groups:
             return Choice("loop", f"rule: {call.multiply_adds / groups:.1e} multiply-adds a group keep a GPU busy")
         for name in ("batched", "grouped_mm"):
             if name in self._forms and self._forms[name].why_not(call) is None:
                 return Choice(name, f"rule: {groups} groups are too small for a launch each")
         return Choice("loop", "rule: nothing else takes these operands")
+
+    def _by_rule_on_device(self, call: GemmCall) -> Choice[str]:
+        names = ("grouped_mm", *(name for name in self._forms if name.startswith("triton-")))
+        for name in names:
+            if name in self._forms and self._forms[name].why_not(call) is None:
+                return Choice(name, "rule: only the device knows the rows of each group")
+        why = self._forms[names[-1]].why_not(call) if names[-1] in self._forms else "no Triton form"
+        return Choice("loop", f"rule: the host waits for the rows of each group, since nothing else fits ({why})")
 
     def _forced(self, wanted: str, call: GemmCall) -> Choice[str]:
         names = [n for n in self._forms if n.startswith("triton-")] if wanted == "triton" else [wanted]
@@ -125,7 +136,7 @@ class GemmChooser:
 def _key(call: GemmCall) -> tuple[Any, ...]:
     """All that ``choose`` looks at, without making text of it; calls with the same key take the same form."""
     a, b, out, work, groups = call.a, call.b, call.out, call.multiply_adds, len(call.counts)
-    size = (a.shape[0] // groups).bit_length(), work < _SMALL, work >= _LOOP_FLOOR * groups, equal_groups(call.counts)
+    size = (call.rows // groups).bit_length(), work < _SMALL, work >= _LOOP_FLOOR * groups, _evenness(call)
     shape = groups, a.shape[1], b.shape[1:], a.stride(), b.stride(), a.data_ptr() % 16, b.data_ptr() % 16
     target = None if out is None else (out.dtype, out.is_contiguous())
     return os.environ.get(GROUPED_GEMM), call.op, a.dtype, b.dtype, a.device, size, shape, target
@@ -134,11 +145,17 @@ def _key(call: GemmCall) -> tuple[Any, ...]:
 def class_of(call: GemmCall) -> str:
     """The class of a call: equal on ranks that make the same call on as many rows to a power of two."""
     groups, inner, outer = call.weight_shape
-    rows = max(1, call.a.shape[0] // groups)
-    even = "even" if equal_groups(call.counts) else "uneven"
+    rows = max(1, call.rows // groups)
+    even = _evenness(call)
     aligned = "aligned" if all(_aligned(t) for t in (call.a, call.b)) else "unaligned"
     dtype = str(call.a.dtype).removeprefix("torch.")
     return f"{call.op}-{dtype}-K{inner}-N{outer}-L{groups}-rows{1 << (rows.bit_length() - 1)}-{even}-{aligned}"
+
+
+def _evenness(call: GemmCall) -> str:
+    if isinstance(call.counts, DeviceRows):
+        return "unknown"
+    return "even" if equal_groups(call.counts) else "uneven"
 
 
 def _fastest(rule: Choice[str], trials: Mapping[str, Trial], names: list[str]) -> Choice[str]:

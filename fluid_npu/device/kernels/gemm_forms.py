@@ -1,13 +1,13 @@
 """The forms that a grouped matmul can take on a GPU: each says whether it fits a call, and computes it.
 
 ``loop``: one cuBLAS call a group. ``grouped_mm``: torch's own. ``batched``: one batched cuBLAS call, for groups of
-equal size. ``triton-...``: our kernel with those tiles. Shapes: R rows, K inner, N outer, L groups.
+equal size. ``triton-...``: our kernel with those tiles. Where only the device knows the rows of each group, ``loop``
+and ``batched`` do not fit; ``loop`` is left where nothing does. Shapes: R rows, K inner, N outer, L groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fluid_npu.device.choice import Choice
-from fluid_npu.device.kernels.groups import GroupRows, ends_of
+from fluid_npu.device.kernels.groups import DeviceRows, GroupRows, Groups, ends_of, rows_in
+from fluid_npu.device.kernels.known_rows import known, whole
 from fluid_npu.device.kernels.torch_kernels import (
     _groups,
     _loop_grouped_dw,
@@ -27,6 +28,7 @@ from fluid_npu.device.kernels.triton_support import load, triton_on
 
 _HALVES = (torch.bfloat16, torch.float16)
 _MAX_FP32_TILE = 64 * 64
+_HOST_ROWS = "it wants the rows of each group on the host, and only the device knows them"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class GemmCall:
     op: str
     a: Tensor
     b: Tensor
-    counts: Sequence[int]
+    counts: Groups
     out: Tensor | None = None
 
     @property
@@ -51,10 +53,22 @@ class GemmCall:
         return (groups, outer, inner) if self.op == "mm_t" else (groups, inner, outer)
 
     @property
+    def rows(self) -> int:
+        """R, or what is expected of it."""
+        return rows_in(self.counts, self.a)
+
+    @property
     def multiply_adds(self) -> int:
         """R * K * N."""
         _, inner, outer = self.weight_shape
-        return self.a.shape[0] * inner * outer
+        return self.rows * inner * outer
+
+    def on_host(self) -> GemmCall:
+        """The same call over the rows in use, whose numbers the host then knows; it waits for them."""
+        if not isinstance(self.counts, DeviceRows):
+            return self
+        counts, buffers = known(self.counts, self.a, *((self.b,) if self.op in ("dw", "dw_add") else ()))
+        return replace(self, counts=counts, a=buffers[0], b=buffers[-1] if len(buffers) > 1 else self.b)
 
     def weight(self) -> Tensor:
         """[L, K, N], a view."""
@@ -72,15 +86,19 @@ class Loop:
 
     def why_not(self, call: GemmCall) -> str | None:
         """What keeps it from this call, or None."""
-        return None
+        return _HOST_ROWS if isinstance(call.counts, DeviceRows) else None
 
     def run(self, call: GemmCall) -> Tensor | None:
         """The result, or None where it is added to ``call.out``."""
+        capacity, call = call.a.shape[0], call.on_host()
+        counts = call.counts
+        assert not isinstance(counts, DeviceRows), "the host knows them now"
         if call.op in ("mm", "mm_t"):
-            return _loop_grouped_mm(call.a, call.weight(), call.counts)
+            y = _loop_grouped_mm(call.a, call.weight(), counts)
+            return y if y.shape[0] == capacity else whole(y, capacity)
         if call.out is None:
-            return _loop_grouped_dw(call.a, call.b, call.counts)
-        for grad, x, dy in _groups(call.out, call.a, call.b, call.counts):
+            return _loop_grouped_dw(call.a, call.b, counts)
+        for grad, x, dy in _groups(call.out, call.a, call.b, counts):
             add_product_(grad, x.t(), dy)
         return None
 
@@ -96,6 +114,8 @@ class Native:
             return f"torch {torch.__version__} has no grouped_mm (2.10 has)"
         if not _native_accepts(a, call.weight()):
             return "torch's grouped_mm wants bf16 or fp32 on both sides, no empty operand and rows aligned to 16 bytes"
+        if isinstance(call.counts, DeviceRows) and not _native_reads_on_device(call.a):
+            return "torch's grouped_mm leaves the sizes on the device only for bf16 on a GPU from Hopper on"
         return None
 
     def run(self, call: GemmCall) -> Tensor | None:
@@ -113,6 +133,8 @@ class Batched:
     name = "batched"
 
     def why_not(self, call: GemmCall) -> str | None:
+        if isinstance(call.counts, DeviceRows):
+            return _HOST_ROWS
         if not equal_groups(call.counts) or call.counts[0] == 0:
             return f"batched products want equal groups, these have {min(call.counts)} to {max(call.counts)} rows"
         if call.out is not None and call.out.dtype != call.a.dtype and not fuses_batched_add().value:
@@ -120,6 +142,7 @@ class Batched:
         return None
 
     def run(self, call: GemmCall) -> Tensor | None:
+        assert not isinstance(call.counts, DeviceRows), "why_not refuses them"
         groups, each = len(call.counts), call.counts[0]
         a = call.a.view(groups, each, -1)
         if call.op in ("mm", "mm_t"):
@@ -201,8 +224,16 @@ _TILES = (
 FORMS: dict[str, Form] = {form.name: form for form in (Loop(), Native(), Batched(), *_TILES)}
 
 
-def equal_groups(counts: Sequence[int]) -> bool:
-    """Whether all groups have as many rows."""
+def _native_reads_on_device(a: Tensor) -> bool:
+    if not a.is_cuda or a.dtype != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(a.device)[0] >= 9
+
+
+def equal_groups(counts: Groups) -> bool:
+    """Whether all groups are known to have as many rows."""
+    if isinstance(counts, DeviceRows):
+        return False
     return counts.equal if isinstance(counts, GroupRows) else len(set(counts)) == 1
 
 
@@ -250,4 +281,6 @@ def _row_blocks(module: Any, call: GemmCall, ends: Tensor, bm: int) -> Tensor:
         table: Tensor = module.row_blocks(ends, blocks, bm)
         return table
 
-    return call.counts.kept(("row blocks", bm, ends.device), make) if isinstance(call.counts, GroupRows) else make()
+    if not isinstance(call.counts, GroupRows | DeviceRows):
+        return make()
+    return call.counts.kept(("row blocks", bm, ends.device), make)

@@ -1,14 +1,14 @@
 """The rows of each group, on the host for shapes and on the device for operators, without a copy for every call.
 
 A tensor made from host numbers waits for a copy to the device. Counts usually come from the device, so their running
-total is summed there, once for all grouped matmuls of a layer.
+total is summed there, once for all grouped matmuls of a layer. ``DeviceRows`` are never asked for on the host at all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -56,9 +56,68 @@ class GroupRows(list[int]):
         return _copied(self, device, dtype)
 
 
-def ends_of(counts_L: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+class DeviceRows:
+    """[L] rows of each group that only the device knows, in buffers with room for more.
+
+    The rows of all groups lie at the front of a buffer of ``capacity`` rows; what is behind them is memory that nobody
+    wrote, and no result may depend on it. Made before the rows arrive, ``settle``d when they have.
+
+    Args:
+        groups: L.
+        capacity: rows that there is room for.
+        expected: rows under even routing, for what needs a number on the host such as a choice between kernels.
+    """
+
+    def __init__(self, groups: int, capacity: int, expected: int) -> None:
+        self.capacity = capacity
+        self.expected = expected
+        self._groups = groups
+        self._ends: dict[torch.dtype, Tensor] = {}
+        self._kept: dict[Any, Tensor] = {}
+        self._host: GroupRows | None = None
+
+    def __len__(self) -> int:
+        return self._groups
+
+    def settle(self, ends_L: Tensor) -> None:
+        """The running total, an integer tensor [L] on the device of the rows."""
+        self._ends, self._kept, self._host = {ends_L.dtype: ends_L}, {}, None
+
+    def ends(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """[L]: where each group ends. Raises RuntimeError before the rows have arrived."""
+        if not self._ends:
+            raise RuntimeError("the rows of the experts are not known before the dispatch has arrived: wait for it")
+        if dtype not in self._ends:
+            self._ends[dtype] = next(iter(self._ends.values())).to(dtype)
+        return self._ends[dtype].to(device)
+
+    def kept(self, name: Any, make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` derives from these counts, made at most once for each ``name``."""
+        known = self._kept.get(name)
+        if known is None:
+            known = self._kept[name] = make()
+        return known
+
+    def on_host(self) -> GroupRows:
+        """The same as host integers: the first call waits for the device."""
+        if self._host is None:
+            ends = next(iter(self._ends.values()))
+            self._host = GroupRows(torch.diff(ends, prepend=ends.new_zeros(1)).tolist(), ends=ends)
+        return self._host
+
+
+#: Rows of each group: host integers (``GroupRows`` or bare ones), or what only the device knows.
+Groups: TypeAlias = Sequence[int] | DeviceRows
+
+
+def rows_in(counts_L: Groups, x: Tensor) -> int:
+    """Rows of x that belong to a group; of ``DeviceRows`` as many as are expected."""
+    return counts_L.expected if isinstance(counts_L, DeviceRows) else x.shape[0]
+
+
+def ends_of(counts_L: Groups, device: torch.device, dtype: torch.dtype) -> Tensor:
     """[L]: where each group ends, on ``device``; of bare integers a copy from the host."""
-    if isinstance(counts_L, GroupRows):
+    if isinstance(counts_L, GroupRows | DeviceRows):
         return counts_L.ends(device, dtype)
     return _copied(counts_L, device, dtype)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fluid_npu.device.choice import Choice
 from fluid_npu.device.kernels.base import RowLayout
-from fluid_npu.device.kernels.groups import ends_of
+from fluid_npu.device.kernels.groups import Groups, ends_of
 from fluid_npu.device.kernels.npu_attention import NpuAttention, NpuRotary
 from fluid_npu.device.kernels.torch_kernels import TorchKernels, _loop_grouped_dw, _loop_grouped_mm, sum_widened
 from fluid_npu.device.npu import load_torch_npu
@@ -89,12 +89,14 @@ class NpuKernels(TorchKernels):
     def sum_rows(self, x_NH: Tensor, layout: RowLayout) -> Tensor:
         return sum_widened(self, x_NH, layout)
 
-    def swiglu_probs(self, h_R2F: Tensor, p_R: Tensor) -> Tensor:
+    def swiglu_probs(self, h_R2F: Tensor, p_R: Tensor, counts_L: Groups | None = None) -> Tensor:
         if h_R2F.numel() == 0:
             return super().swiglu_probs(h_R2F, p_R)
         return self._npu.npu_swiglu(h_R2F.contiguous(), dim=-1).mul_(p_R.unsqueeze(-1))
 
-    def swiglu_probs_grad(self, da_RF: Tensor, h_R2F: Tensor, p_R: Tensor) -> tuple[Tensor, Tensor]:
+    def swiglu_probs_grad(
+        self, da_RF: Tensor, h_R2F: Tensor, p_R: Tensor, counts_L: Groups | None = None
+    ) -> tuple[Tensor, Tensor]:
         if h_R2F.numel() == 0:
             return super().swiglu_probs_grad(da_RF, h_R2F, p_R)
         h_R2F = h_R2F.contiguous()

@@ -16,6 +16,7 @@ from fluid_npu.device.choice import Choice
 from fluid_npu.device.kernels.agreement import Agreement, of_this_job
 from fluid_npu.device.kernels.base import Kernels, RowLayout
 from fluid_npu.device.kernels.once_check import pairs_of_once
+from fluid_npu.device.kernels.static_check import pairs_of_static
 from fluid_npu.device.kernels.triton_support import ROW_KERNELS, load, setting, triton_on
 
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}  # of the largest entry
@@ -198,6 +199,11 @@ def _check_once(plain: Kernels, dtype: torch.dtype, device: torch.device) -> flo
     return worst_error(got, wanted)
 
 
+def _check_static(plain: Kernels, dtype: torch.dtype, device: torch.device) -> float:
+    got, wanted = zip(*pairs_of_static(dtype, device, _random), strict=True)
+    return worst_error(got, wanted)
+
+
 def _check_routed_rows(plain: Kernels, dtype: torch.dtype, device: torch.device) -> float:
     chosen = torch.sin(torch.arange(_ROWS * 5, device=device) * 0.7).view(_ROWS, 5) > 0.3
     counts = chosen.sum(0)
@@ -220,6 +226,7 @@ _CHECKS: dict[str, Callable[[Kernels, torch.dtype, torch.device], float]] = {
     "unpermute": _check_unpermute,
     "payload": _check_payload,
     "once": _check_once,
+    "static": _check_static,
     "routed rows": _check_routed_rows,
     "chunk order": _check_chunk_order,
     "swiglu": _check_swiglu,

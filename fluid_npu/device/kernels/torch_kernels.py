@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fluid_npu.device import device_of
 from fluid_npu.device.kernels.base import Kernels, RowLayout
-from fluid_npu.device.kernels.groups import ends_of
+from fluid_npu.device.kernels.groups import Groups, ends_of
 from fluid_npu.device.kernels.payload_tail import payload_width, read_tail, write_tail
 from fluid_npu.device.kernels.routed import ChunkOrder, RoutedRows, bag_offsets
 
@@ -118,11 +118,13 @@ class TorchKernels(Kernels):
         write_tail(payload, hidden, p_R)
         return payload
 
-    def swiglu_probs(self, h_R2F: Tensor, p_R: Tensor) -> Tensor:
+    def swiglu_probs(self, h_R2F: Tensor, p_R: Tensor, counts_L: Groups | None = None) -> Tensor:
         h0, h1 = h_R2F.chunk(2, dim=-1)
         return F.silu(h0).mul_(h1).mul_(p_R.unsqueeze(-1))  # a wider p is not rounded: mul_ promotes inside
 
-    def swiglu_probs_grad(self, da_RF: Tensor, h_R2F: Tensor, p_R: Tensor) -> tuple[Tensor, Tensor]:
+    def swiglu_probs_grad(
+        self, da_RF: Tensor, h_R2F: Tensor, p_R: Tensor, counts_L: Groups | None = None
+    ) -> tuple[Tensor, Tensor]:
         dh, dp, p_R1 = torch.empty_like(h_R2F), torch.empty_like(p_R), p_R.unsqueeze(-1)
         rows = da_RF.shape[0]
         step = self._swiglu_rows_at_once(rows, da_RF.shape[1])

@@ -77,6 +77,7 @@ def sum_once(payload_NW: Tensor, map_TE: Tensor, rows: RowIndices, slots: Slots,
             dx_TH, bits(dp_TE), tokens, rows.row_of_pair.shape[0], hidden, experts // slots.local, slots.local,
             payload_NW.stride(0) // align,
             UNROLLED=most if most <= MAX_UNROLLED else 0, ALIGN=align,
+            EVERY=rows.row_of_pair.shape[0] == tokens * (experts // slots.local),
             RATIO=slots.wire.itemsize // payload_NW.element_size(), LOCAL=triton.next_power_of_2(slots.local),
             BLOCK=block_of(hidden), num_warps=4,
         )  # fmt: skip
@@ -88,6 +89,11 @@ def arrived_rows(payload_MW: Tensor, slots: Slots, num_rows: int) -> RoutedRows:
 
     ``pair_index`` is a position in a flattened [M, S] tensor.
     """
+    return routed_rows(slots_to_map(payload_MW, slots), num_rows, slots=slots.number)
+
+
+def slots_to_map(payload_MW: Tensor, slots: Slots) -> Tensor:
+    """bool [M, L]: which experts the slots of received rows ask for."""
     rows = payload_MW.shape[0]
     map_ML = torch.empty(rows, slots.local, dtype=torch.bool, device=payload_MW.device)
     if rows:
@@ -96,7 +102,7 @@ def arrived_rows(payload_MW: Tensor, slots: Slots, num_rows: int) -> RoutedRows:
             payload_MW.stride(0), RATIO=slots.wire.itemsize // payload_MW.element_size(), SLOTS=slots.number,
             LOCAL=triton.next_power_of_2(slots.local), BLOCK=_ROWS, num_warps=4,
         )  # fmt: skip
-    return routed_rows(map_ML, num_rows, slots=slots.number)
+    return map_ML
 
 
 def expand_rows(payload_MW: Tensor, rows: RowIndices, slots: Slots) -> tuple[Tensor, Tensor]:
@@ -207,7 +213,8 @@ def _pack_once(
 @triton.jit
 def _sum_once(
     payload, tail, chosen, row_of_pair, starts, dx, dp, tokens, rows, hidden, groups, local, units,
-    UNROLLED: tl.constexpr, ALIGN: tl.constexpr, RATIO: tl.constexpr, LOCAL: tl.constexpr, BLOCK: tl.constexpr,
+    UNROLLED: tl.constexpr, ALIGN: tl.constexpr, EVERY: tl.constexpr, RATIO: tl.constexpr, LOCAL: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     stride = units * ALIGN
@@ -228,7 +235,10 @@ def _sum_once(
         slot = tl.cumsum(entry, 0) - entry
         p = tl.load(tail + (row * stride + hidden) // RATIO + slot, mask=entry != 0, other=0)
         tl.store(dp + entries, p, mask=member < local)
-        seen += wanted
+        if EVERY:  # tokens have a row in every group, wanted there or not
+            seen += 1
+        else:
+            seen += wanted
 
 
 @triton.jit

@@ -66,11 +66,11 @@ def chunk_order(counts_CL: Tensor, rows: int) -> ChunkOrder:
 
 
 @triton.jit
-def _routed_rows(
-    chosen, indices, starts, counts, tokens, experts, num_rows,
-    EXPERTS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, FILL: tl.constexpr,
+def rows_of_block(
+    chosen, first, tokens, experts, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr
 ):  # fmt: skip
-    first = tl.program_id(0) * BLOCK
+    """Of the tokens ``first`` to ``first + BLOCK`` and all experts: int32 [BLOCK, EXPERTS] entries of the map and their
+    rows, and [EXPERTS] rows of each expert before these tokens, and of all tokens."""
     numbers = tl.arange(0, EXPERTS)
     before_2d = tl.zeros((STEP, EXPERTS), dtype=tl.int32)
     after_2d = tl.zeros((STEP, EXPERTS), dtype=tl.int32)
@@ -88,6 +88,18 @@ def _routed_rows(
     inside = (at < tokens)[:, None] & (numbers < experts)[None, :]
     entry = tl.load(chosen + at[:, None] * experts + numbers[None, :], mask=inside, other=0).to(tl.int32)
     row = (first_row + before)[None, :] + tl.cumsum(entry, 0) - entry
+    return entry, row, before, total
+
+
+@triton.jit
+def _routed_rows(
+    chosen, indices, starts, counts, tokens, experts, num_rows,
+    EXPERTS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, FILL: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) * BLOCK
+    numbers = tl.arange(0, EXPERTS)
+    at = first + tl.arange(0, BLOCK)
+    entry, row, before, total = rows_of_block(chosen, first, tokens, experts, EXPERTS, BLOCK, STEP)
     of_token = tl.sum(entry, 1)
     start_of_token = tl.sum(before) + tl.cumsum(of_token, 0) - of_token
     slot = tl.cumsum(entry, 1) - entry

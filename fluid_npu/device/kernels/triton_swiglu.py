@@ -14,19 +14,28 @@ from torch import Tensor
 _BLOCK = 1024
 
 
-def swiglu_probs(h_R2F: Tensor, p_R: Tensor) -> Tensor:
-    """[R, F] in the dtype of h: silu(h[:, :F]) * h[:, F:] * p, rounded once. h has unit stride along its rows."""
+def swiglu_probs(h_R2F: Tensor, p_R: Tensor, ends_L: Tensor | None = None) -> Tensor:
+    """[R, F] in the dtype of h: silu(h[:, :F]) * h[:, F:] * p, rounded once. h has unit stride along its rows.
+
+    With ``ends_L``, on the device, the rows from its last entry on are neither read nor written.
+    """
     rows, width = h_R2F.shape[0], h_R2F.shape[1] // 2
     a_RF = h_R2F.new_empty(rows, width)
     if a_RF.numel():
         block = min(triton.next_power_of_2(width), _BLOCK)
         grid = (rows, triton.cdiv(width, block))
-        _forward[grid](h_R2F, p_R, a_RF, width, h_R2F.stride(0), p_R.stride(0), BLOCK=block, num_warps=4)
+        _forward[grid](
+            h_R2F, p_R, a_RF, p_R if ends_L is None else ends_L, 0 if ends_L is None else ends_L.shape[0] - 1,
+            width, h_R2F.stride(0), p_R.stride(0), BOUNDED=ends_L is not None, BLOCK=block, num_warps=4,
+        )  # fmt: skip
     return a_RF
 
 
-def swiglu_probs_grad(da_RF: Tensor, h_R2F: Tensor, p_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients (dh in the dtype of h, dp in the dtype of p); da and h have unit stride along their rows."""
+def swiglu_probs_grad(da_RF: Tensor, h_R2F: Tensor, p_R: Tensor, ends_L: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Gradients (dh in the dtype of h, dp in the dtype of p); da and h have unit stride along their rows.
+
+    ``ends_L`` as ``swiglu_probs``.
+    """
     rows, width = da_RF.shape
     dh_R2F = torch.empty(h_R2F.shape, dtype=h_R2F.dtype, device=h_R2F.device)
     dp_R = torch.empty(rows, dtype=p_R.dtype, device=p_R.device)
@@ -35,14 +44,18 @@ def swiglu_probs_grad(da_RF: Tensor, h_R2F: Tensor, p_R: Tensor) -> tuple[Tensor
     block = min(triton.next_power_of_2(width), _BLOCK)
     _backward[(rows,)](
         da_RF, h_R2F, p_R, dh_R2F, dp_R,
-        width, da_RF.stride(0), h_R2F.stride(0), p_R.stride(0), BLOCK=block, num_warps=4,
+        p_R if ends_L is None else ends_L, 0 if ends_L is None else ends_L.shape[0] - 1,
+        width, da_RF.stride(0), h_R2F.stride(0), p_R.stride(0), BOUNDED=ends_L is not None, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return dh_R2F, dp_R
 
 
 @triton.jit
-def _forward(h, p, a, width, stride_h, stride_p, BLOCK: tl.constexpr):
+def _forward(h, p, a, ends, last, width, stride_h, stride_p, BOUNDED: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
+    if BOUNDED:  # noqa: SIM102 (decided when it is compiled)
+        if row >= tl.load(ends + last):
+            return
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     gate = tl.load(h + row * stride_h + columns, mask=inside, other=0.0).to(tl.float32)
@@ -53,8 +66,13 @@ def _forward(h, p, a, width, stride_h, stride_p, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(da, h, p, dh, dp, width, stride_da, stride_h, stride_p, BLOCK: tl.constexpr):
+def _backward(
+    da, h, p, dh, dp, ends, last, width, stride_da, stride_h, stride_p, BOUNDED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    if BOUNDED:  # noqa: SIM102 (decided when it is compiled)
+        if row >= tl.load(ends + last):
+            return
     scale = tl.load(p + row * stride_p).to(tl.float32)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, width, BLOCK):
