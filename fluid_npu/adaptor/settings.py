@@ -13,7 +13,7 @@ from fluid_npu.adaptor.patch import PatchError
 #: As the scheduler's OVERLAP_MODES, the dispatcher's DISPATCHES and the transports' TRANSPORTS, which cannot be read
 #: without torch; a test holds them equal.
 OVERLAPS = ("off", "dw", "full")
-DISPATCHES = ("plain", "once-per-rank", "auto")
+DISPATCHES = ("plain", "once-per-rank", "static", "auto")
 TRANSPORTS = ("auto", "collective", "peer-copy", "few-ctas", "aicpu", "pairwise", "two-level")
 #: Settings that say which transport, and of what.
 OF_TRANSPORT = ("a2a_transport", "a2a_node_size", "a2a_bytes", "device")

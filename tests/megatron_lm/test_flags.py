@@ -106,6 +106,18 @@ REFUSED: list[tuple[list[str], dict[str, Any], str, str]] = [
         "0.16",
         "with --moe-pad-expert-input-to-capacity: .*drop one",
     ),
+    (
+        ["--fluid-dispatch", "static"],
+        {"expert_tensor_parallel_size": 2},
+        "0.16",
+        "--fluid-dispatch static with expert tensor parallel size 2: .*or --fluid-dispatch once-per-rank",
+    ),
+    (
+        ["--fluid-dispatch", "static"],
+        {"expert_tensor_parallel_size": None, "tensor_model_parallel_size": 4},
+        "0.16",
+        "static with expert tensor parallel size 4: .*use --expert-tensor-parallel-size 1",
+    ),
     (["--fluid-a2a-transport", "auto"], {"moe_grouped_gemm": False}, "0.16", "auto without --moe-grouped-gemm: the"),
     (["--fluid-a2a-transport", "pairwise"], {"expert_model_parallel_size": 1}, "0.16", "pairwise with --expert.*drop"),
     (["--fluid-a2a-node-size", "4"], {}, "0.16", "size 4 with --fluid-a2a-transport collective: nodes .*two-level"),

@@ -76,16 +76,25 @@ def _chunks(args: Namespace) -> Iterator[str]:
 
 
 def _dispatch(args: Namespace) -> Iterator[str]:
+    if args.fluid_dispatch in ("plain", "auto"):
+        return
     chosen = f"--fluid-dispatch {args.fluid_dispatch}"
-    if args.fluid_dispatch == "once-per-rank" and args.moe_token_dispatcher_type != "alltoall":
+    if args.moe_token_dispatcher_type != "alltoall":
         yield (
             f"{chosen} with --moe-token-dispatcher-type {args.moe_token_dispatcher_type}: it is a form of our AllToAll "
             "dispatcher; use alltoall, or drop the flag"
         )
-    if args.fluid_dispatch == "once-per-rank" and getattr(args, "moe_pad_expert_input_to_capacity", False):
+    if getattr(args, "moe_pad_expert_input_to_capacity", False):
         yield (
             f"{chosen} with --moe-pad-expert-input-to-capacity: it gives every expert its own fixed rows; drop one of "
             "the two"
+        )
+    # Not given, it is that of the other layers.
+    shards = getattr(args, "expert_tensor_parallel_size", None) or getattr(args, "tensor_model_parallel_size", 1)
+    if args.fluid_dispatch == "static" and shards > 1:
+        yield (
+            f"{chosen} with expert tensor parallel size {shards}: its ranks exchange rows again, with sizes on the "
+            "host; use --expert-tensor-parallel-size 1, or --fluid-dispatch once-per-rank"
         )
 
 

@@ -11,11 +11,10 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from fluid_npu.adaptor.settings import TRANSPORTS
+from fluid_npu.adaptor.settings import DISPATCHES, TRANSPORTS
 
 GROUP = "fluid_npu"
 OVERLAPS = ("off", "dw", "full", "auto")
-DISPATCHES = ("plain", "once-per-rank", "auto")
 DEVICES = ("auto", "cpu", "cuda", "npu")
 
 
@@ -58,7 +57,8 @@ FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
             "choices": DISPATCHES,
             "default": "plain",
             "help": "how often a token is sent to a rank with several of its experts: plain once for each of them, "
-            "once-per-rank once, auto what has clearly fewer rows (plain)",
+            "once-per-rank once, static once whether it has some or not, so that no rank waits for sizes, auto what "
+            "has clearly fewer rows (plain)",
         },
     ),
     (
