@@ -42,6 +42,13 @@ ONCE_PEER = Kind(
     overlap="dw",
     changes=(*ONCE.changes, *PEER.changes),
 )
+STATIC = Kind(name="ours overlapped, static", impl="fluid", overlap="dw", changes=(("dispatch", "static"),))
+STATIC_PEER = Kind(
+    name="ours overlapped, static, peer copies",
+    impl="fluid",
+    overlap="dw",
+    changes=(*STATIC.changes, *PEER.changes),
+)
 #: Pipelined in so many chunks of a rank's experts.
 IN_CHUNKS = {
     n: Kind(name=f"ours overlapped, {n} chunks", impl="fluid", overlap="full", changes=(("moe_chunks", n),))
@@ -50,7 +57,7 @@ IN_CHUNKS = {
 #: The newest Megatron's own overlap within a layer: experts' dW on a second stream beside the dispatch's backward.
 OWN_OVERLAP = "overlap_dispatch_backward_with_experts_wgrad"
 #: Forms that need other packages or a device's own ways; where they fail they are left out with the reason.
-EXTRAS = (LEGACY, LEGACY_TORCH, TE, TE_OVERLAPPED, PEER, ONCE_PEER)
+EXTRAS = (LEGACY, LEGACY_TORCH, TE, TE_OVERLAPPED, PEER, ONCE_PEER, STATIC_PEER)
 KINDS = {
     "stock-sequential": STOCK,
     "stock-grouped": LEGACY,
@@ -63,6 +70,8 @@ KINDS = {
     "ours-once": ONCE,
     "ours-peer": PEER,
     "ours-once-peer": ONCE_PEER,
+    "ours-static": STATIC,
+    "ours-static-peer": STATIC_PEER,
 }
 #: What no single layer can show, and why.
 NEVER = {
@@ -90,7 +99,7 @@ def unavailable(kind: Kind, config: TrainConfig) -> str | None:
             return "GroupedMLP takes bf16 alone; use --dtype bf16"
     if kind is LEGACY_TORCH and importlib.util.find_spec("grouped_gemm") is None:
         return "the package grouped_gemm is not installed, so stock GroupedMLP itself runs over torch"
-    if kind in (ONCE, PEER, ONCE_PEER) and config.ep == 1:
+    if kind in (ONCE, PEER, ONCE_PEER, STATIC, STATIC_PEER) and config.ep == 1:
         return "--ep 1: there is no other rank to send a token to"
     return _unchunked(kind, config)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fluid_npu.bench.layer_impls import IN_CHUNKS, ONCE, ONCE_PEER, PEER
+from fluid_npu.bench.layer_impls import IN_CHUNKS, ONCE, ONCE_PEER, PEER, STATIC, STATIC_PEER
 from fluid_npu.bench.rig import OVERLAPPED, PLAIN
 from fluid_npu.bench.stats import Times, difference_of_medians, quiet_halves
 
@@ -34,8 +34,10 @@ LEVERS = (
     Lever("overlap: dW beside the AllToAll", PLAIN.name, OVERLAPPED.name),
     *(Lever(f"overlap: {n} chunks of experts", OVERLAPPED.name, kind.name) for n, kind in IN_CHUNKS.items()),
     Lever("bytes: a token once per rank", OVERLAPPED.name, ONCE.name),
+    Lever("host: no wait for sizes", ONCE.name, STATIC.name),
     Lever("transport: peer copies", OVERLAPPED.name, PEER.name),
     Lever("transport: peer copies, once per rank", ONCE.name, ONCE_PEER.name),
+    Lever("transport: peer copies, static", STATIC.name, STATIC_PEER.name),
 )
 
 

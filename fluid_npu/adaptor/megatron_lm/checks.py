@@ -90,7 +90,8 @@ def _dispatch(args: Namespace) -> Iterator[str]:
             "the two"
         )
     # Not given, it is that of the other layers.
-    shards = getattr(args, "expert_tensor_parallel_size", None) or getattr(args, "tensor_model_parallel_size", 1)
+    given: int | None = getattr(args, "expert_tensor_parallel_size", None)
+    shards = given or int(getattr(args, "tensor_model_parallel_size", 1))
     if args.fluid_dispatch == "static" and shards > 1:
         yield (
             f"{chosen} with expert tensor parallel size {shards}: its ranks exchange rows again, with sizes on the "
