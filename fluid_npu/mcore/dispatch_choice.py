@@ -62,10 +62,11 @@ def choose_dispatch(dispatch: str, config: TransformerConfig, ranks: int, etp: i
         return Choice("plain", "one rank has all experts: no row is sent")
     if dispatch == "once-per-rank":
         return Choice(dispatch, "as asked")
-    return _by_rows(config.num_moe_experts, config.moe_router_topk, ranks)
+    return form_by_rows(config.num_moe_experts, config.moe_router_topk, ranks)
 
 
-def _by_rows(experts: int, topk: int, ranks: int) -> Choice[str]:
+def form_by_rows(experts: int, topk: int, ranks: int) -> Choice[str]:
+    """What 'auto' chooses where nothing but the number of rows speaks."""
     factor = expected_factor(experts, topk, ranks)
     said = f"{experts} experts, top-{topk}, {ranks} ranks: {factor:.2f} times fewer rows under even random routing"
     if factor >= WORTH_IT:

@@ -126,14 +126,21 @@ class FluidMoELayer(MoELayerInSteps):
         self.shared_expert_overlap = False
 
     def _choose_chunks(self) -> Choice[int]:
-        """In how many chunks of local experts this layer is pipelined."""
+        """In how many chunks this layer is pipelined."""
         blocked = (
             in_chunks.obstacle(self.config, self.token_dispatcher, self.experts)
             if self.steps
             else f"moe_token_dispatcher_type={self.config.moe_token_dispatcher_type!r} overlaps nothing"
         )
-        chosen = choose_chunks(self._binder.chunks, self._binder.overlap, self.num_local_experts, blocked)
+        chosen = choose_chunks(
+            self._binder.chunks, self._binder.overlap, self.num_local_experts, blocked, self.chunks_of_tokens
+        )
         return chosen.announce("MoE chunks") if self._binder.overlap == "full" else chosen
+
+    @property
+    def chunks_of_tokens(self) -> bool:
+        """Whether chunks are ranges of tokens, as they are where a token is sent once per rank; else of experts."""
+        return self.steps and self.token_dispatcher.dispatch_form.value == "once-per-rank"
 
     def set_layer_number(self, layer_number: int) -> None:
         """Called by the TransformerLayer; decides which model this layer belongs to."""

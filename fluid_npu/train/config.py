@@ -51,8 +51,9 @@ class TrainConfig:
     router wait for the combine of the layer below. ``dispatch`` 'once-per-rank' sends a token once to each rank that
     holds some of its experts. ``a2a_transport`` moves the bytes of AllToAlls; 'two-level' between nodes of
     ``a2a_node_size`` ranks, where 0 asks the launcher. ``vpp`` is the number of model chunks
-    per pipeline stage. ``moe_chunks`` is in how many groups of its experts ``overlap`` 'full' pipelines an MoE layer: a
-    number, or 'auto'. ``attention_chunks`` are the parts in which a context-parallel rank computes its heads.
+    per pipeline stage. ``moe_chunks`` is in how many groups of its experts, or of tokens where they are sent once per
+    rank, ``overlap`` 'full' pipelines an MoE layer: a number, or 'auto'. ``attention_chunks`` are the parts in which a
+    context-parallel rank computes its heads.
     """
 
     preset: str = "mixtral-tiny"
@@ -202,12 +203,9 @@ def _check_moe_chunks(c: TrainConfig) -> None:
         return
     if c.overlap != "full":
         raise ConfigError(f"--moe-chunks {n}: --overlap {c.overlap} has one; use --overlap full, or leave it out")
-    if c.dispatch != "plain":
-        raise ConfigError(
-            f"--moe-chunks {n}: --dispatch {c.dispatch} sends a token once per rank, not once for each chunk of its "
-            "experts; use --dispatch plain or --moe-chunks 1"
-        )
-    if c.ep >= 1 and c.model().experts % c.ep == 0 and c.model().experts // c.ep % n:
+    if c.dispatch == "once-per-rank":
+        _check_token_chunks(c, n)
+    elif c.ep >= 1 and c.model().experts % c.ep == 0 and c.model().experts // c.ep % n:
         local = c.model().experts // c.ep
         allowed = ", ".join(str(d) for d in range(1, local + 1) if local % d == 0)
         raise ConfigError(
@@ -223,6 +221,17 @@ def _check_node_size(c: TrainConfig) -> None:
         raise ConfigError(f"--a2a-node-size {n}: must divide --nproc {c.nproc}; leave it out to ask the launcher")
     if c.a2a_transport not in ("auto", "two-level"):
         raise ConfigError(f"--a2a-node-size {n}: --a2a-transport {c.a2a_transport} has no nodes; use two-level or auto")
+
+
+def _check_token_chunks(c: TrainConfig, n: int) -> None:
+    """Tokens that are sent once per rank are in chunks of tokens."""
+    preset = c.model()
+    tokens = preset.micro_batch_size * preset.seq_length // max(c.tp * c.cp, 1)
+    if n > tokens:
+        raise ConfigError(
+            f"--moe-chunks {n}: with --dispatch once-per-rank chunks are of tokens, and a rank has {tokens}; "
+            "use fewer, or auto"
+        )
 
 
 def _check_stock(c: TrainConfig) -> None:

@@ -145,6 +145,7 @@ def test_contradictions_are_refused_with_the_fix(
         (["--fluid-overlap", "dw", "--fluid-carry-over"], {}, "0.16"),
         (["--fluid-overlap", "full", "--fluid-moe-chunks", "4", "--fluid-carry-over"], {}, "0.18"),
         (["--fluid-overlap", "full", "--fluid-dispatch", "auto"], {"num_experts": 64}, "0.12"),
+        (["--fluid-overlap", "full", "--fluid-dispatch", "once-per-rank", "--fluid-moe-chunks", "3"], {}, "0.16"),
         (["--fluid-attention-chunks", "2"], {"context_parallel_size": 2}, "0.16"),
         (["--gemm-gradient-accumulation-fusion"], {"bf16": False}, "0.12"),
         ([], {"bf16": False, "fp16": True}, "0.16"),

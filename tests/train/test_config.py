@@ -26,8 +26,12 @@ REFUSED = [
     (["--overlap", "full", "--moe-chunks", "0"], r"--moe-chunks 0: must be a number of at least 1, or auto"),
     (["--overlap", "full", "--moe-chunks", "many"], r"--moe-chunks many: must be a number of at least 1, or auto"),
     (
-        ["--overlap", "full", "--moe-chunks", "2", "--dispatch", "once-per-rank"],
-        r"--moe-chunks 2: --dispatch once-per-rank sends .*use --dispatch plain or --moe-chunks 1",
+        ["--overlap", "full", "--moe-chunks", "99999", "--dispatch", "once-per-rank"],
+        r"--moe-chunks 99999: with --dispatch once-per-rank chunks are of tokens, and a rank has \d+; use fewer",
+    ),
+    (
+        ["--overlap", "full", "--moe-chunks", "3", "--dispatch", "auto"],
+        r"--moe-chunks 3: a rank has 4 experts .*allowed are 1, 2, 4 and auto",
     ),
     (["--overlap", "full", "--impl", "stock"], r"--overlap full: stock Megatron"),
     (["--cp", "2", "--impl", "stock", "--overlap", "off"], r"--cp 2: stock Megatron .*use --cp 1 or --impl fluid"),

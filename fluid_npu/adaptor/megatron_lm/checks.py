@@ -62,7 +62,9 @@ def _chunks(args: Namespace) -> Iterator[str]:
             f"--fluid-moe-chunks {number} with --fluid-overlap {args.fluid_overlap}: layers are in chunks with full "
             "alone; use --fluid-overlap full, or drop the flag"
         )
-    elif number != "auto" and args.num_experts is not None and args.num_experts // ranks % number:
+    elif args.fluid_dispatch == "once-per-rank" or number == "auto" or args.num_experts is None:
+        pass  # chunks of tokens, of which there may be any number; or nothing to divide
+    elif args.num_experts // ranks % number:
         local = args.num_experts // ranks
         allowed = ", ".join(str(fit) for fit in range(1, local + 1) if local % fit == 0)
         yield f"--fluid-moe-chunks {number}: a rank has {local} experts; allowed are {allowed} and auto"

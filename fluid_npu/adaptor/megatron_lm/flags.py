@@ -49,7 +49,8 @@ FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
             "type": number_or_auto,
             "default": "auto",
             "metavar": "N",
-            "help": "with --fluid-overlap full: groups of its experts that an MoE layer is cut in, or auto (auto)",
+            "help": "with --fluid-overlap full: chunks of an MoE layer, of its experts or of tokens that are sent once "
+            "per rank, or auto (auto)",
         },
     ),
     (
