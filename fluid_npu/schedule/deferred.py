@@ -65,8 +65,10 @@ class DeferredWeights:
         label: str,
         fuse: bool,
         carry: bool = True,
+        placeholders: bool = True,
     ) -> None:
         self._weights = list(weights)
+        self._placeholders = placeholders
         self._scheduler = scheduler
         self._label = label
         self._fuse = fuse
@@ -129,7 +131,7 @@ class DeferredWeights:
         grad, self._grads[index] = self._grads[index], None
         if self._fused[index]:
             self._fused[index] = False
-            return placeholder_grad(self._weights[index].parameter)
+            return placeholder_grad(self._weights[index].parameter) if self._placeholders else None
         return grad
 
     def _collect(self) -> tuple[torch.Tensor | None, ...]:
