@@ -53,7 +53,7 @@ class TrainConfig:
     ``a2a_node_size`` ranks, where 0 asks the launcher. ``vpp`` is the number of model chunks
     per pipeline stage. ``moe_chunks`` is in how many groups of its experts, or of tokens where they are sent once per
     rank, ``overlap`` 'full' pipelines an MoE layer: a number, or 'auto'. ``attention_chunks`` are the parts in which a
-    context-parallel rank computes its heads.
+    context-parallel rank computes its heads. ``interleave_batches`` trains MoE layers in two halves of a micro-batch.
     """
 
     preset: str = "mixtral-tiny"
@@ -90,6 +90,7 @@ class TrainConfig:
     dispatch: str = "plain"
     moe_chunks: int | str = "auto"
     attention_chunks: int = 1
+    interleave_batches: bool = False
     a2a_transport: str = "collective"
     a2a_node_size: int = 0
     impl: str = "fluid"
@@ -187,6 +188,7 @@ def _check_choices(c: TrainConfig) -> None:
         raise ConfigError("--carry-over: with --overlap off no AllToAll is in flight; use --overlap dw or auto")
     _check_moe_chunks(c)
     _check_node_size(c)
+    _check_interleave(c)
     if c.impl == "stock":
         _check_stock(c)
     if c.profile is not None:
@@ -223,6 +225,19 @@ def _check_node_size(c: TrainConfig) -> None:
         raise ConfigError(f"--a2a-node-size {n}: --a2a-transport {c.a2a_transport} has no nodes; use two-level or auto")
 
 
+def _check_interleave(c: TrainConfig) -> None:
+    if not c.interleave_batches:
+        return
+    if c.overlap == "off" or c.ep == 1:
+        why = "--overlap off waits for every AllToAll" if c.overlap == "off" else "with --ep 1 there is no AllToAll"
+        raise ConfigError(f"--interleave-batches: {why}; leave it out")
+    samples = c.model().micro_batch_size
+    if samples % 2:
+        raise ConfigError(
+            f"--interleave-batches: --micro-batch-size {samples} has no halves; use --micro-batch-size {samples + 1}"
+        )
+
+
 def _check_token_chunks(c: TrainConfig, n: int) -> None:
     """Tokens that are sent once per rank are in chunks of tokens."""
     preset = c.model()
@@ -244,6 +259,7 @@ def _check_stock(c: TrainConfig) -> None:
             f"--a2a-transport {c.a2a_transport}",
             "has none; leave it out, or use --impl fluid",
         ),
+        (c.interleave_batches, "--interleave-batches", "has none; leave it out, or use --impl fluid"),
         (c.profile is not None, f"--profile {c.profile}", "has nothing to choose; leave it out, or use --impl fluid"),
         (c.cp > 1, f"--cp {c.cp}", "has no context parallelism without Transformer Engine; use --cp 1 or --impl fluid"),
         (c.plant_delay_ms > 0, "--plant-delay-ms", "cannot be delayed; leave it out, or use --impl fluid"),

@@ -34,6 +34,13 @@ REFUSED = [
         r"--moe-chunks 3: a rank has 4 experts .*allowed are 1, 2, 4 and auto",
     ),
     (["--overlap", "full", "--impl", "stock"], r"--overlap full: stock Megatron"),
+    (["--interleave-batches", "--overlap", "off"], r"--interleave-batches: --overlap off waits .*; leave it out"),
+    (["--interleave-batches", "--ep", "1"], r"--interleave-batches: with --ep 1 there is no AllToAll; leave it out"),
+    (
+        ["--interleave-batches", "--micro-batch-size", "3"],
+        r"--interleave-batches: --micro-batch-size 3 has no halves; use --micro-batch-size 4",
+    ),
+    (["--interleave-batches", "--impl", "stock"], r"--interleave-batches: stock Megatron .*has none; leave it out"),
     (["--cp", "2", "--impl", "stock", "--overlap", "off"], r"--cp 2: stock Megatron .*use --cp 1 or --impl fluid"),
     (
         ["--cp", "2", "--seq-length", "6"],
