@@ -126,6 +126,15 @@ REFUSED: list[tuple[list[str], dict[str, Any], str, str]] = [
     (["--fluid-carry-over"], {}, "0.12", "takes no late gradients; drop the flag"),
     (["--fluid-carry-over", "--fluid-overlap", "off"], {}, "0.16", "use --fluid-overlap dw"),
     (["--fluid-carry-over"], {"moe_grouped_gemm": False}, "0.16", "--fluid-carry-over without --moe-grouped-gemm"),
+    (
+        ["--fluid-interleave-batches"],
+        {"micro_batch_size": 3},
+        "0.16",
+        "--micro-batch-size 3: .*use --micro-batch-size 4",
+    ),
+    (["--fluid-interleave-batches", "--fluid-overlap", "off"], {}, "0.16", "with --fluid-overlap off: .*drop one"),
+    (["--fluid-interleave-batches"], {}, "0.12", "layers of Megatron 0.12 have no steps; drop the flag"),
+    (["--fluid-interleave-batches"], {"moe_grouped_gemm": False}, "0.16", "--fluid-interleave-batches without --moe-g"),
     (["--gemm-gradient-accumulation-fusion"], {"moe_grouped_gemm": False}, "0.16", "--gemm-gradient.* add --moe-gr"),
     (["--fluid-twin-every", "-1"], {}, "0.16", "--fluid-twin-every -1: must be 0"),
 ]
@@ -148,6 +157,7 @@ def test_contradictions_are_refused_with_the_fix(
         (["--fluid-overlap", "full", "--fluid-dispatch", "once-per-rank", "--fluid-moe-chunks", "3"], {}, "0.16"),
         (["--fluid-attention-chunks", "2"], {"context_parallel_size": 2}, "0.16"),
         (["--gemm-gradient-accumulation-fusion"], {"bf16": False}, "0.12"),
+        (["--fluid-interleave-batches"], {"micro_batch_size": 4}, "0.16"),
         ([], {"bf16": False, "fp16": True}, "0.16"),
         ([], {"bf16": False, "fp16": True, "expert_model_parallel_size": 1}, "0.12"),
         ([], {"moe_grouped_gemm": False, "num_experts": None, "add_bias_linear": True}, "0.19"),

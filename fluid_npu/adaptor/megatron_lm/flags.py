@@ -99,6 +99,14 @@ FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
         },
     ),
     (
+        "--fluid-interleave-batches",
+        {
+            "action": "store_true",
+            "help": "train MoE layers in two halves of a micro-batch, the AllToAlls of each beside the computation of "
+            "the other; from Megatron 0.16 on",
+        },
+    ),
+    (
         "--fluid-twin-every",
         {
             "type": int,
