@@ -36,6 +36,7 @@ class Settings:
     dispatch: str = "plain"
     chunks: int | str = "auto"
     attention_chunks: int = 1
+    interleave_batches: bool = False
     a2a_transport: str = "collective"
     a2a_node_size: int = 0
     a2a_bytes: int = 0
@@ -44,7 +45,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.overlap not in OVERLAPS:
             raise PatchError(f"adapt(overlap={self.overlap!r}): allowed are {', '.join(OVERLAPS)}")
-        for name in ("carry_over", "gemm_fusion"):
+        for name in ("carry_over", "gemm_fusion", "interleave_batches"):
             if not isinstance(getattr(self, name), bool):
                 raise PatchError(f"adapt({name}={getattr(self, name)!r}): allowed are True and False")
         if self.dispatch not in DISPATCHES:

@@ -40,6 +40,7 @@ CANDIDATES: tuple[tuple[str, dict[str, Any]], ...] = tuple(
         ("2 chunks of experts, dW beside both", "full", True, "plain", 2),
         ("4 chunks of experts, dW beside both", "full", True, "plain", 4),
         ("tokens once per rank", "off", False, "once-per-rank", "auto"),
+        ("tokens once per rank in 2 chunks of them, dW beside both", "full", True, "once-per-rank", 2),
         ("tokens once per rank, dW beside both", "dw", True, "once-per-rank", "auto"),
     )
 )
@@ -111,7 +112,7 @@ def _variant(name: str, settings: dict[str, Any], config: TrainConfig, place: Pl
 def _impossible(settings: dict[str, Any], config: TrainConfig) -> str | None:
     """Why this model has no such setting, or None."""
     local, chunks = config.model().experts // config.ep, settings["moe_chunks"]
-    if chunks != "auto" and local % chunks:
+    if chunks != "auto" and local % chunks and settings["dispatch"] == "plain":
         return f"the {local} experts of a rank make no {chunks} chunks of equally many"
     return None
 

@@ -154,6 +154,7 @@ TRAINER = {
     "--fluid-dispatch": "--dispatch",
     "--fluid-a2a-transport": "--a2a-transport",
     "--fluid-attention-chunks": "--attention-chunks",
+    "--fluid-interleave-batches": "--interleave-batches",
     "--weight-decay": "--weight-decay",
     "--clip-grad": "--clip-grad",
     "--use-distributed-optimizer": "--distributed-optimizer",

@@ -34,6 +34,7 @@ class SchedulerBinder:
     ``dispatch``: how often a token is sent to a rank, as ``FluidTokenDispatcher``.
     ``chunks``: with overlap 'full', in how many groups of local experts a layer is pipelined; 'auto' decides.
     ``attention_chunks``: of the heads of each attention under context parallelism, as ``FluidSelfAttention``.
+    ``interleave_batches``: layers with experts train in two halves of a micro-batch (``mcore.interleave``).
     """
 
     def __init__(
@@ -46,10 +47,12 @@ class SchedulerBinder:
         dispatch: str = "plain",
         chunks: int | str = AUTO,
         attention_chunks: int = 1,
+        interleave_batches: bool = False,
     ) -> None:
         if attention_chunks < 1:
             raise ValueError(f"attention_chunks={attention_chunks}: at least 1 is needed, which cuts nothing")
         self.attention_chunks = attention_chunks
+        self.interleave_batches = interleave_batches
         self.gemm_fusion = gemm_fusion
         self.dispatch = check_dispatch(dispatch)
         self._settings: dict[str, Any] = {"overlap": overlap, "carry_over": carry_over, "transport": transport}

@@ -1,4 +1,4 @@
-"""In how many chunks of local experts a layer is pipelined. L local experts.
+"""In how many chunks a layer is pipelined: of local experts, or of tokens that are sent once per rank. L local experts.
 
 A function of the configuration, which is equal on all ranks.
 """
@@ -27,7 +27,9 @@ def divisors(local_experts: int) -> list[int]:
     return [n for n in range(1, local_experts + 1) if local_experts % n == 0]
 
 
-def choose_chunks(chunks: int | str, overlap: str, local_experts: int, obstacle: str | None) -> Choice[int]:
+def choose_chunks(
+    chunks: int | str, overlap: str, local_experts: int, obstacle: str | None, of_tokens: bool = False
+) -> Choice[int]:
     """The number of chunks, and why.
 
     Args:
@@ -35,9 +37,10 @@ def choose_chunks(chunks: int | str, overlap: str, local_experts: int, obstacle:
         overlap: as ``BackwardScheduler``; 'full' alone has chunks.
         local_experts: L.
         obstacle: what keeps this layer in one piece, with the fix; None for nothing.
+        of_tokens: chunks are ranges of tokens, of which there may be any number.
 
     Raises:
-        ValueError: a number that does not divide L, or above 1 where there is an obstacle.
+        ValueError: a number that does not divide L where chunks are of experts, or above 1 where there is an obstacle.
     """
     check_chunks(chunks, overlap)
     if overlap != "full":
@@ -46,10 +49,12 @@ def choose_chunks(chunks: int | str, overlap: str, local_experts: int, obstacle:
     if chunks == AUTO:
         if obstacle is not None:
             return Choice(1, obstacle)
+        if of_tokens:
+            return Choice(2, "the fewest that overlap; chunks of tokens, because tokens are sent once per rank")
         if local_experts == 1:
             return Choice(1, "a rank has one expert, which is not split")
         return Choice(allowed[1], f"the fewest that overlap; {local_experts} local experts allow {_words(allowed)}")
-    if chunks not in allowed:
+    if chunks not in allowed and not of_tokens:
         raise ValueError(
             f"chunks={chunks}: a rank has {local_experts} experts, so allowed are {_words(allowed)} and {AUTO!r}"
         )

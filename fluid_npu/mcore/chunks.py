@@ -11,7 +11,7 @@ from torch import Tensor
 from fluid_npu.mcore.chunk_plan import ChunkedPlan, ChunkPlan
 from fluid_npu.mcore.experts import FluidGroupedMLP
 from fluid_npu.mcore.token_dispatcher import FluidTokenDispatcher
-from fluid_npu.ops.payload import Merge, Pack, wire_dtype
+from fluid_npu.ops.payload import payload_width, wire_dtype
 from fluid_npu.schedule.deferred import DeferredWeights
 from fluid_npu.schedule.pipeline import Chunk, PendingExperts, Pipeline
 from fluid_npu.schedule.scheduler import BackwardScheduler
@@ -21,8 +21,8 @@ def obstacle(config: TransformerConfig, dispatcher: FluidTokenDispatcher, expert
     """What keeps a layer in one piece, with the fix; None for nothing."""
     if not isinstance(experts, FluidGroupedMLP):
         return f"experts are {type(experts).__name__}, and FluidGroupedMLP alone runs in chunks"
-    if dispatcher.dispatch_form.value != "plain":
-        return "chunks of experts would send a token once for each chunk and not once per rank; use dispatch='plain'"
+    if dispatcher.dispatch_form.value == "static":
+        return "dispatch='static' sends all tokens in one piece; use dispatch='once-per-rank'"
     if dispatcher.groups.etp_size > 1:
         return f"expert_tensor_parallel_size={dispatcher.groups.etp_size}: its exchanges are not chunked; use 1"
     if config.moe_apply_probs_on_input:
@@ -44,11 +44,11 @@ def launch(
     scheduler = dispatcher.sink
     assert isinstance(scheduler, BackwardScheduler), "FluidMoELayer gives its dispatcher a scheduler"
     w1_LHF, w2_LFH = experts.constants()
-    merge = Merge(plan.layout, plan.tokens_shape)
     pipeline = Pipeline(
-        chunks=[_chunk(number, plan, hidden, wire, dispatcher, experts) for number in range(len(plan.chunks))],
-        gather=Pack(plan.layout, hidden, wire),
-        merge=merge,
+        chunks=[_chunk(number, plan, x_TH, wire, dispatcher, experts) for number in range(len(plan.chunks))],
+        gather=plan.gather(hidden, wire),
+        merge=plan.merge(),
+        joined=plan.joined,
         w1_LHF=w1_LHF,
         w2_LFH=w2_LFH,
         deferred=deferred,
@@ -61,21 +61,23 @@ def launch(
 def _chunk(
     number: int,
     plan: ChunkedPlan,
-    hidden: int,
+    x_TH: Tensor,
     wire: torch.dtype,
     dispatcher: FluidTokenDispatcher,
     experts: FluidGroupedMLP,
 ) -> Chunk:
     part: ChunkPlan = plan.chunks[number]
+    hidden = x_TH.shape[1]
+    row_bytes = hidden * x_TH.element_size()
     label = f"{dispatcher.label} chunk {number + 1} of {len(plan.chunks)}".strip()
     return Chunk(
         rows=part.rows,
         experts=part.experts,
-        dispatch=part.route(dispatcher.groups, label),
-        combine=part.route(dispatcher.groups, label, back=True),
-        pack=part.sends.pack(hidden, wire),
+        dispatch=part.route(dispatcher.groups, label, payload_width(hidden, x_TH.dtype) * x_TH.element_size()),
+        combine=part.route(dispatcher.groups, label, row_bytes, back=True),
+        pack=part.pack(hidden, wire),
         unpack=part.sends.unpack(hidden, wire),
         collect=part.sends.collect(),
-        spread=part.sends.merge(plan.tokens_shape),
+        spread=part.spread(plan.tokens_shape),
         mlp=experts.chunk(part.tokens_per_expert),
     )

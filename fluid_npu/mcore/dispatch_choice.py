@@ -74,7 +74,7 @@ def choose_dispatch(dispatch: str, config: TransformerConfig, ranks: int, etp: i
         return Choice("plain", "one rank has all experts: no row is sent")
     if dispatch == "once-per-rank":
         return Choice(dispatch, "as asked")
-    return _by_rows(config.num_moe_experts, config.moe_router_topk, ranks, static=device == "cuda" and etp == 1)
+    return form_by_rows(config.num_moe_experts, config.moe_router_topk, ranks, static=device == "cuda" and etp == 1)
 
 
 def _check_static(etp: int, device: str) -> None:
@@ -90,7 +90,8 @@ def _check_static(etp: int, device: str) -> None:
         )
 
 
-def _by_rows(experts: int, topk: int, ranks: int, static: bool) -> Choice[str]:
+def form_by_rows(experts: int, topk: int, ranks: int, static: bool = False) -> Choice[str]:
+    """What 'auto' chooses where nothing but the number of rows speaks; ``static``: whether that form can be had."""
     factor = expected_factor(experts, topk, ranks)
     said = f"{experts} experts, top-{topk}, {ranks} ranks: {factor:.2f} times fewer rows under even random routing"
     if factor < WORTH_IT:

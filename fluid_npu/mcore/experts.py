@@ -124,13 +124,16 @@ class FluidGroupedMLP(LateWeights, MegatronModule):
         hooks = self.late_hooks(parameter)
         return DeferredWeight(name=f"fc{index + 1}", parameter=parameter, view=view, late_hooks=hooks)
 
-    def defer(self, scheduler: BackwardScheduler, label: str, carry: bool = True) -> DeferredWeights:
+    def defer(
+        self, scheduler: BackwardScheduler, label: str, carry: bool = True, placeholders: bool = True
+    ) -> DeferredWeights:
         """What takes this forward's weight gradients: tasks of ``scheduler``, delivered by the dispatch's launch.
 
-        Without ``carry`` no task waits for another layer.
+        Without ``carry`` no task waits for another layer; without ``placeholders`` autograd gets none for a gradient
+        in ``main_grad``, because another use of the weights in the same backward gives one.
         """
         weights = [self._weight(0), self._weight(1)]
-        return DeferredWeights(weights, scheduler, label, self.fuse_dw, carry)
+        return DeferredWeights(weights, scheduler, label, self.fuse_dw, carry, placeholders)
 
     def backward_dw(self) -> None:
         """Nothing: weight gradients have landed when ``backward()`` returns."""

@@ -46,7 +46,8 @@ def _role(modules: dict[str, torch.nn.Module], path: str) -> str:
     share a sequence."""
     module = modules[path]
     if isinstance(module, FluidMoELayer):
-        return f" (in {module.chunks.value} chunks of experts)" if module.chunks.value > 1 else ""
+        kind = "tokens" if module.chunks_of_tokens else "experts"
+        return f" (in {module.chunks.value} chunks of {kind})" if module.chunks.value > 1 else ""
     if isinstance(module, FluidLinear):
         return f" (dW {module.dw_runs})"
     core = getattr(module, "core_attention", None)

@@ -52,6 +52,7 @@ def get_fluid_moe_layer_spec(
     dispatch: str = "plain",
     chunks: int | str = AUTO,
     attention_chunks: int = 1,
+    interleave_batches: bool = False,
 ) -> ModuleSpec:
     """The spec of a transformer layer with a FluidMoELayer, for ``GPTModel(transformer_layer_spec=...)``.
 
@@ -69,6 +70,8 @@ def get_fluid_moe_layer_spec(
         chunks: with overlap 'full', the number of chunks: a divisor of the experts of a rank, or 'auto'.
         attention_chunks: parts in which each rank's heads are computed under context parallelism, each part's
             AllToAlls beside the computation of others (``FluidSelfAttention``).
+        interleave_batches: layers with experts train in two halves of a micro-batch, the AllToAlls of each beside the
+            computation of the other (``mcore.interleave``): as two micro-batches of half the size.
 
     For Megatron's multi-token prediction take ``get_fluid_moe_block_spec``: its helper accepts Megatron's own
     TransformerLayer alone as a layer's spec.
@@ -83,6 +86,7 @@ def get_fluid_moe_layer_spec(
         dispatch=dispatch,
         chunks=chunks,
         attention_chunks=attention_chunks,
+        interleave_batches=interleave_batches,
     )
     return with_fluid_moe(_layer_spec(config, choose_backend(backend).value), binder)
 
@@ -97,6 +101,7 @@ def get_fluid_moe_block_spec(
     dispatch: str = "plain",
     chunks: int | str = AUTO,
     attention_chunks: int = 1,
+    interleave_batches: bool = False,
     vp_stage: int | None = None,
     binder: SchedulerBinder | None = None,
 ) -> TransformerBlockSubmodules:
@@ -104,13 +109,13 @@ def get_fluid_moe_block_spec(
 
     Arguments as ``get_fluid_moe_layer_spec``; ``vp_stage`` is the chunk of an interleaved pipeline. Chunks whose specs
     are made with one ``binder`` share a scheduler; it then stands for overlap, carry_over, transport, dispatch,
-    chunks and attention_chunks, none of which may be given beside it (ValueError).
+    chunks, attention_chunks and interleave_batches, none of which may be given beside it (ValueError).
     """
-    given = (overlap, carry_over, transport, dispatch, chunks, attention_chunks)
-    if binder is not None and given != ("dw", False, None, "plain", AUTO, 1):
+    given = (overlap, carry_over, transport, dispatch, chunks, attention_chunks, interleave_batches)
+    if binder is not None and given != ("dw", False, None, "plain", AUTO, 1, False):
         raise ValueError(
-            "binder: overlap, carry_over, transport, dispatch, chunks and attention_chunks are its own; give them to "
-            "SchedulerBinder"
+            "binder: overlap, carry_over, transport, dispatch, chunks, attention_chunks and interleave_batches are its "
+            "own; give them to SchedulerBinder"
         )
     if binder is None:
         binder = SchedulerBinder(
@@ -120,6 +125,7 @@ def get_fluid_moe_block_spec(
             dispatch=dispatch,
             chunks=chunks,
             attention_chunks=attention_chunks,
+            interleave_batches=interleave_batches,
         )
     use_te = choose_backend(backend).value == "te"
     block = get_gpt_decoder_block_spec(config, use_te, normalization=config.normalization, **_chunk(vp_stage))
@@ -149,6 +155,8 @@ def with_fluid_moe(layer: ModuleSpec, binder: SchedulerBinder) -> ModuleSpec:
         layer.submodules.mlp = fluid_moe_spec(mlp, binder, linears)
         if layer.module is TransformerLayer and hides_groups(mlp):
             layer.module = FluidTransformerLayer
+        if binder.interleave_batches:
+            _interleave(layer)
     elif linears and module_of(mlp) is not None and _has_linears(submodules_of(mlp)):
         layer.submodules.mlp = _with_linears(mlp)
     if linears:
@@ -178,6 +186,17 @@ def with_fluid_moe(layer: ModuleSpec, binder: SchedulerBinder) -> ModuleSpec:
         else:
             layer.submodules.self_attention = rebuilt(attention, module_of(attention), inside)
     return layer
+
+
+def _interleave(layer: ModuleSpec) -> None:
+    """In place: the layer trains in halves. Raises ValueError for a layer whose steps are not known."""
+    if layer.module not in (TransformerLayer, FluidTransformerLayer):
+        raise ValueError(
+            f"interleave_batches=True: {_name(layer.module)} is not Megatron's TransformerLayer; use "
+            "interleave_batches=False"
+        )
+    layer.module = FluidTransformerLayer
+    layer.params = {**layer.params, "interleave_batches": True}
 
 
 def _name(module: Any) -> str:

@@ -9,6 +9,8 @@ dispatcher, and grouped experts between its two halves.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +102,7 @@ class FluidMoELayer(MoELayerInSteps):
         binder: SchedulerBinder | None = None,
     ) -> None:
         self._binder = binder if binder is not None else SchedulerBinder()
+        self._gives_placeholders = True
         self.steps = _overlaps(config, self._binder.dispatch)
         groups = pg_collection if pg_collection is not None else default_groups()
         optional = taken(MoELayer.__init__, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer, name=name)
@@ -116,26 +119,35 @@ class FluidMoELayer(MoELayerInSteps):
         self._bind(layer_number)
 
     def _take_our_dispatcher(self, groups: ProcessGroups) -> None:
+        binder, ours = self._binder, isinstance(self.experts, FluidGroupedMLP)
+        in_pieces = binder.dispatch == "auto" and binder.overlap == "full"  # 'auto' then takes a form that has some
         self.token_dispatcher = FluidTokenDispatcher(
             self.num_local_experts,
             self.local_expert_indices,
             config=self.config,
             pg_collection=groups,
-            dispatch=self._binder.dispatch,
-            experts_on=self.experts.weight1.device.type if isinstance(self.experts, FluidGroupedMLP) else "",
+            dispatch=binder.dispatch,
+            experts_on=self.experts.weight1.device.type if ours and not in_pieces else "",
         )
         # Megatron's overlap of shared experts needs its own dispatcher and CUDA streams; ours is in the steps below.
         self.shared_expert_overlap = False
 
     def _choose_chunks(self) -> Choice[int]:
-        """In how many chunks of local experts this layer is pipelined."""
+        """In how many chunks this layer is pipelined."""
         blocked = (
             in_chunks.obstacle(self.config, self.token_dispatcher, self.experts)
             if self.steps
             else f"moe_token_dispatcher_type={self.config.moe_token_dispatcher_type!r} overlaps nothing"
         )
-        chosen = choose_chunks(self._binder.chunks, self._binder.overlap, self.num_local_experts, blocked)
+        chosen = choose_chunks(
+            self._binder.chunks, self._binder.overlap, self.num_local_experts, blocked, self.chunks_of_tokens
+        )
         return chosen.announce("MoE chunks") if self._binder.overlap == "full" else chosen
+
+    @property
+    def chunks_of_tokens(self) -> bool:
+        """Whether chunks are ranges of tokens, as they are where a token is sent once per rank; else of experts."""
+        return self.steps and self.token_dispatcher.dispatch_form.value == "once-per-rank"
 
     def set_layer_number(self, layer_number: int) -> None:
         """Called by the TransformerLayer; decides which model this layer belongs to."""
@@ -150,7 +162,8 @@ class FluidMoELayer(MoELayerInSteps):
             self.token_dispatcher.label = self.label
         if isinstance(self.router, FluidRouter):
             self.router.backward_scheduler, self.router.label = self.backward_scheduler, self.label
-        if self.backward_scheduler.carry_over and self.steps:
+        # Two halves would land a weight twice in a backward, and a late DDP counts one landing.
+        if self.backward_scheduler.carry_over and self.steps and not self._binder.interleave_batches:
             self._offer_late_weights()
 
     def _offer_late_weights(self) -> None:
@@ -162,10 +175,41 @@ class FluidMoELayer(MoELayerInSteps):
 
     def _say_if_nothing_is_carried(self) -> None:
         experts = self.experts
+        if self._binder.interleave_batches:
+            return
         if self.backward_scheduler.carry_over and not experts.late_hooks(experts.weight2):
             Choice(
                 False, "this DDP takes no late gradients (set delay_wgrad_compute); FC2's dW runs in its layer"
             ).announce("carry_over")
+
+    # ---- a forward in three calls, for two halves of a micro-batch at once (``mcore.interleave``)
+
+    def start(self, hidden_states: Tensor, half: int) -> Any:
+        """Routes ``[S, B/2, H]`` and starts the dispatch; ``compute`` takes what it returns."""
+        with self._in_half(half):
+            prepared, _ = self.preprocess(hidden_states, *self.route(hidden_states))
+            return self.dispatch(prepared, None)[0]
+
+    def compute(self, sent: Any, half: int) -> Any:
+        """Experts; starts the combine. ``complete`` takes what it returns."""
+        with self._in_half(half):
+            return self.routed_experts_compute(sent, None)[0]
+
+    def complete(self, combined: Any) -> Tensor:
+        """``[S, B/2, H]``."""
+        return self.postprocess(self.combine(combined), None)
+
+    @contextmanager
+    def _in_half(self, half: int) -> Iterator[None]:
+        """Names of exchanges and tasks say which half. The first half, last in the backward, gives the placeholders."""
+        whole = self.label
+        self.label = self.token_dispatcher.label = f"{whole} half {half + 1} of 2".strip()
+        self._gives_placeholders = half == 0
+        try:
+            yield
+        finally:
+            self.label = self.token_dispatcher.label = whole
+            self._gives_placeholders = True
 
     # ---- Megatron's steps, in the order in which its forward calls them
 
@@ -207,7 +251,8 @@ class FluidMoELayer(MoELayerInSteps):
             return None
         self._say_if_nothing_is_carried()
         scheduler = self.backward_scheduler
-        return self.experts.defer(scheduler, self.label, carry=self.layer_number not in scheduler.lowest_layers)
+        carry = self.layer_number not in scheduler.lowest_layers
+        return self.experts.defer(scheduler, self.label, carry=carry, placeholders=self._gives_placeholders)
 
     def routed_experts_compute(self, hidden_states: Any, probs: Any) -> tuple[Any, None]:
         """Shared experts beside the dispatch, then the routed experts; starts the combine AllToAll."""

@@ -5,6 +5,8 @@ Everything but the gating product is Megatron's. T tokens, E experts, H hidden.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
@@ -27,6 +29,16 @@ class FluidRouter(LateWeights, TopKRouter):
 
     backward_scheduler: BackwardScheduler | None = None
     label = ""
+    share_of_batch = 1.0
+    """Part of a micro-batch that a call sees, by which an auxiliary loss is weighed."""
+
+    def attach_and_log_load_balancing_loss(
+        self, activation: Tensor, aux_loss_coeff: float, aux_loss: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Upstream's, of this call's share of the loss."""
+        mine = aux_loss if self.share_of_batch == 1.0 else aux_loss * self.share_of_batch
+        attached: Tensor = super().attach_and_log_load_balancing_loss(activation, aux_loss_coeff, mine, *args, **kwargs)
+        return attached
 
     @classmethod
     def taking_over(cls, router: TopKRouter) -> FluidRouter:

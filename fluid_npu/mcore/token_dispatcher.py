@@ -37,6 +37,8 @@ from fluid_npu.mcore.dispatch_plan import (
 )
 from fluid_npu.mcore.lines.groups import ProcessGroups, default_groups
 from fluid_npu.mcore.same_tokens import check_same_tokens
+from fluid_npu.mcore.token_chunk_plan import make_token_chunked_plan
+from fluid_npu.ops.chunk_rows import token_chunks
 from fluid_npu.ops.once import every_group, once_counts
 from fluid_npu.ops.payload import SumParts, payload_width, wire_dtype
 from fluid_npu.ops.permute import PermuteLayout, counts_of_experts
@@ -115,7 +117,10 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         )
 
     def plan_chunks(self, routing_map_TE: Tensor, tokens_shape: torch.Size, chunks: int) -> ChunkedPlan:
-        """As ``plan``, for plain rows in ``chunks`` groups of local experts, a divisor of their number."""
+        """As ``plan``, in ``chunks``: plain rows of groups of local experts, whose number they divide, or rows of some
+        tokens each, sent once per rank."""
+        if self.dispatch_form.value == "once-per-rank":
+            return self._plan_once_chunks(routing_map_TE, tokens_shape, chunks)
         layout, counts = self._rows(routing_map_TE)
         on_device = counts.sent_on_device, counts.received_on_device[0]
         return make_chunked_plan(
@@ -172,6 +177,21 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         check_same_tokens(routing_map_TE.shape[0], self.groups.ep)
         layout = every_group(routing_map_TE, self.config.moe_router_topk, self.groups.ep_size)
         return make_static_plan(layout, tokens_shape, self.groups)
+
+    def _plan_once_chunks(self, routing_map_TE: Tensor, tokens_shape: torch.Size, chunks: int) -> ChunkedPlan:
+        """As ``_plan_once`` for each of some ranges of tokens, with one exchange of counts."""
+        tokens = token_chunks(routing_map_TE.shape[0], chunks)
+        topk, ranks = self.config.moe_router_topk, self.groups.ep_size
+        made = [once_counts(routing_map_TE[mine], topk, ranks) for mine in tokens]
+        counts_PCN = torch.stack([counts for counts, _ in made], dim=1)
+        one_wait = kernels_of(counts_PCN).one_wait_for_counts
+        pending = exchange_counts(counts_PCN.view(-1), self.groups, self._everyone_counts or one_wait)
+        host_PCN = None if one_wait else counts_PCN.cpu()
+        told = finish_counts(pending, self.groups, counts_PCN[0].numel(), self._where("dispatch"))
+        if host_PCN is None:
+            host_PCN = counts_PCN.cpu() if told.own is None else told.own.view(counts_PCN.shape)
+        layouts = [layout_of(int(host_PCN[:, n, 0].sum())) for n, (_, layout_of) in enumerate(made)]
+        return make_token_chunked_plan(layouts, tokens, tokens_shape, host_PCN, told, self.groups)
 
     @property
     def _everyone_counts(self) -> bool:

@@ -1,4 +1,5 @@
-"""Megatron's TransformerLayer that binds its Fluid linears, and hands its process groups to our MoE layer.
+"""Megatron's TransformerLayer that binds its Fluid linears, hands its process groups to our MoE layer, and may run in
+halves of a micro-batch.
 
 megatron-core 0.16.1 passes ``pg_collection`` only to MoE classes of its own, by name; a model built with process groups
 of its own would otherwise get the global ones in its MoE layers, without a word. Lines that pass it to every MLP, or
@@ -16,6 +17,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from fluid_npu.mcore import interleave
 from fluid_npu.mcore.binding import SchedulerBinder
 from fluid_npu.mcore.linear import FluidLinear
 from fluid_npu.mcore.lines.groups import ProcessGroups
@@ -32,9 +34,10 @@ class _Bound:
 
 
 class FluidTransformerLayer(TransformerLayer):
-    """TransformerLayer; only its construction differs. Arguments as upstream's, and ``binder``.
+    """TransformerLayer with another construction. Arguments as upstream's, and two more.
 
-    ``binder`` gives the layer's Fluid linears their scheduler; without one they compute dW at once.
+    ``binder`` gives the layer's Fluid linears their scheduler; without one they compute dW at once. With
+    ``interleave_batches`` it trains in two halves of a micro-batch (``mcore.interleave``); ValueError where it cannot.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class FluidTransformerLayer(TransformerLayer):
         *args: Any,
         pg_collection: ProcessGroups | None = None,
         binder: SchedulerBinder | None = None,
+        interleave_batches: bool = False,
         **kwargs: Any,
     ) -> None:
         mlp = submodules.mlp
@@ -56,6 +60,15 @@ class FluidTransformerLayer(TransformerLayer):
         if binder is not None:
             pipeline = getattr(pg_collection, "pp", None)
             self._bind_linears(binder, None if pipeline is None else pipeline.rank())
+        self.interleave_batches = interleave_batches
+        if interleave_batches:
+            interleave.prepare(self)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As TransformerLayer's; in training in halves, if so built."""
+        if self.interleave_batches and self.training and kwargs.get("inference_context") is None:
+            return interleave.in_halves(self, *args, **kwargs)
+        return super().forward(*args, **kwargs)
 
     def _bind_linears(self, binder: SchedulerBinder, pp_rank: int | None) -> None:
         linears = {name: module for name, module in self.named_modules() if isinstance(module, FluidLinear)}

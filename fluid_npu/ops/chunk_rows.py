@@ -1,8 +1,10 @@
-"""Rows of a dispatch in the order of its chunks, where a chunk holds some local experts of every rank.
+"""Rows of a dispatch in the order of its chunks, where a chunk holds some local experts of every rank, or some tokens.
 
-``PermuteLayout`` orders rows by expert, so the rows of a chunk are one piece for each rank. Here whole experts are
-moved so that a chunk's rows are one piece altogether; the sum over a token's rows still runs in ascending expert order.
-T tokens, E experts, N rows, P ranks, L local experts.
+Chunks of experts: ``PermuteLayout`` orders rows by expert, so the rows of a chunk are one piece for each rank. Here
+whole experts are moved so that a chunk's rows are one piece altogether; the sum over a token's rows still runs in
+ascending expert order.
+Chunks of tokens: each has rows of every expert, and the rows of all chunks are brought together for dW.
+T tokens, E experts, N rows, P ranks, L local experts, C chunks.
 """
 
 from __future__ import annotations
@@ -49,3 +51,21 @@ def chunk_of(layout: PermuteLayout, rows: slice) -> PermuteLayout:
         token_of_row=layout.token_of_row[rows],
         pair_index=layout.pair_index[rows],
     )
+
+
+def token_chunks(tokens: int, chunks: int) -> list[slice]:
+    """So many neighbouring ranges of all tokens, as even as can be; some are empty where tokens are fewer."""
+    ends = [tokens * number // chunks for number in range(chunks + 1)]
+    return [slice(start, stop) for start, stop in zip(ends, ends[1:], strict=False)]
+
+
+def places_by_expert(counts_CL: Tensor, rows: int) -> Tensor:
+    """int64 [rows]: where each row, in the order (chunk, expert), stands in the order (expert, chunk).
+
+    ``counts_CL``: rows of each of L experts in each of C chunks; the host knows their sum.
+    """
+    counts = counts_CL.reshape(-1)
+    by_expert = counts_CL.t().reshape(-1)
+    start_CL = (by_expert.cumsum(0) - by_expert).view(counts_CL.t().shape).t().reshape(-1)
+    shift = start_CL - (counts.cumsum(0) - counts)
+    return torch.arange(rows, device=counts.device) + torch.repeat_interleave(shift, counts, output_size=rows)

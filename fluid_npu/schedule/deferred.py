@@ -10,7 +10,7 @@ One object per forward call: several micro-batches may be under way. L local exp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ class DWPart(NamedTuple):
 
 
 GroupedDW = Callable[[torch.Tensor, torch.Tensor, Groups], None]
+JoinParts = Callable[[Sequence[DWPart]], Iterable[DWPart]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +67,10 @@ class DeferredWeights:
         label: str,
         fuse: bool,
         carry: bool = True,
+        placeholders: bool = True,
     ) -> None:
         self._weights = list(weights)
+        self._placeholders = placeholders
         self._scheduler = scheduler
         self._label = label
         self._fuse = fuse
@@ -91,15 +94,18 @@ class DeferredWeights:
             return None
         return lambda x, dy, counts: self.submit(index, [DWPart(x, dy, counts)])
 
-    def submit(self, index: int, parts: Sequence[DWPart]) -> None:
-        """Queues the dW of a weight: one task, whose parts are groups of experts, together all in their order."""
+    def submit(self, index: int, parts: Sequence[DWPart], join: JoinParts | None = None) -> None:
+        """Queues the dW of a weight: one task, whose parts are groups of experts, together all in their order.
+
+        ``join`` makes such parts of others, and is called when the task runs.
+        """
         weight = self._weights[index]
         first, parts = parts[0], list(parts)
         carry = self._carry and bool(weight.late_hooks)
         self._scheduler.submit(
             DWTask(
                 name=f"{self._label} {weight.name}",
-                run=lambda: self._land(index, parts),
+                run=lambda: self._land(index, parts if join is None else join(parts)),
                 shape=(sum(rows_in(part.counts, part.x) for part in parts), first.x.shape[1], first.dy.shape[1]),
                 device=device_of(first.x),
                 carry=carry,
@@ -108,7 +114,7 @@ class DeferredWeights:
             )
         )
 
-    def _land(self, index: int, parts: list[DWPart]) -> None:
+    def _land(self, index: int, parts: Iterable[DWPart]) -> None:
         weight = self._weights[index]
         parameter = weight.parameter
         fused = self._fuse and getattr(parameter, "main_grad", None) is not None
@@ -127,14 +133,14 @@ class DeferredWeights:
         grad, self._grads[index] = self._grads[index], None
         if self._fused[index]:
             self._fused[index] = False
-            return placeholder_grad(self._weights[index].parameter)
+            return placeholder_grad(self._weights[index].parameter) if self._placeholders else None
         return grad
 
     def _collect(self) -> tuple[torch.Tensor | None, ...]:
         return tuple(self._take(index) for index in self._delivered)
 
 
-def _add_to_main_grad(weight: DeferredWeight, parts: Sequence[DWPart]) -> None:
+def _add_to_main_grad(weight: DeferredWeight, parts: Iterable[DWPart]) -> None:
     """Adds each part to its experts' part of ``main_grad`` and sets ``grad_added_to_main_grad``."""
     parameter: Any = weight.parameter
     main_grad, first = parameter.main_grad.view(weight.view), 0

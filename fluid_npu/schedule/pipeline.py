@@ -1,9 +1,9 @@
-"""One MoE layer's dispatch, experts and combine in chunks of local experts, so that each hides the others.
+"""One MoE layer's dispatch, experts and combine in chunks of local experts or of tokens, so that each hides the others.
 
 Forward, for three chunks (one line is one resource):
 
     communication   D0 D1 D2 C0 C1 C2
-    compute         shared    E0 E1 E2           then one sum for each token, in ascending expert order
+    compute         shared    E0 E1 E2           then one sum for each token, in the order of one piece
 
 Backward, mirrored:
 
@@ -12,15 +12,15 @@ Backward, mirrored:
 
 Two autograd nodes: the launch, whose backward lands the dispatches' gradients, and the run. What a caller records
 between the two (shared experts) runs between them in the backward too. The order inside a node is written out here, so
-it is the same on all ranks. A chunk holds whole experts: no dW is split along tokens, and each expert's rows and
-their order are those of the layer in one piece.
+it is the same on all ranks. No dW is split along tokens: a chunk holds whole experts, whose rows and their order are
+those of the layer in one piece, or chunks share their experts and dW joins the rows of all (``joined_rows``).
 
 T tokens, N rows of this rank before the dispatch, R rows of its experts, H hidden, W payload width, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,12 +32,13 @@ from fluid_npu.comm.cargo import Loading, Unloading
 from fluid_npu.device.kernels.groups import Groups
 from fluid_npu.ops.expert_mlp import ExpertMLP, WeightGradTarget, mlp_backward, mlp_forward
 from fluid_npu.schedule.deferred import DeferredWeights, DWPart
+from fluid_npu.schedule.joined_rows import JoinedRows
 from fluid_npu.schedule.scheduler import BackwardScheduler
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """The same number of local experts of every rank, with their rows."""
+    """Some local experts of every rank with their rows, or the rows of some tokens of every rank."""
 
     rows: slice
     """Of the N rows."""
@@ -45,14 +46,14 @@ class Chunk:
     """Of the local experts."""
     dispatch: Route
     combine: Route
-    pack: Loading
+    pack: Callable[[Tensor, Tensor], Tensor]
     """From tokens and probabilities to the payload rows that are sent."""
     unpack: Unloading
     """From payload rows to the experts' rows and their probabilities."""
     collect: Loading
     """From the experts' outputs to the rows that go back."""
-    spread: Unloading
-    """Whose ``load_grad`` takes the output's gradient to this chunk's rows."""
+    spread: Callable[[Tensor], Tensor]
+    """From the output's gradient to this chunk's rows."""
     mlp: ExpertMLP
 
 
@@ -65,10 +66,12 @@ class Pipeline:
     """
 
     chunks: Sequence[Chunk]
-    gather: Loading
-    """Whose ``unload_grad`` takes all N payload rows to the gradients of tokens and probabilities."""
-    merge: Unloading
+    gather: Callable[[Tensor], tuple[Tensor | None, ...]]
+    """From the gradients of all N payload rows to those of tokens and probabilities."""
+    merge: Callable[[Tensor], Tensor]
     """From all N rows that came back to tokens."""
+    joined: JoinedRows | None = None
+    """The rows of all chunks by expert, where chunks share their experts."""
     w1_LHF: Tensor
     w2_LFH: Tensor
     """Constants for autograd: ``deferred`` takes their gradients."""
@@ -134,7 +137,7 @@ class _Launch(torch.autograd.Function):
     ) -> Tensor:
         ctx.pipeline, ctx.flights = pipeline, flights
         for chunk in pipeline.chunks:
-            flights.forward.append(pipeline.fly(chunk.pack.load(x_TH, probs_TE), chunk.dispatch))
+            flights.forward.append(pipeline.fly(chunk.pack(x_TH, probs_TE), chunk.dispatch))
         return x_TH.new_empty(0)
 
     @staticmethod
@@ -146,7 +149,7 @@ class _Launch(torch.autograd.Function):
         pipeline.sink.fill("moe_dispatch", f"moe_dispatch AllToAlls of {pipeline.name}")
         for flight in landing:
             pipeline.land(flight)
-        grads = pipeline.gather.unload_grad(payload_NW)
+        grads = pipeline.gather(payload_NW)
         deferred = pipeline.deferred
         return (None, None, *grads, *(deferred.passengers.collect() if deferred is not None else ()))
 
@@ -190,16 +193,15 @@ def _forward(pipeline: Pipeline, flights: _Flights, keep: bool) -> tuple[Tensor,
     for flight in combines:
         pipeline.land(flight)
     assert rows_NH is not None, "a layer has at least one chunk"
-    (merged,) = pipeline.merge.unload(rows_NH)
-    return merged, kept
+    return pipeline.merge(rows_NH), kept
 
 
 def _backward(pipeline: Pipeline, flights: _Flights, dout: Tensor, kept: list[Sequence[Tensor]]) -> None:
     """Leaves the dispatches' gradients in flight and the dW of all chunks queued."""
     assert pipeline.deferred is not None, "without gradients there is no backward"
-    combines = [pipeline.fly(chunk.spread.load_grad(dout), chunk.combine, back=True) for chunk in pipeline.chunks]
+    combines = [pipeline.fly(chunk.spread(dout), chunk.combine, back=True) for chunk in pipeline.chunks]
     pipeline.sink.fill("moe_combine", f"moe_combine AllToAlls of {pipeline.name}")
-    weight_grads = _WeightGrads(pipeline.deferred)
+    weight_grads = _WeightGrads(pipeline.deferred, pipeline.joined)
     for chunk in pipeline.chunks:
         flight = combines.pop(0)
         received = pipeline.land(flight)
@@ -220,8 +222,8 @@ def _backward(pipeline: Pipeline, flights: _Flights, dout: Tensor, kept: list[Se
 class _WeightGrads:
     """Operands of dW from all chunks: one task for each weight, queued when the last chunk is through."""
 
-    def __init__(self, deferred: DeferredWeights) -> None:
-        self._deferred = deferred
+    def __init__(self, deferred: DeferredWeights, joined: JoinedRows | None) -> None:
+        self._deferred, self._join = deferred, None if joined is None else joined.parts
         self._parts: tuple[list[DWPart], list[DWPart]] = ([], [])
 
     def taken_from(self, mlp: ExpertMLP) -> ExpertMLP:
@@ -232,7 +234,7 @@ class _WeightGrads:
         """Queues FC2's task, then FC1's."""
         for index in (1, 0):
             if self._deferred.wants(index):
-                self._deferred.submit(index, self._parts[index])
+                self._deferred.submit(index, self._parts[index], self._join)
 
     def _target(self, index: int) -> WeightGradTarget:
         def take(rows: Tensor, dy: Tensor, counts: Groups) -> None:

@@ -36,10 +36,16 @@ class Costs:
     """Share of the shorter of an exchange and a GEMM that is saved when both run at once, 0 to 1."""
     spread_ms: float = 0.0
     """A gain that is not larger than this is none."""
+    join_ms: float = 0.0
+    """What more than one chunk adds to dW where chunks share their experts: the rows of all are put together."""
 
     def transfer_ms(self, mib: float) -> float:
         """Of one exchange."""
         return self.alpha_ms + self.beta_ms_per_mib * mib
+
+    def weights_ms(self, chunks: int) -> float:
+        """All weight gradients of a layer in so many chunks."""
+        return self.dw_ms + (self.join_ms if chunks > 1 else 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +104,8 @@ def _serial_ms(costs: Costs, chunks: int) -> float:
     transfers = (
         2 * chunks * (costs.transfer_ms(costs.dispatch_mib / chunks) + costs.transfer_ms(costs.combine_mib / chunks))
     )
-    return transfers + costs.forward_ms + costs.dx_ms + costs.dw_ms + 2 * (chunks - 1) * costs.chunk_ms
+    compute = costs.forward_ms + costs.dx_ms + costs.weights_ms(chunks)
+    return transfers + compute + 2 * (chunks - 1) * costs.chunk_ms
 
 
 def _forward_ms(costs: Costs, chunks: int) -> float:
@@ -110,7 +117,8 @@ def _forward_ms(costs: Costs, chunks: int) -> float:
 
 def _backward_ms(costs: Costs, plan: Plan) -> float:
     """With carry-over half of dW (FC2's) comes from the layer above, beside the first exchange."""
-    chunks, carried = plan.chunks, costs.dw_ms / 2 if plan.carry_over else 0.0
+    chunks, weights = plan.chunks, costs.weights_ms(plan.chunks)
+    carried = weights / 2 if plan.carry_over else 0.0
     compute = costs.dx_ms / chunks + costs.chunk_ms * (chunks - 1) / chunks
     computed, landed = _pipeline(
         costs.transfer_ms(costs.combine_mib / chunks),
@@ -119,7 +127,7 @@ def _backward_ms(costs: Costs, plan: Plan) -> float:
         chunks,
         busy_ms=carried,
     )
-    return max(computed + costs.dw_ms - carried, landed)
+    return max(computed + weights - carried, landed)
 
 
 def _pipeline(there: float, back: float, compute: float, chunks: int, busy_ms: float = 0.0) -> tuple[float, float]:

@@ -106,10 +106,12 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--profile", metavar="FILE", help="overlap as 'fluid-npu tune' found best here")
     text = f"how often a token is sent to a rank with several of its experts: {', '.join(DISPATCHES)} (plain)"
     group.add_argument("--dispatch", default=_DEFAULTS.dispatch, metavar="NAME", help=text)
-    text = "with --overlap full: groups of its experts in which an MoE layer is pipelined, or auto (auto)"
+    text = "with --overlap full: chunks of experts, or of tokens sent once per rank, of an MoE layer, or auto (auto)"
     group.add_argument("--moe-chunks", default="auto", metavar="N", type=_number_or_auto, help=text)
     text = "with --cp: parts of a rank's heads, each part's AllToAlls beside the computation of others (1)"
     group.add_argument("--attention-chunks", type=int, default=_DEFAULTS.attention_chunks, metavar="N", help=text)
+    text = "train MoE layers in two halves of a micro-batch, the AllToAlls of each beside the other's computation"
+    group.add_argument("--interleave-batches", action="store_true", help=text)
     text = f"what moves the bytes of AllToAlls: {', '.join(A2A_TRANSPORTS)} ({_DEFAULTS.a2a_transport})"
     group.add_argument("--a2a-transport", default=_DEFAULTS.a2a_transport, metavar="NAME", help=text)
     text = "ranks inside which links are fast, for --a2a-transport two-level; 0: those of the launcher (0)"

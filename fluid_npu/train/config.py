@@ -51,8 +51,9 @@ class TrainConfig:
     router wait for the combine of the layer below. ``dispatch`` 'once-per-rank' sends a token once to each rank that
     holds some of its experts. ``a2a_transport`` moves the bytes of AllToAlls; 'two-level' between nodes of
     ``a2a_node_size`` ranks, where 0 asks the launcher. ``vpp`` is the number of model chunks
-    per pipeline stage. ``moe_chunks`` is in how many groups of its experts ``overlap`` 'full' pipelines an MoE layer: a
-    number, or 'auto'. ``attention_chunks`` are the parts in which a context-parallel rank computes its heads.
+    per pipeline stage. ``moe_chunks`` is in how many groups of its experts, or of tokens where they are sent once per
+    rank, ``overlap`` 'full' pipelines an MoE layer: a number, or 'auto'. ``attention_chunks`` are the parts in which a
+    context-parallel rank computes its heads. ``interleave_batches`` trains MoE layers in two halves of a micro-batch.
     """
 
     preset: str = "mixtral-tiny"
@@ -89,6 +90,7 @@ class TrainConfig:
     dispatch: str = "plain"
     moe_chunks: int | str = "auto"
     attention_chunks: int = 1
+    interleave_batches: bool = False
     a2a_transport: str = "collective"
     a2a_node_size: int = 0
     impl: str = "fluid"
@@ -186,6 +188,7 @@ def _check_choices(c: TrainConfig) -> None:
         raise ConfigError("--carry-over: with --overlap off no AllToAll is in flight; use --overlap dw or auto")
     _check_moe_chunks(c)
     _check_node_size(c)
+    _check_interleave(c)
     if c.impl == "stock":
         _check_stock(c)
     if c.profile is not None:
@@ -202,12 +205,14 @@ def _check_moe_chunks(c: TrainConfig) -> None:
         return
     if c.overlap != "full":
         raise ConfigError(f"--moe-chunks {n}: --overlap {c.overlap} has one; use --overlap full, or leave it out")
-    if c.dispatch != "plain":
+    if c.dispatch == "static":
         raise ConfigError(
-            f"--moe-chunks {n}: --dispatch {c.dispatch} sends a token once per rank, not once for each chunk of its "
-            "experts; use --dispatch plain or --moe-chunks 1"
+            f"--moe-chunks {n}: --dispatch static sends all tokens in one piece; use --dispatch once-per-rank, or "
+            "leave it out"
         )
-    if c.ep >= 1 and c.model().experts % c.ep == 0 and c.model().experts // c.ep % n:
+    if c.dispatch == "once-per-rank":
+        _check_token_chunks(c, n)
+    elif c.ep >= 1 and c.model().experts % c.ep == 0 and c.model().experts // c.ep % n:
         local = c.model().experts // c.ep
         allowed = ", ".join(str(d) for d in range(1, local + 1) if local % d == 0)
         raise ConfigError(
@@ -225,6 +230,30 @@ def _check_node_size(c: TrainConfig) -> None:
         raise ConfigError(f"--a2a-node-size {n}: --a2a-transport {c.a2a_transport} has no nodes; use two-level or auto")
 
 
+def _check_interleave(c: TrainConfig) -> None:
+    if not c.interleave_batches:
+        return
+    if c.overlap == "off" or c.ep == 1:
+        why = "--overlap off waits for every AllToAll" if c.overlap == "off" else "with --ep 1 there is no AllToAll"
+        raise ConfigError(f"--interleave-batches: {why}; leave it out")
+    samples = c.model().micro_batch_size
+    if samples % 2:
+        raise ConfigError(
+            f"--interleave-batches: --micro-batch-size {samples} has no halves; use --micro-batch-size {samples + 1}"
+        )
+
+
+def _check_token_chunks(c: TrainConfig, n: int) -> None:
+    """Tokens that are sent once per rank are in chunks of tokens."""
+    preset = c.model()
+    tokens = preset.micro_batch_size * preset.seq_length // max(c.tp * c.cp, 1)
+    if n > tokens:
+        raise ConfigError(
+            f"--moe-chunks {n}: with --dispatch once-per-rank chunks are of tokens, and a rank has {tokens}; "
+            "use fewer, or auto"
+        )
+
+
 def _check_stock(c: TrainConfig) -> None:
     """What stock Megatron does not have."""
     missing = (
@@ -235,6 +264,7 @@ def _check_stock(c: TrainConfig) -> None:
             f"--a2a-transport {c.a2a_transport}",
             "has none; leave it out, or use --impl fluid",
         ),
+        (c.interleave_batches, "--interleave-batches", "has none; leave it out, or use --impl fluid"),
         (c.profile is not None, f"--profile {c.profile}", "has nothing to choose; leave it out, or use --impl fluid"),
         (c.cp > 1, f"--cp {c.cp}", "has no context parallelism without Transformer Engine; use --cp 1 or --impl fluid"),
         (c.plant_delay_ms > 0, "--plant-delay-ms", "cannot be delayed; leave it out, or use --impl fluid"),

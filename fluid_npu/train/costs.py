@@ -1,6 +1,7 @@
 """What one MoE layer of a run costs here: a short measurement before the model is built, for ``schedule.planner``.
 
-Even routing, weights of the layer's shapes, the collective AllToAll on the job's group. Each figure is the median of a
+Even routing, weights of the layer's shapes, the collective AllToAll on the job's group, with the rows of the dispatch's
+form. Each figure is the median of a
 few rounds on the slowest rank, so the table is the same on all ranks. T tokens of a rank, R rows of its experts, H
 hidden, F ffn, L local experts.
 """
@@ -18,6 +19,7 @@ from megatron.core import parallel_state
 from fluid_npu.comm.transports import CollectiveTransport, Transport
 from fluid_npu.device import Choice, kernels_of
 from fluid_npu.device.kernels.groups import GroupRows
+from fluid_npu.mcore.dispatch_choice import expected_factor, form_by_rows
 from fluid_npu.ops.expert_mlp import ExpertMLP, mlp_backward, mlp_forward
 from fluid_npu.schedule.planner import Costs
 from fluid_npu.train.config import TrainConfig
@@ -27,6 +29,14 @@ from fluid_npu.train.parallel import Place
 _ROUNDS, _WARM_UP = 7, 2
 _MIB = 2**20
 _FEWER = 8  # the small exchange of the fit has this part of the rows
+
+
+def sent_once(config: TrainConfig) -> bool:
+    """Whether a layer of this run sends a token once per rank, or to every rank; its chunks are of tokens then."""
+    preset = config.model()
+    if config.dispatch == "auto" and config.ep > 1:
+        return form_by_rows(preset.experts, preset.topk, config.ep).value == "once-per-rank"
+    return config.dispatch in ("once-per-rank", "static") and config.ep > 1
 
 
 def measure_costs(config: TrainConfig, place: Place, transport: Transport | None = None) -> Choice[Costs | None]:
@@ -58,6 +68,7 @@ def _costs(
     part: float,
     dx: float,
     dw: float,
+    join: float,
     whole: float,
     small: float,
     beside: float,
@@ -76,6 +87,7 @@ def _costs(
         chunk_ms=max(0.0, layer.parts * part - forward) / max(layer.parts - 1, 1),
         hiding=min(max(saved, 0.0), 1.0),
         spread_ms=spread,
+        join_ms=join,
     )
 
 
@@ -89,8 +101,9 @@ class _Layer:
         tokens = preset.micro_batch_size * preset.seq_length // (config.tp * config.cp)
         each = max(config.ep * _FEWER, tokens * preset.topk // local // (config.ep * _FEWER) * config.ep * _FEWER)
         self._counts, rows = [each] * local, each * local
-        #: Chunks of one layer: two, or one where a rank has a single expert.
-        self.parts = 2 if local % 2 == 0 else 1
+        self._once = sent_once(config)
+        #: Chunks of one layer: two, or one where a rank has a single expert, which is not split.
+        self.parts = 2 if self._once or local % 2 == 0 else 1
         made: dict[str, Any] = {
             "dtype": TORCH_DTYPES[config.dtype or "fp32"],
             "device": place.device.torch_device(place.local_rank),
@@ -99,18 +112,21 @@ class _Layer:
         self._p = torch.full((rows,), 0.5, **made)
         self._w1 = torch.full((local, hidden, 2 * preset.moe_ffn), 0.01, **made)
         self._w2 = torch.full((local, preset.moe_ffn, hidden), 0.01, **made)
-        self.mib = self._x.nbytes * (config.ep - 1) / config.ep / _MIB
+        fewer = expected_factor(preset.experts, preset.topk, config.ep) if self._once else 1.0
+        unit = config.ep * _FEWER
+        self._sent = self._x[: max(unit, int(rows / fewer) // unit * unit)]
+        self.mib = self._sent.nbytes * (config.ep - 1) / config.ep / _MIB
 
     def compute_ms(self) -> list[float]:
-        """Forward, forward of one part of the experts, dX, dW."""
+        """Forward, forward of one part of the experts or the rows, dX, dW, joining rows for dW."""
         counts = GroupRows(self._counts)
         mlp = ExpertMLP(counts=counts, activation=None)
         _, kept = mlp_forward(self._x, self._p, self._w1, self._w2, mlp)
         h, a = kept[4], kept[5]
 
         def run_part() -> None:
-            experts = slice(0, len(self._counts) // self.parts)
-            own = GroupRows(self._counts[experts])
+            experts = slice(0, len(self._counts) if self._once else len(self._counts) // self.parts)
+            own = GroupRows([rows // self.parts if self._once else rows for rows in self._counts[experts]])
             rows = slice(0, sum(own))
             some = ExpertMLP(counts=own, activation=None)
             mlp_forward(self._x[rows], self._p[rows], self._w1[experts], self._w2[experts], some)
@@ -124,11 +140,19 @@ class _Layer:
             self._ms(run_part)[0],
             self._ms(lambda: mlp_backward(self._x, kept, mlp))[0],
             self._ms(self._dw)[0],
+            self._ms(lambda: self._join(a, h))[0] if self._once else 0.0,
         ]
+
+    def _join(self, a: torch.Tensor, h: torch.Tensor) -> None:
+        """The copies that chunks of tokens need before dW: each operand's rows, by expert."""
+        places = torch.arange(self._x.shape[0], device=self._x.device)
+        for rows in (a, self._x, self._x, h):
+            torch.empty_like(rows).index_copy_(0, places, rows)
 
     def exchange_ms(self, transport: Transport) -> list[float]:
         """The whole exchange, a small one, the whole one beside dW, and the spread of these. Collective."""
-        small = self._x[: self._x.shape[0] // _FEWER]
+        sent = self._sent
+        small = sent[: sent.shape[0] // _FEWER]
 
         def exchange(rows: torch.Tensor, beside: Callable[[], Any] = lambda: None) -> None:
             work = transport.start(torch.empty_like(rows), rows, None, None, self._group)
@@ -136,9 +160,9 @@ class _Layer:
             work.wait()
 
         found = [
-            self._ms(lambda: exchange(self._x), together=True),
+            self._ms(lambda: exchange(sent), together=True),
             self._ms(lambda: exchange(small), together=True),
-            self._ms(lambda: exchange(self._x, self._dw), together=True),
+            self._ms(lambda: exchange(sent, self._dw), together=True),
         ]
         return [*(ms for ms, _ in found), max(spread for _, spread in found)]
 

@@ -110,6 +110,7 @@ def _fluid_spec(config: TrainConfig, overlap: str) -> Callable[..., Any]:
         dispatch=config.dispatch,
         chunks=config.moe_chunks if overlap == "full" else "auto",
         attention_chunks=config.attention_chunks,
+        interleave_batches=config.interleave_batches,
     )
     return partial(get_fluid_moe_block_spec, backend="local", binder=binder)
 

@@ -131,9 +131,12 @@ def test_a_transport_needs_the_groups_of_the_job(run_ranks: Callable[..., list[A
 
 def attention_of_a_launch(folder: str) -> list[int]:
     """In how many parts the attentions of a launch compute their heads."""
-    launch(folder, *WORDS, "--context-parallel-size", "2", "--fluid-attention-chunks", "2")
+    launch(
+        folder, *WORDS, "--context-parallel-size", "2", "--fluid-attention-chunks", "2", "--fluid-interleave-batches"
+    )
     config = make_config(Run(config={"context_parallel_size": 2, "num_query_groups": 4, "cp_comm_type": "ulysses"}))
     model = model_of(through_megatron(config), config)
+    assert all(layer.interleave_batches for layer in model.decoder.layers)
     return [len(m.head_chunks.chunks) for m in model.modules() if getattr(m, "head_chunks", None) is not None]
 
 

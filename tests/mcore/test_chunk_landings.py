@@ -26,6 +26,7 @@ CASES = [
     # One expert a chunk: rows are used as they arrived, so what was made of them must move out of the area.
     Case(overlap="full", chunks=4, topk=3, empty_experts=5, micro_batches=2),
     Case(overlap="full", chunks=2, config=PADDED),
+    Case(overlap="full", chunks=3, topk=3, dispatch="once-per-rank", micro_batches=2),
     Case(overlap="full", chunks=4, tokens=1, topk=1, micro_batches=2),
 ]
 EXACT = ("router", "fc1", "fc2")

@@ -200,7 +200,6 @@ def refusals() -> dict[str, str]:
         "word": lambda: get_fluid_moe_layer_spec(overlap="full", chunks="many"),
         "dw": lambda: get_fluid_moe_layer_spec(chunks=2),
         "number": lambda: fluid_layer(Case(overlap="full", chunks=3)),
-        "once": lambda: fluid_layer(Case(overlap="full", chunks=2, dispatch="once-per-rank")),
         "input": lambda: fluid_layer(Case(overlap="full", chunks=2, topk=1, config={"moe_apply_probs_on_input": True})),
         "allgather": lambda: fluid_layer(
             Case(overlap="full", chunks=2, config={"moe_token_dispatcher_type": "allgather"})
@@ -231,12 +230,14 @@ def test_what_is_not_there_is_refused_by_name(run_ranks: Ranks) -> None:
     assert messages["word"] == "chunks='many': a number of at least 1, or 'auto'"
     assert messages["dw"] == "chunks=2: overlap='dw' has one; use overlap='full', or leave chunks out"
     assert "chunks=3: a rank has 4 experts, so allowed are 1, 2, 4 and 'auto'" in messages["number"]
-    assert "once per rank; use dispatch='plain'; use chunks=1 or 'auto'" in messages["once"]
     assert "chunks=2: moe_apply_probs_on_input=True" in messages["input"]
     assert "chunks=2: moe_token_dispatcher_type='allgather' overlaps nothing" in messages["allgather"]
     assert "(in 2 chunks of experts)" in messages["info_auto"] and "overlap full" in messages["info_auto"]
     assert "chunks of experts" not in messages["info_auto_dw"]
     assert messages["auto"] == "2: the fewest that overlap; 4 local experts allow 1, 2, 4"
-    assert messages["auto_once"].startswith("1: chunks of experts would send a token once for each chunk")
+    assert messages["auto_once"].startswith(
+        "2: the fewest that overlap; chunks of tokens, because tokens are sent once"
+    )
+    assert "(in 2 chunks of tokens)" in messages["info_auto_once"]
     assert messages["auto_one"] == "1: a rank has one expert, which is not split"
     assert messages["auto_dw"] == "1: overlap='dw'"

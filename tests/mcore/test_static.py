@@ -205,7 +205,7 @@ def test_what_is_not_there_is_refused_by_name(run_ranks: Ranks) -> None:
     messages = run_ranks(2, refusals, sizes={"expert_model_parallel_size": 2})[0]
     assert "dispatch='static': moe_pad_expert_input_to_capacity=True" in messages["padded"]
     assert "dispatch='static': moe_token_dispatcher_type='allgather'" in messages["allgather"]
-    assert "use dispatch='plain'; use chunks=1 or 'auto'" in messages["chunks"]
+    assert "use dispatch='once-per-rank'; use chunks=1 or 'auto'" in messages["chunks"]
     assert "FluidGroupedMLP in FluidMoELayer alone" in messages["alone"]
     assert "expert_tensor_parallel_size=2" in messages["etp"]
 

@@ -34,6 +34,15 @@ def test_each_plan_takes_what_its_timeline_says() -> None:
     assert expected_ms(COSTS, Plan(overlap="full", chunks=2)) == forward + backward
 
 
+def test_joining_rows_is_part_of_the_weight_gradients_of_chunks_alone() -> None:
+    joined = replace(COSTS, join_ms=2.0)
+    for plan in (PLAIN, Plan(overlap="dw"), Plan(overlap="dw", carry_over=True)):
+        assert expected_ms(joined, plan) == expected_ms(COSTS, plan)
+    assert expected_ms(joined, Plan(overlap="full", chunks=2)) == 11.5 + max(9 + 8, 11.5)
+    dear = replace(COSTS, alpha_ms=0.05, beta_ms_per_mib=2.0, chunk_ms=0.1, join_ms=50.0)
+    assert choose_plan(dear, (1, 2, 4), carry_over=False).value == Plan(overlap="dw")
+
+
 def test_half_of_what_could_be_hidden_where_half_hides() -> None:
     half = replace(COSTS, hiding=0.5)
     full, plain = (expected_ms(half, plan) for plan in (Plan(overlap="dw"), PLAIN))

@@ -23,13 +23,28 @@ REFUSED = [
         ["--overlap", "full", "--moe-chunks", "3"],
         r"--moe-chunks 3: a rank has 4 experts .*allowed are 1, 2, 4 and auto",
     ),
+    (
+        ["--overlap", "full", "--moe-chunks", "2", "--dispatch", "static"],
+        r"--moe-chunks 2: --dispatch static sends all tokens in one piece; use --dispatch once-per-rank",
+    ),
     (["--overlap", "full", "--moe-chunks", "0"], r"--moe-chunks 0: must be a number of at least 1, or auto"),
     (["--overlap", "full", "--moe-chunks", "many"], r"--moe-chunks many: must be a number of at least 1, or auto"),
     (
-        ["--overlap", "full", "--moe-chunks", "2", "--dispatch", "once-per-rank"],
-        r"--moe-chunks 2: --dispatch once-per-rank sends .*use --dispatch plain or --moe-chunks 1",
+        ["--overlap", "full", "--moe-chunks", "99999", "--dispatch", "once-per-rank"],
+        r"--moe-chunks 99999: with --dispatch once-per-rank chunks are of tokens, and a rank has \d+; use fewer",
+    ),
+    (
+        ["--overlap", "full", "--moe-chunks", "3", "--dispatch", "auto"],
+        r"--moe-chunks 3: a rank has 4 experts .*allowed are 1, 2, 4 and auto",
     ),
     (["--overlap", "full", "--impl", "stock"], r"--overlap full: stock Megatron"),
+    (["--interleave-batches", "--overlap", "off"], r"--interleave-batches: --overlap off waits .*; leave it out"),
+    (["--interleave-batches", "--ep", "1"], r"--interleave-batches: with --ep 1 there is no AllToAll; leave it out"),
+    (
+        ["--interleave-batches", "--micro-batch-size", "3"],
+        r"--interleave-batches: --micro-batch-size 3 has no halves; use --micro-batch-size 4",
+    ),
+    (["--interleave-batches", "--impl", "stock"], r"--interleave-batches: stock Megatron .*has none; leave it out"),
     (["--cp", "2", "--impl", "stock", "--overlap", "off"], r"--cp 2: stock Megatron .*use --cp 1 or --impl fluid"),
     (
         ["--cp", "2", "--seq-length", "6"],

@@ -36,6 +36,11 @@ def planned(config_text: str) -> dict[str, Any]:
         overlap.measure_costs = lambda config, place, costs=costs: (costs, "no memory")
         settled, (value, reason) = overlap.settle(config, place)
         found[name] = (value, settled.carry_over, settled.moe_chunks, reason)
+    once = dataclasses.replace(config, dispatch="once-per-rank")
+    found["once"] = dataclasses.asdict(costs_module.measure_costs(once, place).value)
+    overlap.measure_costs = lambda config, place: (slow, "")
+    settled, (value, _) = overlap.settle(once, place)
+    found["slow once"] = (value, settled.moe_chunks, settled.dispatch)
     overlap.measure_costs = lambda config, place: pytest.fail("asked for: nothing is measured")
     found["asked"] = overlap.settle(dataclasses.replace(config, overlap="dw"), place)[1].value
     return found
@@ -54,6 +59,11 @@ def test_costs_are_equal_on_all_ranks_and_decide_what_auto_does(
     assert first["nothing hides"][:3] == ("off", False, "auto")
     assert first["none"][0] == "dw" and first["none"][3].endswith("not planned from costs: no memory")
     assert first["asked"] == "dw"
+    # 8 experts, top-2: 1.27 times fewer rows; what chunks of tokens add to dW was measured.
+    assert 0.6 < first["once"]["dispatch_mib"] / costs.dispatch_mib < 0.8
+    assert costs.join_ms == 0 < first["once"]["join_ms"]
+    assert first["slow once"][0] == "full" and first["slow once"][1] in (2, 4, 8)
+    assert first["slow once"][2] == "once-per-rank"
 
 
 def test_a_rank_without_memory_keeps_all_from_planning(tmp_path: Path, run_ranks: Callable[..., list[Any]]) -> None:

@@ -27,7 +27,7 @@ def check(args: Namespace, line: str) -> None:
         raise FlagError(
             "the arguments lack fluid_npu's (--yaml-cfg replaces the parsed ones): pass flags instead of a YAML file"
         )
-    ours = (*_overlap(args), *_chunks(args), *_dispatch(args), *_transport(args))
+    ours = (*_overlap(args), *_chunks(args), *_dispatch(args), *_transport(args), *_interleave(args, line))
     problems = [*ours, *_grouped(args, line), *_others(args)]
     if problems:
         raise FlagError("fluid_npu: " + "\nfluid_npu: ".join(problems))
@@ -62,7 +62,9 @@ def _chunks(args: Namespace) -> Iterator[str]:
             f"--fluid-moe-chunks {number} with --fluid-overlap {args.fluid_overlap}: layers are in chunks with full "
             "alone; use --fluid-overlap full, or drop the flag"
         )
-    elif number != "auto" and args.num_experts is not None and args.num_experts // ranks % number:
+    elif args.fluid_dispatch == "once-per-rank" or number == "auto" or args.num_experts is None:
+        pass  # chunks of tokens, of which there may be any number; or nothing to divide
+    elif args.num_experts // ranks % number:
         local = args.num_experts // ranks
         allowed = ", ".join(str(fit) for fit in range(1, local + 1) if local % fit == 0)
         yield f"--fluid-moe-chunks {number}: a rank has {local} experts; allowed are {allowed} and auto"
@@ -113,6 +115,21 @@ def _transport(args: Namespace) -> Iterator[str]:
         )
 
 
+def _interleave(args: Namespace, line: str) -> Iterator[str]:
+    if not args.fluid_interleave_batches:
+        return
+    samples = getattr(args, "micro_batch_size", None)
+    if samples is not None and samples % 2:
+        yield (
+            f"--fluid-interleave-batches with --micro-batch-size {samples}: it has no halves; use --micro-batch-size "
+            f"{samples + 1}, or drop the flag"
+        )
+    if args.fluid_overlap == "off":
+        yield "--fluid-interleave-batches with --fluid-overlap off: every AllToAll is waited for; drop one of the two"
+    if line == "0.12":
+        yield f"--fluid-interleave-batches: the layers of Megatron {line} have no steps; drop the flag"
+
+
 def _grouped(args: Namespace, line: str) -> Iterator[str]:
     if not args.moe_grouped_gemm:
         if args.fluid_a2a_transport != "collective":
@@ -130,7 +147,7 @@ def _grouped(args: Namespace, line: str) -> Iterator[str]:
                 f"--fluid-attention-chunks {args.fluid_attention_chunks} without --moe-grouped-gemm: the attention is "
                 "Megatron's then; add --moe-grouped-gemm"
             )
-        for flag in ("gemm_gradient_accumulation_fusion", "fluid_carry_over"):
+        for flag in ("gemm_gradient_accumulation_fusion", "fluid_carry_over", "fluid_interleave_batches"):
             if getattr(args, flag):
                 yield f"{_name(flag)} without --moe-grouped-gemm: it is about grouped experts; add --moe-grouped-gemm"
         return

@@ -48,7 +48,8 @@ FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
             "type": number_or_auto,
             "default": "auto",
             "metavar": "N",
-            "help": "with --fluid-overlap full: groups of its experts that an MoE layer is cut in, or auto (auto)",
+            "help": "with --fluid-overlap full: chunks of an MoE layer, of its experts or of tokens that are sent once "
+            "per rank, or auto (auto)",
         },
     ),
     (
@@ -95,6 +96,14 @@ FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
         {
             "action": "store_true",
             "help": "the second expert GEMM's weight gradient may wait for the combine of the layer below",
+        },
+    ),
+    (
+        "--fluid-interleave-batches",
+        {
+            "action": "store_true",
+            "help": "train MoE layers in two halves of a micro-batch, the AllToAlls of each beside the computation of "
+            "the other; from Megatron 0.16 on",
         },
     ),
     (
