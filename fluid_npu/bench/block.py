@@ -74,18 +74,17 @@ class Bench:
         self.inputs = [self._sample(number) for number in range(2)]
         asked = [kind for name, kind in KINDS.items() if name in options["impls"]]
         stock = [made for kind in asked if kind in STOCK_TE and (made := self._made(kind)) is not None]
-        self.reference = stock[0] if stock else self._build(WHOLE)
+        reference, want = self._reference(stock)
         ours = [made for kind in asked if kind not in STOCK_TE and (made := self._made(kind)) is not None]
-        for variant in [*stock, *ours]:
-            if variant is not self.reference:
-                variant.load(self.reference.weights())
-        self.found: dict[str, Any] = {"left_out": self.left_out, "reference": self.reference.name}
-        self.found["agreement"] = self._check([*stock, *ours])
-        self.variants = [one for one in (*stock, *ours) if one.name not in self.left_out]
+        others = [one for one in (*stock, *ours) if one is not reference and one.name not in self.left_out]
+        for variant in others:
+            variant.load(reference.weights())
+        self.found: dict[str, Any] = {"left_out": self.left_out, "reference": reference.name}
+        self.found["agreement"] = self._check(others, reference.name, want)
+        timed = others if reference.whole else [reference, *others]  # whole sequences are no context parallelism
+        self.variants = [one for one in timed if one.name not in self.left_out]
         if not self.variants:
             raise Disagreement(f"bench block: nothing to time: {self.left_out}")
-        if self.reference.whole:
-            del self.reference  # not timed; its memory is the others'
 
     def _sample(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Whole sequences and the gradient of their output ``[S, B, H]``, the same on ranks that share them."""
@@ -126,34 +125,44 @@ class Bench:
                 Choice("left out", reasons[0]).announce(name)
         return bool(reasons)
 
-    def _check(self, variants: Sequence[BlockVariant]) -> dict[str, Any]:
+    def _reference(self, stock: Sequence[BlockVariant]) -> tuple[BlockVariant, dict[str, torch.Tensor]]:
+        """What the others are checked against, and what it computes: the first stock form that runs. Collective."""
+        for variant in stock:
+            found = self._if_it_runs(variant)
+            if found is not None:
+                return variant, found
+        whole = self._build(WHOLE)
+        return whole, self._results(whole)
+
+    def _if_it_runs(self, variant: BlockVariant) -> dict[str, torch.Tensor] | None:
+        """What a form of another package computes; None where it refuses. Collective."""
+        try:
+            found, reason = self._results(variant), None
+        except Exception as error:  # each package has kinds of its own; said and left out
+            found, reason = {}, f"cannot run: {type(error).__name__}: {str(error)[:200]}"
+        return None if self._leave_out(variant.name, reason) else found
+
+    def _check(self, variants: Sequence[BlockVariant], reference: str, want: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Output, input gradient and summed weight gradients of each against the reference, and of its own twin.
 
         Raises Disagreement for one of ours; others are left out.
         """
-        tolerance = TOLERANCE[self.config.dtype or "fp32"]
-        want, found = self._results(self.reference), {}
+        tolerance, found = TOLERANCE[self.config.dtype or "fp32"], {}
         for variant in variants:
-            if variant is self.reference:
+            stock = variant.kind in STOCK_TE
+            got = self._if_it_runs(variant) if stock else self._results(variant)
+            if got is None:
                 continue
-            try:
-                got, reason = self._results(variant), None
-            except RuntimeError as error:
-                got, reason = {}, f"cannot run: {type(error).__name__}: {str(error)[:200]}"
-            if variant.kind in STOCK_TE and self._leave_out(variant.name, reason):
-                continue
-            if reason is not None:
-                raise Disagreement(f"{variant.name} {reason}")
             if self.options.get("plant_error") and variant.name == "ours plain":
                 got["output"] = got["output"] * (1 + self.options["plant_error"])
             worst = over_ranks(worst_error(got, want))
             found[variant.name] = {"error": worst.error, "where": worst.where, **self._twin(variant, got)}
             if worst.error > tolerance:
                 text = (
-                    f"{variant.name} differs from {self.reference.name}: relative error {worst.error:.2e} in "
-                    f"{worst.where}, allowed {tolerance:.0e}; a wrong result is not timed"
+                    f"{variant.name} differs from {reference}: relative error {worst.error:.2e} in {worst.where}, "
+                    f"allowed {tolerance:.0e}; a wrong result is not timed"
                 )
-                if variant.kind not in STOCK_TE:
+                if not stock:
                     raise Disagreement(text)
                 self.left_out[variant.name] = text
         return found
