@@ -19,7 +19,7 @@ from fluid_npu.train.presets import PresetError, get_preset
 
 IMPLS = (
     *("stock-te", "stock-te-a2a"),
-    *("ours-plain", "ours-overlapped", "ours-attention-chunks", "ours-chunks", "ours-peer"),
+    *("ours-plain", "ours-overlapped", "ours-carry", "ours-attention-chunks", "ours-chunks", "ours-peer"),
 )
 _ROUNDS, _ROWS = 12, 4096
 PARTIAL = "block.partial.json"

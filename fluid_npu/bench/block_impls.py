@@ -32,6 +32,8 @@ from fluid_npu.bench.layer_impls import stock_names
 from fluid_npu.bench.rig import OVERLAPPED, PLAIN, Kind, fuse_weight_gradients
 from fluid_npu.comm.shards import SequenceShards, balanced_part
 from fluid_npu.mcore.convert import gradients_by_name, weights_by_name
+from fluid_npu.mcore.linear import FluidLinear
+from fluid_npu.mcore.lines.arguments import taken
 from fluid_npu.schedule.live import get_backward_scheduler
 from fluid_npu.train.config import ConfigError, TrainConfig, validate
 from fluid_npu.train.model import TORCH_DTYPES, build_model_config, layer_specs, moe_layers
@@ -47,12 +49,15 @@ KINDS = {
     "stock-te-a2a": TE_A2A,
     "ours-plain": PLAIN,
     "ours-overlapped": OVERLAPPED,
+    "ours-carry": replace(OVERLAPPED, name="ours overlapped, Fluid linears", changes=(("carry_over", True),)),
     "ours-attention-chunks": replace(
         OVERLAPPED, name="ours overlapped, 2 attention chunks", changes=(("attention_chunks", 2),)
     ),
     "ours-chunks": replace(OVERLAPPED, name="ours full, 2 chunks of both", overlap="full", changes=_FULL),
     "ours-peer": replace(OVERLAPPED, name="ours overlapped, peer copies", changes=(("a2a_transport", "peer-copy"),)),
 }
+#: Forms that need other packages or a device's own ways; where they fail they are left out with the reason.
+EXTRAS = (*STOCK_TE, KINDS["ours-peer"])
 _OF_TE = (
     (re.compile(r"^(.*)self_attention\.linear_qkv\.layer_norm_(weight|bias)$"), r"\1input_layernorm.\2"),
     (
@@ -112,10 +117,11 @@ class BlockVariant:
         device = place.device.torch_device(place.local_rank)
         self.model = Layers(specs, model_config).to(device, TORCH_DTYPES[dtype])
         self.scheduler = get_backward_scheduler(self.model) if kind.impl == "fluid" else None
-        self.ddp = DistributedDataParallel(model_config, _DDP, self.model)
+        self.ddp = DistributedDataParallel(model_config, _ddp_settings(self.config), self.model)
         self.ddp.broadcast_params()
         if kind.impl == "fluid":
             fuse_weight_gradients(self)  # type: ignore[arg-type]
+            _fuse_linears(self.model)
         self._rotary = self._angles()
 
     def load(self, weights: dict[str, Tensor]) -> None:
@@ -199,9 +205,22 @@ class BlockVariant:
         return angles
 
 
-_DDP = DistributedDataParallelConfig(
-    grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False, check_for_nan_in_grad=False
-)
+def _ddp_settings(config: TrainConfig) -> DistributedDataParallelConfig:
+    """Gradients in fp32, reduced when all are there."""
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=False,
+        check_for_nan_in_grad=False,
+        **taken(DistributedDataParallelConfig, delay_wgrad_compute=config.carry_over),
+    )
+
+
+def _fuse_linears(model: torch.nn.Module) -> None:
+    """Our linears add dW to main_grad by themselves; Megatron's constructor lets nobody ask for it without Apex."""
+    for module in model.modules():
+        if isinstance(module, FluidLinear):
+            module.gradient_accumulation_fusion = True
 
 
 def _changed(kind: Kind, config: TrainConfig) -> TrainConfig:
