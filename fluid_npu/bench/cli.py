@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from fluid_npu.bench.block_cli import add_block_parser
 from fluid_npu.bench.layer_cli import add_layer_parser
 from fluid_npu.bench.options import (
     add_common_flags,
@@ -49,6 +50,7 @@ def add_bench_parser(subparsers: Any) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="benches", metavar="BENCH", required=True)
     _add_train_step_parser(commands)
     add_layer_parser(commands)
+    add_block_parser(commands)
     add_overlap_parser(commands)
     add_ffn_sweep_parser(commands)
     add_parallel_sweep_parser(commands)

@@ -122,10 +122,10 @@ class LayerVariant(Variant):
             _load(weights, self.weights())
 
     def gradients(self) -> dict[str, Tensor]:
-        return _stock_names(self.model, gradients_by_name(self.model))
+        return stock_names(self.model, gradients_by_name(self.model))
 
     def weights(self) -> dict[str, Tensor]:
-        return _stock_names(self.model, weights_by_name(self.model))
+        return stock_names(self.model, weights_by_name(self.model))
 
 
 def _builder(kind: Kind) -> Callable[[TrainConfig, Any, str], torch.nn.Module]:
@@ -192,8 +192,8 @@ def _gpt(config: TrainConfig, model_config: Any, experts: Any) -> torch.nn.Modul
     )
 
 
-def _stock_names(model: torch.nn.Module, entries: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Renames TE's ``experts.linear_fc1.weight2`` to ``experts.<global number>.linear_fc1.weight``."""
+def stock_names(model: torch.nn.Module, entries: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``entries`` with TE's ``experts.linear_fc1.weight2`` renamed to ``experts.<global number>.linear_fc1.weight``."""
     experts = next(iter(moe_layers(model))).experts
     found = {}
     for name, value in entries.items():

@@ -243,9 +243,9 @@ def _with_linears(spec: Any) -> Any:
 
 
 def _replace_linears(submodules: Any) -> None:
-    """In place: Megatron's parallel linears become ours."""
+    """In place: Megatron's parallel linears become ours, but for those whose class latent attention checks."""
     for name, module in vars(submodules).items():
-        if isinstance(module, type) and module in _LINEARS:
+        if isinstance(module, type) and module in _LINEARS and not name.endswith("_down_proj"):
             setattr(submodules, name, _LINEARS[module])
 
 

@@ -58,6 +58,7 @@ def test_gradients_of_whole_layers_against_one_process(cases: list[Case], run_ra
         assert max(errors.values()) <= FP32, f"{case}: {errors}"
 
 
+@pytest.mark.host
 def test_torch_s_fused_attention_under_context_parallelism(run_ranks: Ranks) -> None:
     """What a GPU takes by itself: here FLUID_ATTENTION=torch asks for it; windows stay Megatron's."""
     cases = [*SAMPLE[0][:3], Case(cp=2, ep=2, chunks=2, key_heads=4, recompute=True)]

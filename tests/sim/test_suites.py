@@ -42,6 +42,13 @@ CI: dict[str, tuple[int, Sequence[str]]] = {
             "tests/comm/test_all_to_all.py::test_passengers_get_their_gradient_after_the_flight_was_filled",
         ),
     ),
+    "context": (
+        2,
+        (
+            "tests/mcore/test_self_attention.py::test_gradients_of_whole_layers_against_one_process[cp2-ep2]",
+            "tests/mcore/test_attention_overlap.py::test_attention_in_chunks_against_one_process_and_its_twin[cp2-ep2]",
+        ),
+    ),
     "scheduler": (16, ("tests/schedule", "tests/sim/suites/test_delay_seeds.py")),
     "faults": (12, ("tests/sim/suites/test_faults.py",)),
     "trainer": (2, ("tests/train/test_train.py::test_variants_learn[bf16]", "tests/mcore/test_convert.py")),

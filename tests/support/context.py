@@ -259,13 +259,13 @@ def _attention(x: torch.Tensor, w: dict[str, torch.Tensor], at: str, case: Case)
         q, k, v = (groups[:, :, head // shared, part] for part in (head % shared, shared, shared + 1))
         if case.qk_norm:
             q, k = _norm(q, w[f"{at}q_layernorm.weight"]), _norm(k, w[f"{at}k_layernorm.weight"])
-        q, k = _turn(q), _turn(k)
+        q, k = turn(q), turn(k)
         scores = torch.einsum("sbd,tbd->bst", q, k) / SIZE**0.5
         heads.append(torch.einsum("bst,tbd->sbd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v))
     return torch.cat(heads, -1) @ w[f"{at}linear_proj.weight"].t()
 
 
-def _turn(x: torch.Tensor) -> torch.Tensor:
+def turn(x: torch.Tensor) -> torch.Tensor:
     """Rotary embedding of ``[S, B, D]``: pairs (i, i + D/2) turn by position / base^(2i/D)."""
     half = x.shape[-1] // 2
     speed = BASE ** (-torch.arange(half, dtype=torch.float64) / half)

@@ -31,8 +31,9 @@ def device() -> Any:
 def adapt() -> None:
     """What Megatron needs on this device."""
     import fluid_npu
+    from fluid_npu.probes import installed
 
-    fluid_npu.adapt([NAME])
+    fluid_npu.adapt([NAME] if NAME != "cuda" else [] if installed("transformer_engine").value else ["no_te"])
 
 
 def torch_device() -> torch.device:
