@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from fluid_npu.report.table import Table, all_judged, between, cells, figure, percent, plus_minus, signed_percent
+from fluid_npu.report.layer_tables import block, layer
+from fluid_npu.report.table import (
+    Table,
+    all_judged,
+    between,
+    cells,
+    figure,
+    noisy,
+    percent,
+    plus_minus,
+    signed_percent,
+)
 
 Row = dict[str, Any]
 
@@ -34,7 +45,7 @@ def _train_step_row(row: Row) -> tuple[str, ...]:
     ratio, low, high = (row.get(f"ratio_stock_over_this{end}") for end in ("", "_low", "_high"))
     return cells(
         row["case"],
-        row["impl"] + _noisy(row),
+        row["impl"] + noisy(row),
         figure(row["median_ms"], 1),
         between(row["p10_ms"], row["p90_ms"]),
         figure(row["a2a_ms"]),
@@ -92,7 +103,7 @@ def _overlap(result: Row) -> list[Table]:
 def _workload_row(row: Row) -> tuple[str, ...]:
     return cells(
         row["workload"],
-        row["description"] + _noisy(row),
+        row["description"] + noisy(row),
         *(figure(row[f"{kind}_ms"]) for kind in ("plain", "twin", "overlapped")),
         plus_minus(row["hidden_ms"], row["hidden_spread_ms"]),
         percent(row["hidden_fraction"]),
@@ -105,90 +116,12 @@ def _workload_row(row: Row) -> tuple[str, ...]:
 def _alltoall_row(row: Row) -> tuple[str, ...]:
     return cells(
         row["workload"],
-        row["a2a"] + _noisy(row),
+        row["a2a"] + noisy(row),
         ", ".join(f"{piece['name']} {piece['ms']:.2f}" for piece in row["beside"]) or "-",
         figure(row["bytes"] / 1024, 1),
         *(figure(row[f"{name}_ms"]) for name in ("alone", "transfer", "peer_wait", "exposed")),
         plus_minus(row["hidden_ms"], row["hidden_spread_ms"]),
         figure(row["coverable_ms"]),
-    )
-
-
-def _layer(result: Row) -> list[Table]:
-    rows = result["rows"]
-    parts = list(dict.fromkeys(name for row in rows for name in row["parts"]))
-    return [
-        Table(
-            name="layer",
-            title=f"One {result['part']} layer of {result['preset']}",
-            head=(
-                "implementation",
-                "pass",
-                "median ms",
-                "p10 to p90",
-                "floor ms",
-                "first / this (95 %)",
-                "activations MiB",
-                "peak MiB",
-            ),
-            rows=tuple(_layer_row(row) for row in rows),
-            words=2,
-            note=all_judged(rows),
-        ),
-        Table(
-            name="parts",
-            title="Where its time goes, ms",
-            head=("implementation", "pass", *(name.replace("_", " ") for name in parts), "sum", "median"),
-            rows=tuple(_parts_row(row, parts) for row in rows),
-            words=2,
-            note="The sum agrees with the median within 5 %, or lies between p10 and p90, unless it says so.",
-        ),
-        *_levers(result.get("levers", [])),
-    ]
-
-
-def _levers(rows: Sequence[Row]) -> Iterator[Table]:
-    """None for results from before there were levers."""
-    if rows:
-        yield Table(
-            name="levers",
-            title="What each lever gives: the difference of two medians of this run",
-            head=("lever", "pass", "from", "to", "saves ms (95 %)", "held MiB"),
-            rows=tuple(_lever_row(row) for row in rows),
-            words=4,
-            note=all_judged(rows),
-        )
-
-
-def _lever_row(row: Row) -> tuple[str, ...]:
-    return cells(
-        row["lever"] + _noisy(row),
-        row["pass"],
-        row["without"],
-        row["with"],
-        f"{figure(row['saved_ms'])} ({between(row['saved_low_ms'], row['saved_high_ms'], 2)})",
-        figure(row["held_mb"], 1),
-    )
-
-
-def _layer_row(row: Row) -> tuple[str, ...]:
-    low, high = row.get("ratio_baseline_over_this_low"), row.get("ratio_baseline_over_this_high")
-    return cells(
-        row["impl"] + _noisy(row),
-        row["pass"],
-        figure(row["median_ms"]),
-        between(row["p10_ms"], row["p90_ms"], 2),
-        figure(row["floor_ms"]),
-        f"{figure(row['ratio_baseline_over_this'])} ({between(low, high, 2)})",
-        figure(row["activation_memory_mb"], 1),
-        figure(row["peak_memory_mb"], 1),
-    )
-
-
-def _parts_row(row: Row, parts: list[str]) -> tuple[str, ...]:
-    total = figure(row["parts_ms"]) + ("" if row["parts_agree"] else " (does not agree)")
-    return cells(
-        row["impl"], row["pass"], *(figure(row["parts"].get(name)) for name in parts), total, figure(row["median_ms"])
     )
 
 
@@ -225,7 +158,7 @@ def _sweep(result: Row) -> list[Table]:
 def _sweep_row(row: Row, key: str) -> tuple[str, ...]:
     shape, known = row["shape"], row["published"]
     ours = (
-        str(row[key]) + _noisy(row),
+        str(row[key]) + noisy(row),
         f"{shape['hidden']} x {shape['ffn']}, {shape['local_experts']}, {shape['rows']}",
         figure(row["baseline_ms"]),
         figure(row["grouped_ms"]),
@@ -243,14 +176,11 @@ def sweep_key(result: Row) -> str:
     return "ffn" if result["bench"] == "ffn-sweep" else "config"
 
 
-def _noisy(row: Row) -> str:
-    return "" if row.get("judged", True) else " (NOISY)"
-
-
 _TABLES: dict[str, Callable[[Row], list[Table]]] = {
     "train-step": _train_step,
     "overlap": _overlap,
-    "layer": _layer,
+    "layer": layer,
+    "block": block,
     "ffn-sweep": _sweep,
     "parallel-sweep": _sweep,
 }

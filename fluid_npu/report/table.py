@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,11 @@ def _escaped(cell: str) -> str:
 def cells(*values: str) -> tuple[str, ...]:
     """One row."""
     return values
+
+
+def noisy(row: dict[str, Any]) -> str:
+    """What stands behind the name of a row that could not be judged."""
+    return "" if row.get("judged", True) else " (NOISY)"
 
 
 def all_judged(rows: Sequence[dict[str, bool]]) -> str:

@@ -91,8 +91,8 @@ def test_every_table_and_plot_is_shown(written: Written, measured: dict[str, Any
     assert len([name for name, rows, height in measured["tables"] if rows > 1 and height > 40]) == len(
         measured["tables"]
     )
-    assert len(measured["tables"]) == 9  # seven of the benches, the run's, and the files that are not shown
-    assert len(measured["plots"]) == len(written.plots) == 8
+    assert len(measured["tables"]) == 13  # eleven of the benches, the run's, and the files that are not shown
+    assert len(measured["plots"]) == len(written.plots) == 9
     assert all(own > 300 and shown > 300 for _, own, shown in measured["plots"])
 
 

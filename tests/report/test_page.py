@@ -17,7 +17,8 @@ _VOID = {"meta", "img", "br", "link", "input", "hr"}
 TABLES = {
     "train-step": ["steps"],
     "overlap": ["steps", "alltoalls"],
-    "layer": ["layer", "parts"],
+    "layer": ["layer", "parts", "levers"],
+    "block": ["block", "exchanges", "twins"],
     "ffn-sweep": ["sweep"],
     "parallel-sweep": ["sweep"],
 }
@@ -25,6 +26,7 @@ PLOTS = {
     "train-step": ["steps"],
     "overlap": ["hidden", "timeline-W0"],
     "layer": ["parts"],
+    "block": ["hidden"],
     "ffn-sweep": ["gain"],
     "parallel-sweep": ["gain"],
 }
@@ -110,6 +112,9 @@ def test_tables_and_plots_of_each_bench_are_there(written: Written, page: Page, 
         ("overlap", "alltoalls", ["layer 1 fc2 40.00", "4,096.0", "34.00", "31.00 ±0.50"]),
         ("overlap", "steps", ["balanced (NOISY)", "91 %", "31.10 (does not agree)"]),
         ("layer", "parts", ["grad accumulation", "14.00", "14.10", "-"]),
+        ("layer", "levers", ["stock GroupedMLP", "1.00 (0.50 to 1.50)", "-2.0"]),
+        ("block", "exchanges", ["sp2hp AllToAll of layer 1", "4.0", "0.50 ±0.10"]),
+        ("block", "twins", ["14.60", "14.10", "0.50 ±0.10"]),
         ("ffn-sweep", "sweep", ["8192", "+20.0 % (+15.0 % to +25.0 %)", "-5.3 %*", "-5.6 %", "1,537"]),
     ],
 )
@@ -157,5 +162,5 @@ def test_without_matplotlib_there_are_tables_and_a_reason(tmp_path: Path, monkey
     written = write_report([tmp_path / "in"], tmp_path / "out")
     assert written.page is not None and not written.plots
     page = Page(written.page.read_text(encoding="utf-8"))
-    assert not page.pictures and page.cells["table-1-sweep"]
+    assert not page.pictures and page.cells["table-1-block"]
     assert "pip install 'fluid-npu[plot]'" in page.text
