@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from fluid_npu.comm.transports import Transport
 from fluid_npu.mcore.chunk_choice import AUTO, check_chunks
 from fluid_npu.mcore.dispatch_choice import check_dispatch
+from fluid_npu.ops.payload_fp8 import payload_of
 from fluid_npu.schedule.live import register
 from fluid_npu.schedule.scheduler import BackwardScheduler
 
@@ -34,6 +35,7 @@ class SchedulerBinder:
     ``dispatch``: how often a token is sent to a rank, as ``FluidTokenDispatcher``.
     ``chunks``: with overlap 'full', in how many groups of local experts a layer is pipelined; 'auto' decides.
     ``attention_chunks``: of the heads of each attention under context parallelism, as ``FluidSelfAttention``.
+    ``payload_dtype``: of the tokens of a dispatch while they travel, 'same' or 'fp8' (``ops.payload_fp8``).
     """
 
     def __init__(
@@ -46,10 +48,12 @@ class SchedulerBinder:
         dispatch: str = "plain",
         chunks: int | str = AUTO,
         attention_chunks: int = 1,
+        payload_dtype: str = "same",
     ) -> None:
         if attention_chunks < 1:
             raise ValueError(f"attention_chunks={attention_chunks}: at least 1 is needed, which cuts nothing")
         self.attention_chunks = attention_chunks
+        self.payload = payload_of(payload_dtype)
         self.gemm_fusion = gemm_fusion
         self.dispatch = check_dispatch(dispatch)
         self._settings: dict[str, Any] = {"overlap": overlap, "carry_over": carry_over, "transport": transport}

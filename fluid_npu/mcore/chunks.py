@@ -25,6 +25,8 @@ def obstacle(config: TransformerConfig, dispatcher: FluidTokenDispatcher, expert
         return "chunks of experts would send a token once for each chunk and not once per rank; use dispatch='plain'"
     if dispatcher.groups.etp_size > 1:
         return f"expert_tensor_parallel_size={dispatcher.groups.etp_size}: its exchanges are not chunked; use 1"
+    if dispatcher.payload is not None:
+        return "an fp8 payload is not coded in chunks; use --a2a-payload-dtype same"
     if config.moe_apply_probs_on_input:
         return "moe_apply_probs_on_input=True is not part of the pipeline; unset it"
     return None

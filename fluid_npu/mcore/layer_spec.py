@@ -52,6 +52,7 @@ def get_fluid_moe_layer_spec(
     dispatch: str = "plain",
     chunks: int | str = AUTO,
     attention_chunks: int = 1,
+    payload_dtype: str = "same",
 ) -> ModuleSpec:
     """The spec of a transformer layer with a FluidMoELayer, for ``GPTModel(transformer_layer_spec=...)``.
 
@@ -69,6 +70,8 @@ def get_fluid_moe_layer_spec(
         chunks: with overlap 'full', the number of chunks: a divisor of the experts of a rank, or 'auto'.
         attention_chunks: parts in which each rank's heads are computed under context parallelism, each part's
             AllToAlls beside the computation of others (``FluidSelfAttention``).
+        payload_dtype: 'fp8' sends the tokens of a dispatch as e4m3 with a scale a token (``ops.payload_fp8``); combine
+            and gradients keep their dtype. 'same' changes nothing.
 
     For Megatron's multi-token prediction take ``get_fluid_moe_block_spec``: its helper accepts Megatron's own
     TransformerLayer alone as a layer's spec.
@@ -83,6 +86,7 @@ def get_fluid_moe_layer_spec(
         dispatch=dispatch,
         chunks=chunks,
         attention_chunks=attention_chunks,
+        payload_dtype=payload_dtype,
     )
     return with_fluid_moe(_layer_spec(config, choose_backend(backend).value), binder)
 
@@ -97,6 +101,7 @@ def get_fluid_moe_block_spec(
     dispatch: str = "plain",
     chunks: int | str = AUTO,
     attention_chunks: int = 1,
+    payload_dtype: str = "same",
     vp_stage: int | None = None,
     binder: SchedulerBinder | None = None,
 ) -> TransformerBlockSubmodules:
@@ -104,13 +109,13 @@ def get_fluid_moe_block_spec(
 
     Arguments as ``get_fluid_moe_layer_spec``; ``vp_stage`` is the chunk of an interleaved pipeline. Chunks whose specs
     are made with one ``binder`` share a scheduler; it then stands for overlap, carry_over, transport, dispatch,
-    chunks and attention_chunks, none of which may be given beside it (ValueError).
+    chunks, attention_chunks and payload_dtype, none of which may be given beside it (ValueError).
     """
-    given = (overlap, carry_over, transport, dispatch, chunks, attention_chunks)
-    if binder is not None and given != ("dw", False, None, "plain", AUTO, 1):
+    given = (overlap, carry_over, transport, dispatch, chunks, attention_chunks, payload_dtype)
+    if binder is not None and given != ("dw", False, None, "plain", AUTO, 1, "same"):
         raise ValueError(
-            "binder: overlap, carry_over, transport, dispatch, chunks and attention_chunks are its own; give them to "
-            "SchedulerBinder"
+            "binder: overlap, carry_over, transport, dispatch, chunks, attention_chunks and payload_dtype are its own; "
+            "give them to SchedulerBinder"
         )
     if binder is None:
         binder = SchedulerBinder(
@@ -120,6 +125,7 @@ def get_fluid_moe_block_spec(
             dispatch=dispatch,
             chunks=chunks,
             attention_chunks=attention_chunks,
+            payload_dtype=payload_dtype,
         )
     use_te = choose_backend(backend).value == "te"
     block = get_gpt_decoder_block_spec(config, use_te, normalization=config.normalization, **_chunk(vp_stage))

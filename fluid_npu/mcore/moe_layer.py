@@ -100,6 +100,12 @@ class FluidMoELayer(MoELayerInSteps):
     ) -> None:
         self._binder = binder if binder is not None else SchedulerBinder()
         self.steps = _overlaps(config, self._binder.dispatch)
+        if self._binder.payload is not None and not self.steps:
+            raise ValueError(
+                f"--a2a-payload-dtype fp8: the dispatcher of moe_token_dispatcher_type="
+                f"{config.moe_token_dispatcher_type!r} codes nothing; set --moe-token-dispatcher-type alltoall "
+                "or use same"
+            )
         groups = pg_collection if pg_collection is not None else default_groups()
         optional = taken(MoELayer.__init__, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer, name=name)
         super().__init__(config, submodules, layer_number, **optional)
@@ -121,6 +127,7 @@ class FluidMoELayer(MoELayerInSteps):
             config=self.config,
             pg_collection=groups,
             dispatch=self._binder.dispatch,
+            payload=self._binder.payload,
         )
         # Megatron's overlap of shared experts needs its own dispatcher and CUDA streams; ours is in the steps below.
         self.shared_expert_overlap = False
