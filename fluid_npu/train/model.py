@@ -110,6 +110,7 @@ def _fluid_spec(config: TrainConfig, overlap: str) -> Callable[..., Any]:
         dispatch=config.dispatch,
         chunks=config.moe_chunks if overlap == "full" else "auto",
         attention_chunks=config.attention_chunks,
+        payload_dtype=config.a2a_payload_dtype,
     )
     return partial(get_fluid_moe_block_spec, backend="local", binder=binder)
 
