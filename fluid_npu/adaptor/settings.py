@@ -10,10 +10,11 @@ from typing import Any
 
 from fluid_npu.adaptor.patch import PatchError
 
-#: As the scheduler's OVERLAP_MODES, the dispatcher's DISPATCHES and the transports' TRANSPORTS, which cannot be read
-#: without torch; a test holds them equal.
+#: As the scheduler's OVERLAP_MODES, the dispatcher's DISPATCHES, the payload's PAYLOAD_DTYPES and the transports'
+#: TRANSPORTS, which cannot be read without torch; a test holds them equal.
 OVERLAPS = ("off", "dw", "full")
 DISPATCHES = ("plain", "once-per-rank", "static", "auto")
+PAYLOAD_DTYPES = ("same", "fp8")
 TRANSPORTS = ("auto", "collective", "peer-copy", "few-ctas", "aicpu", "pairwise", "two-level")
 #: Settings that say which transport, and of what.
 OF_TRANSPORT = ("a2a_transport", "a2a_node_size", "a2a_bytes", "device")
@@ -21,8 +22,8 @@ OF_TRANSPORT = ("a2a_transport", "a2a_node_size", "a2a_bytes", "device")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """``overlap``, ``carry_over``, ``dispatch``, ``chunks`` and ``attention_chunks`` mean what they mean to
-    ``get_fluid_moe_layer_spec``.
+    """``overlap``, ``carry_over``, ``dispatch``, ``chunks``, ``attention_chunks`` and ``payload_dtype`` mean what they
+    mean to ``get_fluid_moe_layer_spec``.
 
     ``gemm_fusion``: the experts' weight gradients go straight into ``main_grad``, also where the model's configuration
     has no ``gradient_accumulation_fusion``. ``a2a_transport`` moves the bytes of AllToAlls of tensors on ``device``
@@ -37,6 +38,7 @@ class Settings:
     chunks: int | str = "auto"
     attention_chunks: int = 1
     interleave_batches: bool = False
+    payload_dtype: str = "same"
     a2a_transport: str = "collective"
     a2a_node_size: int = 0
     a2a_bytes: int = 0
@@ -50,6 +52,8 @@ class Settings:
                 raise PatchError(f"adapt({name}={getattr(self, name)!r}): allowed are True and False")
         if self.dispatch not in DISPATCHES:
             raise PatchError(f"adapt(dispatch={self.dispatch!r}): allowed are {', '.join(DISPATCHES)}")
+        if self.payload_dtype not in PAYLOAD_DTYPES:
+            raise PatchError(f"adapt(payload_dtype={self.payload_dtype!r}): allowed are {', '.join(PAYLOAD_DTYPES)}")
         if self.a2a_transport not in TRANSPORTS:
             raise PatchError(f"adapt(a2a_transport={self.a2a_transport!r}): allowed are {', '.join(TRANSPORTS)}")
         if self.a2a_node_size < 0 or self.a2a_node_size and self.a2a_transport not in ("auto", "two-level"):

@@ -153,6 +153,7 @@ TRAINER = {
     "--fluid-moe-chunks": "--moe-chunks",
     "--fluid-dispatch": "--dispatch",
     "--fluid-a2a-transport": "--a2a-transport",
+    "--fluid-a2a-payload-dtype": "--a2a-payload-dtype",
     "--fluid-attention-chunks": "--attention-chunks",
     "--fluid-interleave-batches": "--interleave-batches",
     "--weight-decay": "--weight-decay",

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from fluid_npu.comm.transports import Transport
 from fluid_npu.mcore.chunk_choice import AUTO, check_chunks
 from fluid_npu.mcore.dispatch_choice import check_dispatch
+from fluid_npu.ops.payload_fp8 import payload_of
 from fluid_npu.schedule.live import register
 from fluid_npu.schedule.scheduler import BackwardScheduler
 
@@ -35,6 +36,7 @@ class SchedulerBinder:
     ``chunks``: with overlap 'full', in how many groups of local experts a layer is pipelined; 'auto' decides.
     ``attention_chunks``: of the heads of each attention under context parallelism, as ``FluidSelfAttention``.
     ``interleave_batches``: layers with experts train in two halves of a micro-batch (``mcore.interleave``).
+    ``payload_dtype``: of the tokens of a dispatch while they travel, 'same' or 'fp8' (``ops.payload_fp8``).
     """
 
     def __init__(
@@ -48,11 +50,13 @@ class SchedulerBinder:
         chunks: int | str = AUTO,
         attention_chunks: int = 1,
         interleave_batches: bool = False,
+        payload_dtype: str = "same",
     ) -> None:
         if attention_chunks < 1:
             raise ValueError(f"attention_chunks={attention_chunks}: at least 1 is needed, which cuts nothing")
         self.attention_chunks = attention_chunks
         self.interleave_batches = interleave_batches
+        self.payload = payload_of(payload_dtype)
         self.gemm_fusion = gemm_fusion
         self.dispatch = check_dispatch(dispatch)
         self._settings: dict[str, Any] = {"overlap": overlap, "carry_over": carry_over, "transport": transport}

@@ -25,6 +25,8 @@ def obstacle(config: TransformerConfig, dispatcher: FluidTokenDispatcher, expert
         return "dispatch='static' sends all tokens in one piece; use dispatch='once-per-rank'"
     if dispatcher.groups.etp_size > 1:
         return f"expert_tensor_parallel_size={dispatcher.groups.etp_size}: its exchanges are not chunked; use 1"
+    if dispatcher.payload is not None:
+        return "an fp8 payload is not coded in chunks; use --a2a-payload-dtype same"
     if config.moe_apply_probs_on_input:
         return "moe_apply_probs_on_input=True is not part of the pipeline; unset it"
     return None

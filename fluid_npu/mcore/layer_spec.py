@@ -53,6 +53,7 @@ def get_fluid_moe_layer_spec(
     chunks: int | str = AUTO,
     attention_chunks: int = 1,
     interleave_batches: bool = False,
+    payload_dtype: str = "same",
 ) -> ModuleSpec:
     """The spec of a transformer layer with a FluidMoELayer, for ``GPTModel(transformer_layer_spec=...)``.
 
@@ -72,6 +73,8 @@ def get_fluid_moe_layer_spec(
             AllToAlls beside the computation of others (``FluidSelfAttention``).
         interleave_batches: layers with experts train in two halves of a micro-batch, the AllToAlls of each beside the
             computation of the other (``mcore.interleave``): as two micro-batches of half the size.
+        payload_dtype: 'fp8' sends the tokens of a dispatch as e4m3 with a scale a token (``ops.payload_fp8``); combine
+            and gradients keep their dtype. 'same' changes nothing.
 
     For Megatron's multi-token prediction take ``get_fluid_moe_block_spec``: its helper accepts Megatron's own
     TransformerLayer alone as a layer's spec.
@@ -87,6 +90,7 @@ def get_fluid_moe_layer_spec(
         chunks=chunks,
         attention_chunks=attention_chunks,
         interleave_batches=interleave_batches,
+        payload_dtype=payload_dtype,
     )
     return with_fluid_moe(_layer_spec(config, choose_backend(backend).value), binder)
 
@@ -102,6 +106,7 @@ def get_fluid_moe_block_spec(
     chunks: int | str = AUTO,
     attention_chunks: int = 1,
     interleave_batches: bool = False,
+    payload_dtype: str = "same",
     vp_stage: int | None = None,
     binder: SchedulerBinder | None = None,
 ) -> TransformerBlockSubmodules:
@@ -109,13 +114,13 @@ def get_fluid_moe_block_spec(
 
     Arguments as ``get_fluid_moe_layer_spec``; ``vp_stage`` is the chunk of an interleaved pipeline. Chunks whose specs
     are made with one ``binder`` share a scheduler; it then stands for overlap, carry_over, transport, dispatch,
-    chunks, attention_chunks and interleave_batches, none of which may be given beside it (ValueError).
+    chunks, attention_chunks, interleave_batches and payload_dtype, none of which may be given beside it (ValueError).
     """
-    given = (overlap, carry_over, transport, dispatch, chunks, attention_chunks, interleave_batches)
-    if binder is not None and given != ("dw", False, None, "plain", AUTO, 1, False):
+    given = (overlap, carry_over, transport, dispatch, chunks, attention_chunks, interleave_batches, payload_dtype)
+    if binder is not None and given != ("dw", False, None, "plain", AUTO, 1, False, "same"):
         raise ValueError(
-            "binder: overlap, carry_over, transport, dispatch, chunks, attention_chunks and interleave_batches are its "
-            "own; give them to SchedulerBinder"
+            "binder: overlap, carry_over, transport, dispatch, chunks, attention_chunks, interleave_batches and "
+            "payload_dtype are its own; give them to SchedulerBinder"
         )
     if binder is None:
         binder = SchedulerBinder(
@@ -126,6 +131,7 @@ def get_fluid_moe_block_spec(
             chunks=chunks,
             attention_chunks=attention_chunks,
             interleave_batches=interleave_batches,
+            payload_dtype=payload_dtype,
         )
     use_te = choose_backend(backend).value == "te"
     block = get_gpt_decoder_block_spec(config, use_te, normalization=config.normalization, **_chunk(vp_stage))

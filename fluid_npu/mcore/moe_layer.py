@@ -104,6 +104,12 @@ class FluidMoELayer(MoELayerInSteps):
         self._binder = binder if binder is not None else SchedulerBinder()
         self._gives_placeholders = True
         self.steps = _overlaps(config, self._binder.dispatch)
+        if self._binder.payload is not None and not self.steps:
+            raise ValueError(
+                f"--a2a-payload-dtype fp8: the dispatcher of moe_token_dispatcher_type="
+                f"{config.moe_token_dispatcher_type!r} codes nothing; set --moe-token-dispatcher-type alltoall "
+                "or use same"
+            )
         groups = pg_collection if pg_collection is not None else default_groups()
         optional = taken(MoELayer.__init__, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer, name=name)
         super().__init__(config, submodules, layer_number, **optional)
@@ -128,6 +134,7 @@ class FluidMoELayer(MoELayerInSteps):
             pg_collection=groups,
             dispatch=binder.dispatch,
             experts_on=self.experts.weight1.device.type if ours and not in_pieces else "",
+            payload=binder.payload,
         )
         # Megatron's overlap of shared experts needs its own dispatcher and CUDA streams; ours is in the steps below.
         self.shared_expert_overlap = False

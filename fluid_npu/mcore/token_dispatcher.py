@@ -22,7 +22,7 @@ from fluid_npu.comm.all_to_all import AllToAllHandle, Peers, Route, start_exchan
 from fluid_npu.comm.cargo import AS_IS
 from fluid_npu.comm.sink import OverlapSink, Passengers
 from fluid_npu.comm.transports.base import wants_table
-from fluid_npu.device import kernels_of
+from fluid_npu.device import Choice, kernels_of
 from fluid_npu.device.kernels.groups import GroupRows
 from fluid_npu.mcore.chunk_plan import ChunkedPlan, make_chunked_plan
 from fluid_npu.mcore.dispatch_choice import choose_dispatch
@@ -41,6 +41,7 @@ from fluid_npu.mcore.token_chunk_plan import make_token_chunked_plan
 from fluid_npu.ops.chunk_rows import token_chunks
 from fluid_npu.ops.once import every_group, once_counts
 from fluid_npu.ops.payload import SumParts, payload_width, wire_dtype
+from fluid_npu.ops.payload_fp8 import Fp8Payload
 from fluid_npu.ops.permute import PermuteLayout, counts_of_experts
 
 
@@ -69,6 +70,7 @@ class FluidTokenDispatcher(MoETokenDispatcher):
             'static' once to every rank, so that no rank waits for sizes (in FluidMoELayer alone); 'auto' takes what has
             clearly fewer rows. ``dispatch_form`` says which, and why.
         experts_on: type of the device of grouped experts that take ``DeviceRows``, which 'static' needs; "" for none.
+        payload: codes the tokens of the dispatch in fp8; None sends them in their own dtype.
 
     Raises:
         ValueError: a configuration that this dispatcher does not implement, naming the option and the fix.
@@ -82,6 +84,7 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         pg_collection: ProcessGroups | None = None,
         dispatch: str = "plain",
         experts_on: str = "",
+        payload: Fp8Payload | None = None,
     ) -> None:
         groups = pg_collection if pg_collection is not None else default_groups()
         _refuse_unsupported(config)
@@ -95,6 +98,7 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         self.dispatch_form = choose_dispatch(dispatch, config, self.groups.ep_size, self.groups.etp_size, experts_on)
         if dispatch != "plain":
             self.dispatch_form.announce("dispatch")
+        self.payload = usable_payload(payload, self.groups)
         self._current: DispatchPlan | None = None
 
     # ---- the steps of a layer, plan in hand
@@ -203,11 +207,14 @@ class FluidTokenDispatcher(MoETokenDispatcher):
     ) -> AllToAllHandle:
         """Starts the dispatch of tokens and probabilities; ``receive`` completes it."""
         hidden, wire = x_TH.shape[1], wire_dtype(x_TH.dtype, probs_TE.dtype)
+        loading, unloading = plan.rows.pack(hidden, wire), plan.rows.unpack(hidden, wire)
+        if self.payload is not None:
+            loading, unloading = self.payload.cargo(plan.rows, hidden, wire, x_TH.dtype)
         return start_exchange(
             self._route(plan, "moe_dispatch", payload_width(hidden, x_TH.dtype) * x_TH.element_size()),
             [x_TH, probs_TE.to(wire)],
-            loading=plan.rows.pack(hidden, wire),
-            unloading=plan.rows.unpack(hidden, wire) if self.groups.etp_size == 1 else AS_IS,
+            loading=loading,
+            unloading=unloading if self.groups.etp_size == 1 else AS_IS,
             sink=self.sink,
             passengers=passengers,
         )
@@ -258,10 +265,20 @@ class FluidTokenDispatcher(MoETokenDispatcher):
             input_splits=plan.input_splits,
             comm_type=comm_type,
             label=self.label,
-            plain_bytes=plan.plain.bytes(row_bytes) if plan.plain is not None else None,
+            plain_bytes=self._plain_bytes(plan, row_bytes),
             table=plan.table,
         )
         return dispatch if comm_type == "moe_dispatch" else dispatch.reversed(comm_type)
+
+    def _plain_bytes(self, plan: DispatchPlan, row_bytes: int) -> tuple[int, int] | None:
+        """There and back, with a row in the tokens' dtype for each (token, expert); None where that is what is sent."""
+        if plan.plain is not None:
+            return plan.plain.bytes(row_bytes)
+        if self.payload is None:
+            return None
+        own, splits = self.groups.ep_rank, (plan.input_splits, plan.output_splits)
+        sent, received = ((sum(rows) - rows[own]) * row_bytes for rows in splits)
+        return sent, received
 
     def _route_etp(self, plan: DispatchPlan, row_bytes: int, back: bool = False) -> Route:
         """To every expert-tensor-parallel rank the same rows, or back from every one its part of them."""
@@ -358,6 +375,19 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         if self._current is None:
             raise RuntimeError(f"FluidTokenDispatcher.{step}() needs dispatch_preprocess() or dispatch() before it")
         return self._current
+
+
+def usable_payload(payload: Fp8Payload | None, groups: ExpertGroups) -> Fp8Payload | None:
+    """None where no row is sent. Raises ValueError for an fp8 payload with expert tensor parallelism."""
+    if payload is not None and groups.etp_size > 1:
+        raise ValueError(
+            f"--a2a-payload-dtype fp8: expert_tensor_parallel_size={groups.etp_size} sends received rows on, which "
+            "is not coded; use expert_tensor_parallel_size=1, or use same"
+        )
+    if payload is not None and groups.ep_size == 1:
+        Choice("same", "one rank has all experts: no row is sent, so none is coded").announce("payload of dispatch")
+        return None
+    return payload
 
 
 def _base_groups(groups: ProcessGroups) -> dict[str, Any]:

@@ -10,7 +10,7 @@ M rows received, S slots, L local experts, C rows of the experts' buffers, R of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -131,11 +131,12 @@ class _Plain:
 
     def reduce(self, dx_CH: Tensor, dp_C: Tensor) -> Tensor:
         _, (dx_RH, dp_R) = known(self._experts, dx_CH, dp_C)
-        rows, slots = self._layout.num_tokens, self._row.slots
-        payload = dx_RH.new_empty(rows, self._row.width(dx_RH.dtype))
-        payload[:, : self._row.hidden] = kernels_of(dx_RH).sum_rows(dx_RH, self._layout)
+        row = replace(self._row, hidden=dx_RH.shape[1])  # coded tokens are narrower than their gradients
+        rows, slots = self._layout.num_tokens, row.slots
+        payload = dx_RH.new_empty(rows, row.width(dx_RH.dtype))
+        payload[:, : row.hidden] = kernels_of(dx_RH).sum_rows(dx_RH, self._layout)
         dp_MS = dp_R.new_zeros(rows * slots).scatter_(0, self._layout.pair_index, dp_R)
-        self._row.write(payload, dp_MS.view(-1, slots), None)
+        row.write(payload, dp_MS.view(-1, slots), None)
         return payload
 
     def sum(self, x_CH: Tensor) -> Tensor:

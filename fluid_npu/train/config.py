@@ -20,6 +20,7 @@ OVERLAPS = ("off", "dw", "full", "auto")
 IMPLS = ("fluid", "stock")
 DISPATCHES = ("plain", "once-per-rank", "static", "auto")
 A2A_TRANSPORTS = ("auto", "collective", "peer-copy", "few-ctas", "aicpu", "pairwise", "two-level")
+PAYLOAD_DTYPES = ("same", "fp8")
 
 #: Fields that may differ between a checkpoint and the run that resumes it; all others must be equal.
 RESUME_MAY_DIFFER = frozenset(
@@ -34,6 +35,7 @@ RESUME_MAY_DIFFER = frozenset(
         "attention_chunks",
         "a2a_transport",
         "a2a_node_size",
+        "a2a_payload_dtype",
     )
 )
 
@@ -50,7 +52,8 @@ class TrainConfig:
     ``plant_delay_ms`` delays every AllToAll, for tests and demonstrations. ``carry_over`` lets dW of FC2 and of the
     router wait for the combine of the layer below. ``dispatch`` 'once-per-rank' sends a token once to each rank that
     holds some of its experts. ``a2a_transport`` moves the bytes of AllToAlls; 'two-level' between nodes of
-    ``a2a_node_size`` ranks, where 0 asks the launcher. ``vpp`` is the number of model chunks
+    ``a2a_node_size`` ranks, where 0 asks the launcher. ``a2a_payload_dtype`` 'fp8' codes the tokens of a
+    dispatch. ``vpp`` is the number of model chunks
     per pipeline stage. ``moe_chunks`` is in how many groups of its experts, or of tokens where they are sent once per
     rank, ``overlap`` 'full' pipelines an MoE layer: a number, or 'auto'. ``attention_chunks`` are the parts in which a
     context-parallel rank computes its heads. ``interleave_batches`` trains MoE layers in two halves of a micro-batch.
@@ -93,6 +96,7 @@ class TrainConfig:
     interleave_batches: bool = False
     a2a_transport: str = "collective"
     a2a_node_size: int = 0
+    a2a_payload_dtype: str = "same"
     impl: str = "fluid"
 
     def model(self) -> Preset:
@@ -177,6 +181,7 @@ def _check_choices(c: TrainConfig) -> None:
         ("impl", IMPLS),
         ("dispatch", DISPATCHES),
         ("a2a_transport", A2A_TRANSPORTS),
+        ("a2a_payload_dtype", PAYLOAD_DTYPES),
     ):
         if getattr(c, name) not in allowed:
             raise ConfigError(f"{flag_of(name)} {getattr(c, name)!r}: allowed are {', '.join(allowed)}")
@@ -189,6 +194,7 @@ def _check_choices(c: TrainConfig) -> None:
     _check_moe_chunks(c)
     _check_node_size(c)
     _check_interleave(c)
+    _check_payload(c)
     if c.impl == "stock":
         _check_stock(c)
     if c.profile is not None:
@@ -217,6 +223,19 @@ def _check_moe_chunks(c: TrainConfig) -> None:
         allowed = ", ".join(str(d) for d in range(1, local + 1) if local % d == 0)
         raise ConfigError(
             f"--moe-chunks {n}: a rank has {local} experts (experts / ep); allowed are {allowed} and auto"
+        )
+
+
+def _check_payload(c: TrainConfig) -> None:
+    if c.a2a_payload_dtype == "fp8" and c.device == "npu":
+        raise ConfigError("--a2a-payload-dtype fp8: torch_npu has no e4m3 numbers; use --a2a-payload-dtype same")
+    if c.a2a_payload_dtype == "fp8" and c.profile is not None:
+        raise ConfigError(
+            f"--a2a-payload-dtype fp8: --profile {c.profile} was measured without it; drop one of the two"
+        )
+    if c.a2a_payload_dtype == "fp8" and c.moe_chunks not in ("auto", 1):
+        raise ConfigError(
+            f"--a2a-payload-dtype fp8: it is not coded in chunks (--moe-chunks {c.moe_chunks}); use --moe-chunks 1"
         )
 
 
@@ -265,6 +284,11 @@ def _check_stock(c: TrainConfig) -> None:
             "has none; leave it out, or use --impl fluid",
         ),
         (c.interleave_batches, "--interleave-batches", "has none; leave it out, or use --impl fluid"),
+        (
+            c.a2a_payload_dtype != "same",
+            f"--a2a-payload-dtype {c.a2a_payload_dtype}",
+            "has none; leave it out, or use --impl fluid",
+        ),
         (c.profile is not None, f"--profile {c.profile}", "has nothing to choose; leave it out, or use --impl fluid"),
         (c.cp > 1, f"--cp {c.cp}", "has no context parallelism without Transformer Engine; use --cp 1 or --impl fluid"),
         (c.plant_delay_ms > 0, "--plant-delay-ms", "cannot be delayed; leave it out, or use --impl fluid"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,7 @@ def _summarise(run: Run) -> dict[str, Any]:
         "unigram_entropy": entropy,
         "overlap": as_dict(run.overlap),
         "adam": run.optimizer_kind.value,
+        "a2a_payload": _payload(run),
         "generated": generated,
         "device": f"{place.device.name}: {place.device.describe()}",
         "dtype": run.dtype,
@@ -135,6 +136,14 @@ def _summarise(run: Run) -> dict[str, Any]:
         print(problem, flush=True)
     write_summary(config.out, summary)
     return summary
+
+
+def _payload(run: Run) -> dict[str, Any]:
+    """How tokens travel in a dispatch, and what that changed in this rank's first one."""
+    layers = (layer for chunk in run.chunks for layer in moe_layers(chunk))
+    payloads = (getattr(layer.token_dispatcher, "payload", None) for layer in layers)
+    error = next((payload.error for payload in payloads if payload is not None), None)
+    return {"dtype": run.config.a2a_payload_dtype, **(asdict(error) if error is not None else {})}
 
 
 def _batches(run: Run, start: int) -> BatchIterator:

@@ -111,6 +111,7 @@ def _fluid_spec(config: TrainConfig, overlap: str) -> Callable[..., Any]:
         chunks=config.moe_chunks if overlap == "full" else "auto",
         attention_chunks=config.attention_chunks,
         interleave_batches=config.interleave_batches,
+        payload_dtype=config.a2a_payload_dtype,
     )
     return partial(get_fluid_moe_block_spec, backend="local", binder=binder)
 

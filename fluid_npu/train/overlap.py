@@ -42,7 +42,8 @@ def plan_overlap(config: TrainConfig, place: Place) -> tuple[TrainConfig, Choice
     """
     ruled = choose_overlap(config, place)
     planned = config.overlap == "auto" and ruled.value == "dw" and config.plant_delay_ms == 0
-    if not planned or config.ep == 1 or config.a2a_transport != "collective":
+    other = config.a2a_transport != "collective" or config.a2a_payload_dtype != "same"
+    if not planned or config.ep == 1 or other:
         return config, ruled
     costs, why_not = measure_costs(config, place)
     if costs is None:

@@ -55,6 +55,7 @@ def test_a_refused_call_and_a_refused_rollback_change_no_setting() -> None:
         ("chunks", 2, "overlap='dw' has one; use overlap='full'"),
         ("attention_chunks", True, "a number of at least 1"),
         ("a2a_transport", "pigeons", "allowed are auto, collective, peer-copy"),
+        ("payload_dtype", "fp4", "allowed are same, fp8"),
         ("a2a_node_size", 4, "ranks of a node for a2a_transport 'two-level' or 'auto'"),
     ):
         with pytest.raises(PatchError, match=rf"adapt\({name}={value!r}\): {rule}"):
@@ -81,11 +82,14 @@ def test_the_specs_made_meanwhile_are_bound_by_the_settings_in_force() -> None:
 
 
 def test_allowed_is_what_a_scheduler_takes() -> None:
-    from fluid_npu.adaptor.settings import DISPATCHES, OVERLAPS, TRANSPORTS
+    from fluid_npu.adaptor.settings import DISPATCHES, OVERLAPS, PAYLOAD_DTYPES, TRANSPORTS
     from fluid_npu.comm.transports import choose
     from fluid_npu.mcore import dispatch_choice
+    from fluid_npu.ops import payload_fp8
     from fluid_npu.schedule.scheduler import OVERLAP_MODES
+    from fluid_npu.train import config
 
     assert OVERLAPS == OVERLAP_MODES
     assert DISPATCHES == dispatch_choice.DISPATCHES
     assert TRANSPORTS == choose.TRANSPORTS
+    assert PAYLOAD_DTYPES == payload_fp8.PAYLOAD_DTYPES == config.PAYLOAD_DTYPES

@@ -48,6 +48,7 @@ def test_defaults_change_nothing() -> None:
     assert not args.gemm_gradient_accumulation_fusion and not args.fluid_carry_over
     assert (args.fluid_dispatch, args.fluid_moe_chunks, args.fluid_attention_chunks) == ("plain", "auto", 1)
     assert (args.fluid_a2a_transport, args.fluid_a2a_node_size) == ("collective", 0)
+    assert args.fluid_a2a_payload_dtype == "same"
     assert args.fluid_report is None and args.fluid_twin_every == 0 and args.fluid_fingerprints is None
 
 
@@ -120,6 +121,13 @@ REFUSED: list[tuple[list[str], dict[str, Any], str, str]] = [
     ),
     (["--fluid-a2a-transport", "auto"], {"moe_grouped_gemm": False}, "0.16", "auto without --moe-grouped-gemm: the"),
     (["--fluid-a2a-transport", "pairwise"], {"expert_model_parallel_size": 1}, "0.16", "pairwise with --expert.*drop"),
+    (["--fluid-a2a-payload-dtype", "fp8"], {"moe_grouped_gemm": False}, "0.16", "fp8 without --moe-grouped-gemm: the"),
+    (
+        ["--fluid-a2a-payload-dtype", "fp8", "--fluid-device", "npu"],
+        {},
+        "0.16",
+        "fp8 with --fluid-device npu: torch_npu",
+    ),
     (["--fluid-a2a-node-size", "4"], {}, "0.16", "size 4 with --fluid-a2a-transport collective: nodes .*two-level"),
     (["--fluid-a2a-node-size", "-1"], {}, "0.16", "--fluid-a2a-node-size -1"),
     (["--fluid-overlap", "dw"], {"moe_grouped_gemm": False}, "0.16", "add --moe-grouped-gemm"),

@@ -94,6 +94,13 @@ REFUSED = [
         r"--attention-chunks 3: must divide the 4 heads of a rank .*; use --attention-chunks 2",
     ),
     (["--a2a-transport", "pigeon"], r"--a2a-transport 'pigeon': allowed are auto, collective, peer-copy"),
+    (["--a2a-payload-dtype", "int4"], r"--a2a-payload-dtype 'int4': allowed are same, fp8"),
+    (["--a2a-payload-dtype", "fp8", "--impl", "stock"], r"--a2a-payload-dtype fp8: stock Megatron .* has none"),
+    (["--a2a-payload-dtype", "fp8", "--device", "npu"], r"--a2a-payload-dtype fp8: torch_npu has no e4m3 numbers"),
+    (
+        ["--a2a-payload-dtype", "fp8", "--overlap", "full", "--moe-chunks", "2"],
+        r"--a2a-payload-dtype fp8: it is not coded in chunks \(--moe-chunks 2\); use --moe-chunks 1",
+    ),
     (["--a2a-node-size", "3"], r"--a2a-node-size 3: must divide --nproc 2; leave it out"),
     (["--a2a-node-size", "1"], r"--a2a-node-size 1: --a2a-transport collective has no nodes; use two-level or auto"),
     (["--a2a-transport", "pairwise", "--impl", "stock"], r"--a2a-transport pairwise: stock Megatron .* has none"),

@@ -27,7 +27,8 @@ def check(args: Namespace, line: str) -> None:
         raise FlagError(
             "the arguments lack fluid_npu's (--yaml-cfg replaces the parsed ones): pass flags instead of a YAML file"
         )
-    ours = (*_overlap(args), *_chunks(args), *_dispatch(args), *_transport(args), *_interleave(args, line))
+    ours = (*_overlap(args), *_chunks(args), *_dispatch(args), *_transport(args), *_payload(args))
+    ours += tuple(_interleave(args, line))
     problems = [*ours, *_grouped(args, line), *_others(args)]
     if problems:
         raise FlagError("fluid_npu: " + "\nfluid_npu: ".join(problems))
@@ -128,6 +129,23 @@ def _interleave(args: Namespace, line: str) -> Iterator[str]:
         yield "--fluid-interleave-batches with --fluid-overlap off: every AllToAll is waited for; drop one of the two"
     if line == "0.12":
         yield f"--fluid-interleave-batches: the layers of Megatron {line} have no steps; drop the flag"
+
+
+def _payload(args: Namespace) -> Iterator[str]:
+    if args.fluid_a2a_payload_dtype == "same":
+        return
+    chosen = f"--fluid-a2a-payload-dtype {args.fluid_a2a_payload_dtype}"
+    if args.fluid_device == "npu":
+        yield f"{chosen} with --fluid-device npu: torch_npu has no e4m3 numbers; drop the flag"
+    if not args.moe_grouped_gemm:
+        yield f"{chosen} without --moe-grouped-gemm: the AllToAlls are Megatron's then; add --moe-grouped-gemm"
+    elif args.moe_token_dispatcher_type != "alltoall":
+        yield (
+            f"{chosen} with --moe-token-dispatcher-type {args.moe_token_dispatcher_type}: our dispatcher alone "
+            "codes tokens; use alltoall, or drop the flag"
+        )
+    if args.fluid_moe_chunks not in ("auto", 1):
+        yield f"{chosen} with --fluid-moe-chunks {args.fluid_moe_chunks}: chunks are not coded; drop one of the two"
 
 
 def _grouped(args: Namespace, line: str) -> Iterator[str]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from fluid_npu.adaptor.settings import DISPATCHES, TRANSPORTS
+from fluid_npu.adaptor.settings import DISPATCHES, PAYLOAD_DTYPES, TRANSPORTS
 
 GROUP = "fluid_npu"
 OVERLAPS = ("off", "dw", "full", "auto")
@@ -79,6 +79,15 @@ FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
             "default": 0,
             "metavar": "N",
             "help": "ranks inside which links are fast, for --fluid-a2a-transport two-level; 0: the launcher's (0)",
+        },
+    ),
+    (
+        "--fluid-a2a-payload-dtype",
+        {
+            "choices": PAYLOAD_DTYPES,
+            "default": "same",
+            "help": "dtype in which the tokens of a dispatch travel: fp8 is e4m3 with a scale a token, combine and "
+            "gradients keep theirs (same)",
         },
     ),
     (

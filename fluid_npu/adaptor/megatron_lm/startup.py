@@ -92,6 +92,7 @@ def switch_on(args: Namespace, device: str) -> None:
         chunks=args.fluid_moe_chunks,
         attention_chunks=args.fluid_attention_chunks,
         interleave_batches=args.fluid_interleave_batches,
+        payload_dtype=args.fluid_a2a_payload_dtype,
         a2a_transport=args.fluid_a2a_transport,
         a2a_node_size=args.fluid_a2a_node_size,
         a2a_bytes=exchanged_bytes(args),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fluid_npu.device.choice import Choice
+from fluid_npu.device.kernels import e4m3_rows
 from fluid_npu.device.kernels.fused import AttentionKernels, DifferentiableAttention, RotaryKernels
 from fluid_npu.device.kernels.groups import Groups
 from fluid_npu.device.kernels.routed import ChunkOrder, RoutedRows, RowIndices, Slots
@@ -173,6 +174,14 @@ class Kernels(ABC):
     @abstractmethod
     def pack_rows(self, x_RH: Tensor, p_R: Tensor, rows: Tensor | None) -> Tensor:
         """[R, W] payload: row r at ``rows[r]``, a permutation, or at r."""
+
+    def to_e4m3(self, x_TH: Tensor) -> Tensor:
+        """[T, W] rows of one byte a number with a scale, in the dtype of x (``e4m3_rows``)."""
+        return e4m3_rows.to_e4m3(x_TH)
+
+    def from_e4m3(self, coded_RW: Tensor, hidden: int) -> Tensor:
+        """[R, H] of coded rows, perhaps strided ones."""
+        return e4m3_rows.from_e4m3(coded_RW, hidden)
 
     @abstractmethod
     def swiglu_probs(self, h_R2F: Tensor, p_R: Tensor, counts_L: Groups | None = None) -> Tensor:

@@ -144,6 +144,18 @@ class CudaKernels(TorchKernels):
         payload: Tensor = load("triton_payload").pack_rows(x_RH, p_R, rows)
         return payload
 
+    def to_e4m3(self, x_TH: Tensor) -> Tensor:
+        if not self._rows.takes("e4m3", x_TH):
+            return super().to_e4m3(x_TH)
+        coded: Tensor = load("triton_e4m3").to_e4m3(x_TH)
+        return coded
+
+    def from_e4m3(self, coded_RW: Tensor, hidden: int) -> Tensor:
+        if not self._rows.takes("e4m3", coded_RW):
+            return super().from_e4m3(coded_RW, hidden)
+        x_RH: Tensor = load("triton_e4m3").from_e4m3(coded_RW, hidden)
+        return x_RH
+
     def swiglu_probs(self, h_R2F: Tensor, p_R: Tensor, counts_L: Groups | None = None) -> Tensor:
         if not self._rows.takes("swiglu", h_R2F):
             return self._plain(counts_L).swiglu_probs(h_R2F, p_R, counts_L)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fluid_npu.device.base import DeviceUnavailable
 from fluid_npu.device.choice import Choice
 from fluid_npu.device.kernels.base import RowLayout
 from fluid_npu.device.kernels.groups import Groups, ends_of
@@ -69,6 +70,9 @@ class NpuKernels(TorchKernels):
             self._npu.npu_grouped_matmul_add_(main_grad_LKN, x_RK, dy_RN, ends)
         else:
             main_grad_LKN.add_(self.grouped_dw(x_RK, dy_RN, counts_L))
+
+    def to_e4m3(self, x_TH: Tensor) -> Tensor:
+        raise DeviceUnavailable("--a2a-payload-dtype fp8: this NPU has no e4m3 numbers in torch_npu; use same")
 
     def permute(self, x_TH: Tensor, layout: RowLayout) -> Tensor:
         experts_TK = layout.experts_TK

@@ -194,6 +194,14 @@ def _check_payload(plain: Kernels, dtype: torch.dtype, device: torch.device) -> 
     return worst_error(got, wanted)
 
 
+def _check_e4m3(plain: Kernels, dtype: torch.dtype, device: torch.device) -> float:
+    """Coded and decoded rows bit by bit: as numbers coded rows mean nothing."""
+    module, x = load("triton_e4m3"), _random(_ROWS, _WIDTH, dtype, device)
+    coded = plain.to_e4m3(x)
+    got, wanted = [module.to_e4m3(x), module.from_e4m3(coded, _WIDTH)], [coded, plain.from_e4m3(coded, _WIDTH)]
+    return _unequal([rows.view(torch.uint8) for rows in got], [rows.view(torch.uint8) for rows in wanted])
+
+
 def _check_once(plain: Kernels, dtype: torch.dtype, device: torch.device) -> float:
     got, wanted = zip(*pairs_of_once(dtype, device, _random), strict=True)
     return worst_error(got, wanted)
@@ -227,6 +235,7 @@ _CHECKS: dict[str, Callable[[Kernels, torch.dtype, torch.device], float]] = {
     "payload": _check_payload,
     "once": _check_once,
     "static": _check_static,
+    "e4m3": _check_e4m3,
     "routed rows": _check_routed_rows,
     "chunk order": _check_chunk_order,
     "swiglu": _check_swiglu,
