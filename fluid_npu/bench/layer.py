@@ -170,6 +170,7 @@ class Bench:
                     raise Disagreement(reason)
                 self._leave_out(impl.name, reason)
                 self.impls.remove(impl)
+                del found[impl.name]
         return found
 
     def _results(self, impl: Impl) -> dict[str, torch.Tensor]:

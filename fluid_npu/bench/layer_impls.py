@@ -54,10 +54,24 @@ IN_CHUNKS = {
     n: Kind(name=f"ours overlapped, {n} chunks", impl="fluid", overlap="full", changes=(("moe_chunks", n),))
     for n in (2, 4)
 }
+ONCE_IN_CHUNKS = Kind(
+    name="ours overlapped, once per rank, 2 chunks",
+    impl="fluid",
+    overlap="full",
+    changes=(*ONCE.changes, ("moe_chunks", 2)),
+)
+ONCE_FP8 = Kind(
+    name="ours overlapped, once per rank, fp8",
+    impl="fluid",
+    overlap="dw",
+    changes=(*ONCE.changes, ("a2a_payload_dtype", "fp8")),
+)
 #: The newest Megatron's own overlap within a layer: experts' dW on a second stream beside the dispatch's backward.
 OWN_OVERLAP = "overlap_dispatch_backward_with_experts_wgrad"
-#: Forms that need other packages or a device's own ways; where they fail they are left out with the reason.
-EXTRAS = (LEGACY, LEGACY_TORCH, TE, TE_OVERLAPPED, PEER, ONCE_PEER, STATIC_PEER)
+#: Forms that need other packages or a device's own ways, or round more; where they fail they are left out.
+EXTRAS = (LEGACY, LEGACY_TORCH, TE, TE_OVERLAPPED, PEER, ONCE_PEER, STATIC_PEER, ONCE_FP8)
+#: Forms of sending to other ranks.
+_TO_OTHERS = (ONCE, PEER, ONCE_PEER, STATIC, STATIC_PEER, ONCE_IN_CHUNKS, ONCE_FP8)
 KINDS = {
     "stock-sequential": STOCK,
     "stock-grouped": LEGACY,
@@ -72,6 +86,8 @@ KINDS = {
     "ours-once-peer": ONCE_PEER,
     "ours-static": STATIC,
     "ours-static-peer": STATIC_PEER,
+    "ours-once-2-chunks": ONCE_IN_CHUNKS,
+    "ours-once-fp8": ONCE_FP8,
 }
 #: What no single layer can show, and why.
 NEVER = {
@@ -99,9 +115,9 @@ def unavailable(kind: Kind, config: TrainConfig) -> str | None:
             return "GroupedMLP takes bf16 alone; use --dtype bf16"
     if kind is LEGACY_TORCH and importlib.util.find_spec("grouped_gemm") is None:
         return "the package grouped_gemm is not installed, so stock GroupedMLP itself runs over torch"
-    if kind in (ONCE, PEER, ONCE_PEER, STATIC, STATIC_PEER) and config.ep == 1:
+    if kind in _TO_OTHERS and config.ep == 1:
         return "--ep 1: there is no other rank to send a token to"
-    return _unchunked(kind, config)
+    return None if kind is ONCE_IN_CHUNKS else _unchunked(kind, config)
 
 
 def _unchunked(kind: Kind, config: TrainConfig) -> str | None:

@@ -12,7 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from fluid_npu.bench.layer_impls import IN_CHUNKS, ONCE, ONCE_PEER, PEER, STATIC, STATIC_PEER
+from fluid_npu.bench.layer_impls import (
+    IN_CHUNKS,
+    ONCE,
+    ONCE_FP8,
+    ONCE_IN_CHUNKS,
+    ONCE_PEER,
+    PEER,
+    STATIC,
+    STATIC_PEER,
+)
 from fluid_npu.bench.rig import OVERLAPPED, PLAIN
 from fluid_npu.bench.stats import Times, difference_of_medians, quiet_halves
 
@@ -34,6 +43,8 @@ LEVERS = (
     Lever("overlap: dW beside the AllToAll", PLAIN.name, OVERLAPPED.name),
     *(Lever(f"overlap: {n} chunks of experts", OVERLAPPED.name, kind.name) for n, kind in IN_CHUNKS.items()),
     Lever("bytes: a token once per rank", OVERLAPPED.name, ONCE.name),
+    Lever("bytes: fp8 in the dispatch", ONCE.name, ONCE_FP8.name),
+    Lever("overlap: 2 chunks of tokens", ONCE.name, ONCE_IN_CHUNKS.name),
     Lever("host: no wait for sizes", ONCE.name, STATIC.name),
     Lever("transport: peer copies", OVERLAPPED.name, PEER.name),
     Lever("transport: peer copies, once per rank", ONCE.name, ONCE_PEER.name),

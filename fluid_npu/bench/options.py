@@ -11,7 +11,15 @@ from typing import Any
 from fluid_npu.bench.job import Job
 from fluid_npu.link import LinkError, parse_link, why_unavailable
 from fluid_npu.train import exit_codes
-from fluid_npu.train.config import A2A_TRANSPORTS, DISPATCHES, DTYPES, ConfigError, TrainConfig, validate
+from fluid_npu.train.config import (
+    A2A_TRANSPORTS,
+    DISPATCHES,
+    DTYPES,
+    PAYLOAD_DTYPES,
+    ConfigError,
+    TrainConfig,
+    validate,
+)
 from fluid_npu.train.presets import CUT_FIELDS, PRESETS, PresetError, flag_of
 
 _DEFAULTS = TrainConfig()
@@ -43,6 +51,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--a2a-transport", default=_DEFAULTS.a2a_transport, metavar="NAME", help=text)
     text = "ranks inside which links are fast, for --a2a-transport two-level; 0: those of the launcher (0)"
     parser.add_argument("--a2a-node-size", type=int, default=0, metavar="N", help=text)
+    text = f"of the tokens that our dispatches send: {', '.join(PAYLOAD_DTYPES)} (same)"
+    parser.add_argument("--a2a-payload-dtype", default=_DEFAULTS.a2a_payload_dtype, metavar="NAME", help=text)
 
 
 def add_file_flags(parser: argparse.ArgumentParser, name: str) -> None:
@@ -68,7 +78,7 @@ def make_config(args: argparse.Namespace, **values: Any) -> TrainConfig:
     """The configuration of the ranks. Raises ConfigError or PresetError."""
     given = {name: getattr(args, f"cut_{name}", None) for name in CUT_FIELDS}
     shared = {name: getattr(args, name) for name in ("nproc", "ep", "device", "dtype", "seed", "timeout")}
-    engine = ("dispatch", "a2a_transport", "a2a_node_size")
+    engine = ("dispatch", "a2a_transport", "a2a_node_size", "a2a_payload_dtype")
     shared |= {name: getattr(args, name) for name in engine if hasattr(args, name)}
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         shared["nproc"] = int(os.environ["WORLD_SIZE"])
