@@ -222,6 +222,65 @@ def _sweep(result: Row) -> list[Table]:
     ]
 
 
+def _block(result: Row) -> list[Table]:
+    rows, twins, exchanges = result["rows"], result["twins"], result["exchanges"]
+    layers = f"Transformer layers of {result['preset']}, cp {result['cp']}, ep {result['ep']}"
+    first = "first / this (95 %)"
+    return [
+        Table(
+            name="block",
+            title=layers,
+            head=("implementation", "pass", "median ms", "p10 to p90", first),
+            rows=tuple(_block_row(row) for row in rows),
+            words=2,
+            note=all_judged(rows),
+        ),
+        Table(
+            name="twins",
+            title="Forward and backward beside the serialised twin",
+            head=("implementation", "twin ms", "overlapped ms", "hidden ms"),
+            rows=tuple(_twin_row(row) for row in twins),
+            words=1,
+            note=all_judged(twins),
+        ),
+        Table(
+            name="alltoalls",
+            title="Each AllToAll",
+            head=("implementation", "AllToAll", "KiB", "alone ms", "transfer", "exposed", "hidden", "coverable"),
+            rows=tuple(_block_exchange(row) for row in exchanges),
+            words=2,
+            note=all_judged(exchanges),
+        ),
+    ]
+
+
+def _block_row(row: Row) -> tuple[str, ...]:
+    low, high = (row[f"ratio_first_over_this_{end}"] for end in ("low", "high"))
+    return cells(
+        row["impl"] + _noisy(row),
+        row["pass"],
+        figure(row["median_ms"]),
+        between(row["p10_ms"], row["p90_ms"], 2),
+        f"{row['ratio_first_over_this']:.3f} ({between(low, high, 3)})",
+    )
+
+
+def _twin_row(row: Row) -> tuple[str, ...]:
+    times = (figure(row[f"{kind}_median_ms"]) for kind in ("twin", "overlapped"))
+    return cells(row["impl"] + _noisy(row), *times, plus_minus(row["hidden_ms"], row["hidden_spread_ms"]))
+
+
+def _block_exchange(row: Row) -> tuple[str, ...]:
+    return cells(
+        row["impl"],
+        row["a2a"] + _noisy(row),
+        figure(row["bytes"] / 1024, 1),
+        *(figure(row[f"{name}_ms"]) for name in ("alone", "transfer", "exposed")),
+        plus_minus(row["hidden_ms"], row["hidden_spread_ms"]),
+        figure(row["coverable_ms"]),
+    )
+
+
 def _sweep_row(row: Row, key: str) -> tuple[str, ...]:
     shape, known = row["shape"], row["published"]
     ours = (
@@ -251,6 +310,7 @@ _TABLES: dict[str, Callable[[Row], list[Table]]] = {
     "train-step": _train_step,
     "overlap": _overlap,
     "layer": _layer,
+    "block": _block,
     "ffn-sweep": _sweep,
     "parallel-sweep": _sweep,
 }

@@ -115,6 +115,8 @@ def _bench_plots(result: dict[str, Any], steps: dict[str, list[Span]]) -> list[P
     if kind in ("ffn-sweep", "parallel-sweep"):
         text = "gain of grouped experts, with the published points"
         return [Plot(name="gain", text=text, png=plots.sweep_curves(result))]
+    if kind == "block":
+        return []
     found = [Plot(name="hidden", text="hidden, exposed and peer wait of each AllToAll", png=plots.hidden_bars(rows))]
     for workload in dict.fromkeys(title.rpartition("-")[0] for title in steps):
         mine = {title: spans for title, spans in steps.items() if title.rpartition("-")[0] == workload}
