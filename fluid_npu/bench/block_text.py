@@ -74,11 +74,12 @@ def _line(row: Row) -> tuple[str, ...]:
 
 def _exchange(row: Row) -> tuple[str, ...]:
     figures = (row[name] for name in ("alone_ms", "transfer_ms", "exposed_ms"))
+    hidden = "-" if row["hidden_ms"] is None else f"{row['hidden_ms']:+.2f} +-{row['hidden_spread_ms']:.2f}"
     return (
         row["impl"],
         row["a2a"],
         f"{row['bytes'] / 2**20:.2f}",
         *map(number, figures),
-        f"{row['hidden_ms']:+.2f} +-{row['hidden_spread_ms']:.2f}",
+        hidden,
         number(row["coverable_ms"]),
     )

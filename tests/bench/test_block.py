@@ -86,4 +86,6 @@ def test_the_command_writes_text_and_json_and_what_is_cut_off_stays(tmp_path: Pa
     assert not (tmp_path / "block.partial.json").exists()
     text = block_text({**result, "complete": False, "exchanges": [], "twins": []})
     assert "NOT COMPLETE" in text and "agree with stock, whole sequences within" in text
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "report")]) == 0
+    assert "Beside the serialised twin" in (tmp_path / "report" / "report.html").read_text()
     assert main(["bench", "block", "--device", "cpu", "--cp", "1"]) == 2
