@@ -31,12 +31,15 @@ _MIB = 2**20
 _FEWER = 8  # the small exchange of the fit has this part of the rows
 
 
-def sent_once(config: TrainConfig) -> bool:
-    """Whether a layer of this run sends a token once per rank, or to every rank; its chunks are of tokens then."""
+def dispatch_form(config: TrainConfig, place: Place) -> str:
+    """What a layer of this run sends, as ``mcore.dispatch_choice``: 'plain', whose chunks are of experts,
+    'once-per-rank', whose are of tokens, or 'static', which has none."""
     preset = config.model()
-    if config.dispatch == "auto" and config.ep > 1:
-        return form_by_rows(preset.experts, preset.topk, config.ep).value == "once-per-rank"
-    return config.dispatch in ("once-per-rank", "static") and config.ep > 1
+    if config.ep == 1:
+        return "plain"
+    if config.dispatch == "auto":
+        return form_by_rows(preset.experts, preset.topk, config.ep, static=place.device.name == "cuda").value
+    return config.dispatch
 
 
 def measure_costs(config: TrainConfig, place: Place, transport: Transport | None = None) -> Choice[Costs | None]:
@@ -101,7 +104,7 @@ class _Layer:
         tokens = preset.micro_batch_size * preset.seq_length // (config.tp * config.cp)
         each = max(config.ep * _FEWER, tokens * preset.topk // local // (config.ep * _FEWER) * config.ep * _FEWER)
         self._counts, rows = [each] * local, each * local
-        self._once = sent_once(config)
+        self._once = dispatch_form(config, place) == "once-per-rank"
         #: Chunks of one layer: two, or one where a rank has a single expert, which is not split.
         self.parts = 2 if self._once or local % 2 == 0 else 1
         made: dict[str, Any] = {

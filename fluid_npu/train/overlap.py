@@ -12,9 +12,12 @@ from fluid_npu.device import Choice
 from fluid_npu.mcore.chunk_choice import divisors
 from fluid_npu.schedule.planner import choose_plan
 from fluid_npu.train.config import ConfigError, TrainConfig
-from fluid_npu.train.costs import measure_costs, sent_once
+from fluid_npu.train.costs import dispatch_form, measure_costs
 from fluid_npu.train.parallel import Place
 from fluid_npu.train.profile import Profile, key_of
+
+#: What the planner tries where tokens are sent once per rank, which could be in any number of chunks.
+_CHUNKS_OF_TOKENS = (1, 2, 4, 8)
 
 
 def choose_overlap(config: TrainConfig, place: Place) -> Choice[str]:
@@ -43,23 +46,19 @@ def plan_overlap(config: TrainConfig, place: Place) -> tuple[TrainConfig, Choice
     ruled = choose_overlap(config, place)
     planned = config.overlap == "auto" and ruled.value == "dw" and config.plant_delay_ms == 0
     other = config.a2a_transport != "collective" or config.a2a_payload_dtype != "same"
-    if not planned or config.ep == 1 or other:
+    form = dispatch_form(config, place)
+    if not planned or config.ep == 1 or other or form == "static":
         return config, ruled
     costs, why_not = measure_costs(config, place)
     if costs is None:
         return config, Choice(ruled.value, f"{ruled.reason}; not planned from costs: {why_not}")
-    plan, reason = choose_plan(costs, _chunk_numbers(config), carry_over=has_layer_below(config))
+    of_experts = divisors(config.model().experts // config.ep)
+    numbers = of_experts if form == "plain" else _CHUNKS_OF_TOKENS
+    plan, reason = choose_plan(costs, numbers, carry_over=has_layer_below(config))
     own: dict[str, Any] = {"carry_over": plan.carry_over or (config.carry_over and plan.overlap != "off")}
     if plan.overlap == "full":
         own["moe_chunks"] = plan.chunks
     return replace(config, **own), Choice(plan.overlap, reason)
-
-
-def _chunk_numbers(config: TrainConfig) -> list[int]:
-    """Numbers of chunks that a layer can have: of its experts, or a few of tokens that are sent once per rank."""
-    if config.dispatch == "static":
-        return [1]
-    return [1, 2, 4, 8] if sent_once(config) else divisors(config.model().experts // config.ep)
 
 
 def has_layer_below(config: TrainConfig) -> bool:

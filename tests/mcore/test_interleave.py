@@ -25,6 +25,7 @@ RUNS = {
     "carry-over, not fused": Run(
         config={"gradient_accumulation_fusion": False}, spec={"carry_over": True}, ddp={"grad_reduce_in_fp32": True}
     ),
+    "static": Run(config={"moe_router_topk": 3}, spec={"dispatch": "static"}),
     "chunks of experts": Run(config={"moe_router_topk": 3}, spec={"overlap": "full", "chunks": 2}),
     "chunks of tokens": Run(
         config={"moe_router_topk": 3}, spec={"overlap": "full", "chunks": 2, "dispatch": "once-per-rank"}

@@ -91,6 +91,12 @@ REFUSED: list[tuple[list[str], dict[str, Any], str, str]] = [
     (["--fluid-moe-chunks", "many"], {}, "0.16", "--fluid-moe-chunks many: must be a number"),
     (["--fluid-moe-chunks", "2"], {}, "0.16", "--fluid-moe-chunks 2 with --fluid-overlap auto: .*use --fluid-ov"),
     (["--fluid-moe-chunks", "3", "--fluid-overlap", "full"], {}, "0.16", "3: a rank has 4 experts; allowed are 1, 2"),
+    (
+        ["--fluid-moe-chunks", "2", "--fluid-overlap", "full", "--fluid-dispatch", "static"],
+        {},
+        "0.16",
+        "--fluid-moe-chunks 2 with --fluid-dispatch static: .*use once-per-rank, or drop",
+    ),
     (["--fluid-attention-chunks", "0"], {}, "0.16", "--fluid-attention-chunks 0: must be at least 1"),
     (["--fluid-attention-chunks", "2"], {}, "0.16", "--fluid-attention-chunks 2 with --context-parallel-size 1: "),
     (["--fluid-attention-chunks", "2"], {"moe_grouped_gemm": False}, "0.16", "chunks 2 without --moe-grouped-gemm"),

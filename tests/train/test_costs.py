@@ -42,6 +42,7 @@ def planned(config_text: str) -> dict[str, Any]:
     settled, (value, _) = overlap.settle(once, place)
     found["slow once"] = (value, settled.moe_chunks, settled.dispatch)
     overlap.measure_costs = lambda config, place: pytest.fail("asked for: nothing is measured")
+    found["static"] = overlap.settle(dataclasses.replace(config, dispatch="static"), place)[1].value
     found["asked"] = overlap.settle(dataclasses.replace(config, overlap="dw"), place)[1].value
     return found
 
@@ -64,6 +65,7 @@ def test_costs_are_equal_on_all_ranks_and_decide_what_auto_does(
     assert costs.join_ms == 0 < first["once"]["join_ms"]
     assert first["slow once"][0] == "full" and first["slow once"][1] in (2, 4, 8)
     assert first["slow once"][2] == "once-per-rank"
+    assert first["static"] == "dw", "it has no chunks, and its costs are not those of the measurement"
 
 
 def test_a_rank_without_memory_keeps_all_from_planning(tmp_path: Path, run_ranks: Callable[..., list[Any]]) -> None:

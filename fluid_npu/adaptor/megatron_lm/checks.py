@@ -63,6 +63,11 @@ def _chunks(args: Namespace) -> Iterator[str]:
             f"--fluid-moe-chunks {number} with --fluid-overlap {args.fluid_overlap}: layers are in chunks with full "
             "alone; use --fluid-overlap full, or drop the flag"
         )
+    elif args.fluid_dispatch == "static" and number not in ("auto", 1):
+        yield (
+            f"--fluid-moe-chunks {number} with --fluid-dispatch static: it sends all tokens in one piece; use "
+            "once-per-rank, or drop the flag"
+        )
     elif args.fluid_dispatch == "once-per-rank" or number == "auto" or args.num_experts is None:
         pass  # chunks of tokens, of which there may be any number; or nothing to divide
     elif args.num_experts // ranks % number:
