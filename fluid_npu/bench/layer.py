@@ -21,7 +21,7 @@ from fluid_npu.bench.agreement import TOLERANCE, Disagreement, Worst, over_ranks
 from fluid_npu.bench.forced_routing import ForcedRouting
 from fluid_npu.bench.layer_baseline import Baseline
 from fluid_npu.bench.layer_floor import local_slices
-from fluid_npu.bench.layer_impls import EXTRAS, KINDS, NEVER, LayerVariant, unavailable
+from fluid_npu.bench.layer_impls import EXTRAS, KINDS, NEVER, STATIC_GRAPH, LayerVariant, unavailable
 from fluid_npu.bench.layer_levers import lever_rows
 from fluid_npu.bench.layer_parts import PARTS, Timeline, busy_parts, watched
 from fluid_npu.bench.machine import describe_machine
@@ -95,6 +95,8 @@ class Bench:
             if name not in options["impls"]:
                 continue
             reason = unavailable(kind, self.config)
+            if kind is STATIC_GRAPH and self.forced.period > 1:
+                reason = f"workload {self.forced.name} changes its routing on the host; a recording repeats one"
             if reason is not None:
                 self._leave_out(kind.name, reason)
             elif kind in EXTRAS:
@@ -209,7 +211,7 @@ class Bench:
             self.forced.step = number
             x, dy = self.inputs[number % len(self.inputs)]
             x = x.detach().requires_grad_()
-            with local_slices(impl.variant.scheduler) if floor else nothing():
+            with local_slices(impl.variant.scheduler, impl.variant.layer.mlp) if floor else nothing():
                 y = impl.forward(x)
                 if name == "forward+backward":
                     impl.backward(y, dy)

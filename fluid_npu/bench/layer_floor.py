@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,7 +12,14 @@ import torch
 import torch.distributed as dist
 
 from fluid_npu.comm.transports import CollectiveTransport
+from fluid_npu.mcore.graph_choice import graphed
+from fluid_npu.schedule.graphed import GraphedLayer
 from fluid_npu.schedule.scheduler import BackwardScheduler
+
+#: One object, so that a recording of the floor finds the transport that it was made with.
+_COLLECTIVE = CollectiveTransport()
+#: Recordings of floors, by layer: those of the layer itself have its AllToAlls.
+_FLOORS: weakref.WeakKeyDictionary[Any, GraphedLayer] = weakref.WeakKeyDictionary()
 
 
 class _Done:
@@ -22,10 +30,11 @@ class _Done:
 
 
 @contextmanager
-def local_slices(scheduler: BackwardScheduler | None = None) -> Iterator[None]:
+def local_slices(scheduler: BackwardScheduler | None = None, moe: Any = None) -> Iterator[None]:
     """Every AllToAll of rows becomes a copy of this rank's own rows, as many as fit; counts are still exchanged.
 
-    ``scheduler``: of a layer of ours, whose transport may be another than the collective.
+    ``scheduler``: of a layer of ours, whose transport may be another than the collective. ``moe``: the MoE layer, which
+    may be recorded.
     """
     exchange = dist.all_to_all_single
 
@@ -40,5 +49,9 @@ def local_slices(scheduler: BackwardScheduler | None = None) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(dist, "all_to_all_single", slice_of))
         if scheduler is not None:
-            stack.enter_context(mock.patch.object(scheduler, "transport", CollectiveTransport()))
+            stack.enter_context(mock.patch.object(scheduler, "transport", _COLLECTIVE))
+        if getattr(moe, "graphed", None) is not None:
+            if moe not in _FLOORS:
+                _FLOORS[moe] = graphed(moe, moe._in_one_piece)
+            stack.enter_context(mock.patch.object(moe, "graphed", _FLOORS[moe]))
         yield

@@ -49,6 +49,12 @@ STATIC_PEER = Kind(
     overlap="dw",
     changes=(*STATIC.changes, *PEER.changes),
 )
+STATIC_GRAPH = Kind(
+    name="ours overlapped, static, recorded",
+    impl="fluid",
+    overlap="dw",
+    changes=(*STATIC.changes, ("moe_cuda_graph", True)),
+)
 #: Pipelined in so many chunks of a rank's experts.
 IN_CHUNKS = {
     n: Kind(name=f"ours overlapped, {n} chunks", impl="fluid", overlap="full", changes=(("moe_chunks", n),))
@@ -69,9 +75,9 @@ ONCE_FP8 = Kind(
 #: The newest Megatron's own overlap within a layer: experts' dW on a second stream beside the dispatch's backward.
 OWN_OVERLAP = "overlap_dispatch_backward_with_experts_wgrad"
 #: Forms that need other packages or a device's own ways, or round more; where they fail they are left out.
-EXTRAS = (LEGACY, LEGACY_TORCH, TE, TE_OVERLAPPED, PEER, ONCE_PEER, STATIC_PEER, ONCE_FP8)
+EXTRAS = (LEGACY, LEGACY_TORCH, TE, TE_OVERLAPPED, PEER, ONCE_PEER, STATIC_PEER, STATIC_GRAPH, ONCE_FP8)
 #: Forms of sending to other ranks.
-_TO_OTHERS = (ONCE, PEER, ONCE_PEER, STATIC, STATIC_PEER, ONCE_IN_CHUNKS, ONCE_FP8)
+_TO_OTHERS = (ONCE, PEER, ONCE_PEER, STATIC, STATIC_PEER, STATIC_GRAPH, ONCE_IN_CHUNKS, ONCE_FP8)
 KINDS = {
     "stock-sequential": STOCK,
     "stock-grouped": LEGACY,
@@ -86,6 +92,7 @@ KINDS = {
     "ours-once-peer": ONCE_PEER,
     "ours-static": STATIC,
     "ours-static-peer": STATIC_PEER,
+    "ours-static-graph": STATIC_GRAPH,
     "ours-once-2-chunks": ONCE_IN_CHUNKS,
     "ours-once-fp8": ONCE_FP8,
 }

@@ -20,6 +20,7 @@ from fluid_npu.bench.layer_impls import (
     ONCE_PEER,
     PEER,
     STATIC,
+    STATIC_GRAPH,
     STATIC_PEER,
 )
 from fluid_npu.bench.rig import OVERLAPPED, PLAIN
@@ -46,6 +47,7 @@ LEVERS = (
     Lever("bytes: fp8 in the dispatch", ONCE.name, ONCE_FP8.name),
     Lever("overlap: 2 chunks of tokens", ONCE.name, ONCE_IN_CHUNKS.name),
     Lever("host: no wait for sizes", ONCE.name, STATIC.name),
+    Lever("host: one launch a pass (CUDA graphs)", STATIC.name, STATIC_GRAPH.name),
     Lever("transport: peer copies", OVERLAPPED.name, PEER.name),
     Lever("transport: peer copies, once per rank", ONCE.name, ONCE_PEER.name),
     Lever("transport: peer copies, static", STATIC.name, STATIC_PEER.name),

@@ -72,6 +72,7 @@ def test_all_implementations_compute_the_same_layer(run_ranks: Callable[..., lis
     assert "0.19" in found["bf16"]["left_out"]["stock TEGroupedMLP, dW beside dispatch"]
     assert "itself runs over torch" in found["bf16"]["left_out"]["stock GroupedMLP over torch"]
     assert "relative error" in found["grouped queries"]["left_out"]["ours overlapped, once per rank, fp8"]
+    assert "only CUDA graphs" in found["grouped queries"]["left_out"]["ours overlapped, static, recorded"]
     assert "two micro-batches" in found["bf16"]["left_out"]["stock 1F1B merge"]
     assert list(found["latent attention"]["left_out"])[0] == "baseline"
 
