@@ -34,6 +34,7 @@ class SchedulerBinder:
     ``gemm_fusion``: the experts' weight gradients go straight into ``main_grad``, whatever the configuration says.
     ``dispatch``: how often a token is sent to a rank, as ``FluidTokenDispatcher``.
     ``chunks``: with overlap 'full', in how many groups of local experts a layer is pipelined; 'auto' decides.
+    ``cuda_graph``: each MoE layer's forward and backward are recorded and replayed (``graph_choice``).
     ``attention_chunks``: of the heads of each attention under context parallelism, as ``FluidSelfAttention``.
     ``interleave_batches``: layers with experts train in two halves of a micro-batch (``mcore.interleave``).
     ``payload_dtype``: of the tokens of a dispatch while they travel, 'same' or 'fp8' (``ops.payload_fp8``).
@@ -51,6 +52,7 @@ class SchedulerBinder:
         attention_chunks: int = 1,
         interleave_batches: bool = False,
         payload_dtype: str = "same",
+        cuda_graph: bool = False,
     ) -> None:
         if attention_chunks < 1:
             raise ValueError(f"attention_chunks={attention_chunks}: at least 1 is needed, which cuts nothing")
@@ -58,6 +60,7 @@ class SchedulerBinder:
         self.interleave_batches = interleave_batches
         self.payload = payload_of(payload_dtype)
         self.gemm_fusion = gemm_fusion
+        self.cuda_graph = cuda_graph
         self.dispatch = check_dispatch(dispatch)
         self._settings: dict[str, Any] = {"overlap": overlap, "carry_over": carry_over, "transport": transport}
         self.overlap = overlap

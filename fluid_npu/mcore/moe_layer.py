@@ -29,6 +29,7 @@ from fluid_npu.mcore.chunk_choice import choose_chunks
 from fluid_npu.mcore.chunk_plan import ChunkedPlan
 from fluid_npu.mcore.dispatch_plan import DispatchPlan
 from fluid_npu.mcore.experts import FluidGroupedMLP
+from fluid_npu.mcore.graph_choice import graphed
 from fluid_npu.mcore.lines.arguments import taken
 from fluid_npu.mcore.lines.groups import ProcessGroups, default_groups
 from fluid_npu.mcore.lines.moe_layer import MEGATRON_DISPATCHERS, ROUTER_IN_SPEC, MoELayerInSteps
@@ -36,6 +37,7 @@ from fluid_npu.mcore.router import FluidRouter
 from fluid_npu.mcore.token_dispatcher import FluidTokenDispatcher
 from fluid_npu.ops.payload import wire_dtype
 from fluid_npu.schedule.deferred import DeferredWeights
+from fluid_npu.schedule.graphed import GraphedLayer
 from fluid_npu.schedule.pipeline import PendingExperts
 from fluid_npu.schedule.scheduler import BackwardScheduler
 
@@ -123,6 +125,18 @@ class FluidMoELayer(MoELayerInSteps):
         if self._binder.gemm_fusion and isinstance(self.experts, FluidGroupedMLP):
             self.experts.fuse_dw = True
         self._bind(layer_number)
+        self.graphed: GraphedLayer | None = graphed(self, self._in_one_piece) if self._binder.cuda_graph else None
+
+    def forward(self, hidden_states: Tensor, *rest: Any, **more: Any) -> tuple[Tensor, Any]:
+        """``([S, B, H], None)`` for ``[S, B, H]``; Megatron's own forward, or a replay of it."""
+        if self.graphed is None or any(value is not None for value in (*rest, *more.values())):
+            whole: tuple[Tensor, Any] = super().forward(hidden_states, *rest, **more)
+            return whole
+        return self.graphed(hidden_states), None
+
+    def _in_one_piece(self, hidden_states: Tensor) -> Tensor:
+        output: Tensor = super().forward(hidden_states)[0]
+        return output
 
     def _take_our_dispatcher(self, groups: ProcessGroups) -> None:
         binder, ours = self._binder, isinstance(self.experts, FluidGroupedMLP)

@@ -27,6 +27,7 @@ from fluid_npu.comm.stats import CommStats
 from fluid_npu.comm.transports import CollectiveTransport, Transport
 from fluid_npu.device.base import TimingEvent
 from fluid_npu.device.recorder import Recorder
+from fluid_npu.schedule.tally import Tally
 from fluid_npu.schedule.task import DWTask
 
 _FOLD_AT = 2048
@@ -57,8 +58,12 @@ class BackwardScheduler:
         ValueError: an overlap mode that does not exist, or a limit below 1.
     """
 
+    _total: int
+    _completed: int
+    _flops: int
     _peak_tasks: int
     _peak_bytes: int
+    _timed: list[tuple[TimingEvent, TimingEvent]]
 
     def __init__(
         self,
@@ -117,6 +122,26 @@ class BackwardScheduler:
             yield
         finally:
             self._twin = before
+
+    @contextmanager
+    def tallied(self) -> Iterator[Tally]:
+        """Around work that is recorded and not done: what it would count goes into a ``Tally``; nothing is timed."""
+        before = self.comm, self._total, self._completed, self._flops, self._timed
+        tally = Tally()
+        self.comm, self._timed = tally.comm, []
+        try:
+            yield tally
+            tally.tasks, tally.flops = self._total - before[1], self._flops - before[3]
+        finally:
+            self.comm, self._total, self._completed, self._flops, self._timed = before
+
+    def count_again(self, tally: Tally) -> None:
+        """Counts what was recorded, once it is replayed. Its tasks are in no queue and have no times."""
+        self._total += tally.tasks
+        self._completed += tally.tasks
+        self._flops += tally.flops
+        for exchange in tally.comm.exchanges:
+            self.comm.count(*exchange)
 
     @property
     def pending(self) -> int:
@@ -222,5 +247,5 @@ class BackwardScheduler:
         self._total = self._completed = self._flops = 0
         self._peak_tasks = self._peak_bytes = self._queue_full = 0
         self._dw_ms = 0.0
-        self._timed: list[tuple[TimingEvent, TimingEvent]] = []
+        self._timed = []
         self.comm.reset()

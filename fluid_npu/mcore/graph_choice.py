@@ -1,0 +1,74 @@
+"""Whether an MoE layer's forward and backward can be recorded as a whole, and what is in the way.
+
+Asked for by ``cuda_graph``; off by default. What is refused either waits for the host, or leaves work or state outside
+the layer that a replay would not touch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluid_npu.comm.transports import CollectiveTransport
+from fluid_npu.device.graphs import GraphRecorder, graph_recorder
+from fluid_npu.mcore.experts import FluidGroupedMLP
+from fluid_npu.schedule.graphed import GraphedLayer
+
+#: Options of Megatron that a recording does not cover, the value that switches them off, and why.
+_REFUSED: dict[str, tuple[Any, str]] = {
+    "moe_router_load_balancing_type": ("none", "the loss is added to a tensor outside the layer, for logging"),
+    "moe_z_loss_coeff": (None, "the loss is added to a tensor outside the layer, for logging"),
+    "moe_input_jitter_eps": (None, "every replay would draw the same random numbers"),
+    "pipeline_model_parallel_size": (1, "several forwards wait for their backwards at a time"),
+    "tensor_model_parallel_size": (1, "its collectives have not been recorded yet"),
+}
+
+
+def graphed(layer: Any, forward: Callable[[Tensor], Tensor]) -> GraphedLayer:
+    """What calls ``forward``, the layer's own, until it can be replayed.
+
+    Raises ValueError naming everything that is in the way.
+    """
+    recorder: Callable[[], GraphRecorder] | None = None
+    problems = list(_obstacles(layer))
+    if not problems:
+        recorder, reason = graph_recorder(_device_of(layer))
+        problems += [f"{reason}; leave cuda_graph out"] if recorder is None else []
+    if recorder is None:
+        raise ValueError(f"cuda_graph=True: {'; '.join(problems)}")
+    # A layer is named when it is numbered, after it is built: the first one may be announced without.
+    return GraphedLayer(layer, forward, lambda: layer.backward_scheduler, recorder, layer.label or "an MoE layer")
+
+
+def _device_of(layer: Any) -> torch.device:
+    device: torch.device = layer.experts.weight1.device
+    return device
+
+
+def _obstacles(layer: Any) -> Iterator[str]:
+    config = layer.config
+    if not layer.steps:
+        yield f"moe_token_dispatcher_type={config.moe_token_dispatcher_type!r} is Megatron's own; use alltoall"
+        return
+    if not isinstance(layer.experts, FluidGroupedMLP):
+        yield f"experts are {type(layer.experts).__name__}; set moe_grouped_gemm=True"
+    form = layer.token_dispatcher.dispatch_form
+    if form.value != "static":
+        yield f"with dispatch={form.value!r} ({form.reason}) the host waits for sizes; use dispatch='static'"
+    if layer.chunks.value > 1:
+        yield f"the layer runs in {layer.chunks.value} chunks; use chunks=1"
+    if layer.backward_scheduler.carry_over:
+        yield "carry_over=True leaves dW for another layer; leave it out"
+    if not isinstance(layer.backward_scheduler.transport, CollectiveTransport):
+        name = getattr(layer.backward_scheduler.transport, "name", "the transport")
+        yield f"{name} counts its exchanges on the host, so a replay would repeat the first; use the collective"
+    modules = config.recompute_modules or []
+    if config.recompute_granularity == "full" or any(name != "moe_act" for name in modules):
+        yield f"recompute_granularity={config.recompute_granularity!r} of {modules} keeps states on the host; unset it"
+    for option, (off, why) in _REFUSED.items():
+        value = getattr(config, option, off)
+        if value not in (off, None, 0.0) and value != [off]:
+            yield f"{option}={value!r}: {why}; set it to {off!r}"

@@ -1,0 +1,265 @@
+"""One layer's forward and backward as two recordings that the host replays by one call each.
+
+The first calls run as ever (*warm-up*): kernels are chosen, checked and compiled, groups are connected. Then forward
+and backward are recorded, on fixed input and gradient buffers, with twins of the parameters: other Parameters of the
+same memory. So no hook of a DDP, and no autograd node that a default stream owns, is part of a recording; gradients of
+the parameters themselves are handed to autograd at each replay, and hooks fire as ever. What is added to ``main_grad``
+is added by the recording, at the address it had.
+
+A replay is right only where shapes, addresses, modes and the scheduler's settings are those that were recorded; all
+else runs as ever, with one printed reason. One forward may wait for its backward at a time.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import Parameter
+
+from fluid_npu.device.choice import Choice
+from fluid_npu.device.graphs import GraphRecorder
+from fluid_npu.ops.grouped_matmul import placeholder_grad
+from fluid_npu.schedule.scheduler import BackwardScheduler
+
+WARM_UP = 3
+
+
+class GraphedLayer:
+    """Calls a layer's forward, or replays it.
+
+    Args:
+        module: the layer; its parameters and buffers are those that a recording reads.
+        forward: what the layer computes: a tensor of one tensor.
+        scheduler: the engine of its exchanges and tasks, asked for at each call, since a layer may be bound anew.
+        recorder: makes the recorder of this layer; called when it is first needed.
+        name: how messages call the layer.
+        warm_up: calls with the same shapes and addresses before anything is recorded.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        forward: Callable[[Tensor], Tensor],
+        scheduler: Callable[[], BackwardScheduler],
+        recorder: Callable[[], GraphRecorder],
+        name: str = "layer",
+        warm_up: int = WARM_UP,
+    ) -> None:
+        self._module, self._forward, self._scheduler = module, forward, scheduler
+        self._make_recorder, self._name, self._warm_up = recorder, name, warm_up
+        self._recording: _Recording | None = None
+        self._signature: Any = None
+        self._calls = 0
+        self._broken = ""
+
+    @property
+    def recorded(self) -> bool:
+        """Whether there is something to replay."""
+        return self._recording is not None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The layer's output, as a tensor of its own."""
+        if not torch.is_grad_enabled():
+            return self._forward(x)
+        reason = self._broken or self._in_the_way()
+        if not reason and self._warm(x):
+            reason = self._why_not_recorded(x) if self._recording is None else self._why_not_replayed(x)
+            if not reason:
+                recording = self._recording
+                assert recording is not None, "recorded just now, or before"
+                return _Replay.apply(recording, x, *recording.parameters)
+        if reason:
+            Choice("as ever", reason).announce(f"graph of {self._name}")
+        return self._forward(x)
+
+    def _in_the_way(self) -> str:
+        """What watches this call and would see nothing of a replay."""
+        if torch.is_anomaly_enabled():
+            return "anomaly mode looks at every node"
+        if self._scheduler().recorder.enabled:
+            return "the scheduler's recorder is on"
+        if torch._C._len_torch_dispatch_stack():
+            return "a dispatch mode looks at every operator"
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return "it is part of a larger recording"
+        return ""
+
+    def _warm(self, x: Tensor) -> bool:
+        """Whether this call may be recorded or replayed; before there is a recording, counts calls that are alike."""
+        if self._recording is not None:
+            return True
+        signature = self._sign(x)
+        if signature != self._signature:
+            self._signature, self._calls = signature, 0
+        self._calls += 1
+        return self._calls > self._warm_up
+
+    def _sign(self, x: Tensor) -> tuple[Any, ...]:
+        """All that a recording takes for given: shapes, addresses, and modes."""
+        scheduler = self._scheduler()
+        modes = self._module.training, scheduler.serialised, scheduler.overlap, id(scheduler.transport)
+        hooked = "submit" in vars(scheduler)  # a clock that ``schedule.lanes`` put there
+        buffers = tuple(buffer.data_ptr() for buffer in self._module.buffers())
+        given = x.shape, x.dtype, x.device, x.requires_grad
+        return given, modes, hooked, tuple(map(_addresses, self._module.parameters())), buffers
+
+    def _why_not_replayed(self, x: Tensor) -> str:
+        recording = self._recording
+        assert recording is not None
+        if recording.waits_for_backward:
+            return "a forward of this layer still waits for its backward, and a recording has room for one"
+        now = self._sign(x)
+        if now == self._signature:
+            return ""
+        names = ("shape, dtype or device of the input", "a mode or the transport", "a clock", "a parameter", "a buffer")
+        changed = (name for name, a, b in zip(names, now, self._signature, strict=True) if a != b)
+        return f"not as it was recorded: {', '.join(changed)}"
+
+    def _why_not_recorded(self, x: Tensor) -> str:
+        """Records; what went wrong, if anything."""
+        try:
+            self._recording = _Recording(self._module, self._forward, self._scheduler(), self._make_recorder(), x)
+        except RuntimeError as error:
+            first = " ".join(str(error).split())[:300]
+            self._broken = f"it cannot be recorded ({type(error).__name__}: {first})"
+            return self._broken
+        Choice("recorded", f"after {self._warm_up} calls alike").announce(f"graph of {self._name}")
+        return ""
+
+
+class _Recording:
+    """Forward and backward with their fixed buffers, and the parameters whose gradients they give."""
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        forward: Callable[[Tensor], Tensor],
+        scheduler: BackwardScheduler,
+        recorder: GraphRecorder,
+        x: Tensor,
+    ) -> None:
+        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.scheduler = scheduler
+        self._pending: weakref.ref[_Token] | None = None
+        self._out: Tensor | None = None
+        twins = {parameter: _twin(parameter) for parameter in module.parameters()}
+        self.x = torch.empty_like(x, memory_format=torch.contiguous_format).requires_grad_(x.requires_grad)
+
+        def forward_body() -> Tensor:
+            with _swapped(module, twins), torch.enable_grad():
+                self._out = forward(self.x)
+            return self._out.detach()
+
+        def backward_body() -> tuple[Tensor | None, ...]:
+            out, self._out = self._out, None
+            assert out is not None, "a backward follows its forward"
+            leaves = [self.x, *(twins[parameter] for parameter in self.parameters)]
+            wanted = [leaf for leaf in leaves if leaf.requires_grad]
+            found = iter(torch.autograd.grad(out, wanted, self.dy, allow_unused=True))
+            grads = [next(found) if leaf.requires_grad else None for leaf in leaves]
+            # A placeholder is nobody's gradient: it is made anew at each replay.
+            return tuple(None if _added(leaf) else grad for leaf, grad in zip(leaves, grads, strict=True))
+
+        with scheduler.tallied() as self.forward_tally:
+            self.replay_forward, self.out = recorder.record(forward_body)
+        self.dy = torch.zeros_like(self.out)
+        with scheduler.tallied() as self.backward_tally:
+            self.replay_backward, self.grads = recorder.record(backward_body)
+        self.fused = [_added(twins[parameter]) for parameter in self.parameters]
+
+    @property
+    def waits_for_backward(self) -> bool:
+        """Whether the buffers hold a forward whose graph is alive and whose backward has not run."""
+        return self._pending is not None and self._pending() is not None
+
+    def begin(self) -> _Token:
+        """A forward was replayed."""
+        token = _Token()
+        self._pending = weakref.ref(token)
+        return token
+
+    def end(self, token: _Token) -> None:
+        """Its backward is about to be. Raises RuntimeError where it ran already."""
+        if self._pending is None or self._pending() is not token:
+            raise RuntimeError(
+                "backward through a recorded layer a second time: its buffers are used again; "
+                "turn the layer's graph off to use retain_graph=True"
+            )
+        self._pending = None
+
+
+class _Token:
+    """Lives as long as the autograd node of one replayed forward."""
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, recording: _Recording, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.recording, ctx.token = recording, recording.begin()
+        recording.x.detach().copy_(x)
+        recording.replay_forward()
+        recording.scheduler.count_again(recording.forward_tally)
+        return recording.out.clone()  # the next replay writes there
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        recording: _Recording = ctx.recording
+        recording.end(ctx.token)
+        recording.dy.copy_(dy)
+        recording.replay_backward()
+        recording.scheduler.count_again(recording.backward_tally)
+        dx, *grads = recording.grads
+        # Copies: autograd may keep what it is given as a parameter's ``grad``, and the next replay writes there.
+        kept = (None if grad is None else grad.clone() for grad in grads)
+        delivered = [
+            _placeholder(parameter) if fused else grad
+            for parameter, fused, grad in zip(recording.parameters, recording.fused, kept, strict=True)
+        ]
+        return (None, None if dx is None else dx.clone(), *delivered)
+
+
+def _placeholder(parameter: Any) -> Tensor:
+    """What autograd is given for a weight whose gradient the replay added to ``main_grad``."""
+    parameter.grad_added_to_main_grad = True
+    return placeholder_grad(parameter)
+
+
+def _twin(parameter: Parameter) -> Parameter:
+    """Another Parameter of the same memory, with the same attributes and no hooks."""
+    twin = Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+    vars(twin).update(vars(parameter))
+    twin.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+    return twin
+
+
+def _added(leaf: Any) -> bool:
+    return bool(getattr(leaf, "grad_added_to_main_grad", False))
+
+
+@contextmanager
+def _swapped(module: torch.nn.Module, twins: dict[Parameter, Parameter]) -> Iterator[None]:
+    """The module with twins in the places of its parameters."""
+    places = [
+        (part._parameters, name, parameter)
+        for part in module.modules()
+        for name, parameter in part._parameters.items()
+        if parameter is not None
+    ]
+    try:
+        for table, name, parameter in places:
+            table[name] = twins[parameter]
+        yield
+    finally:
+        for table, name, parameter in places:
+            table[name] = parameter
+
+
+def _addresses(parameter: Any) -> tuple[Any, ...]:
+    main_grad = getattr(parameter, "main_grad", None)
+    return parameter.data_ptr(), parameter.requires_grad, None if main_grad is None else main_grad.data_ptr()
