@@ -26,6 +26,9 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "tensor_model_parallel_size": (1, "its collectives have not been recorded yet"),
 }
 
+#: What selective recompute may name: nothing of the layer, or what draws no random numbers.
+_KEPT_ALONE = frozenset(("moe_act", "core_attn", "mla_up_proj"))
+
 
 def graphed(layer: Any, forward: Callable[[Tensor], Tensor]) -> GraphedLayer:
     """What calls ``forward``, the layer's own, until it can be replayed.
@@ -65,9 +68,9 @@ def _obstacles(layer: Any) -> Iterator[str]:
     if not isinstance(layer.backward_scheduler.transport, CollectiveTransport):
         name = getattr(layer.backward_scheduler.transport, "name", "the transport")
         yield f"{name} counts its exchanges on the host, so a replay would repeat the first; use the collective"
-    modules = config.recompute_modules or []
-    if config.recompute_granularity == "full" or any(name != "moe_act" for name in modules):
-        yield f"recompute_granularity={config.recompute_granularity!r} of {modules} keeps states on the host; unset it"
+    kind, modules = config.recompute_granularity, config.recompute_modules or []
+    if kind == "full" or (kind == "selective" and not _KEPT_ALONE.issuperset(modules)):
+        yield f"recompute_granularity={kind!r} of {modules} keeps random states on the host; unset it"
     for option, (off, why) in _REFUSED.items():
         value = getattr(config, option, off)
         if value not in (off, None, 0.0) and value != [off]:

@@ -54,6 +54,7 @@ def get_fluid_moe_layer_spec(
     attention_chunks: int = 1,
     interleave_batches: bool = False,
     payload_dtype: str = "same",
+    cuda_graph: bool = False,
 ) -> ModuleSpec:
     """The spec of a transformer layer with a FluidMoELayer, for ``GPTModel(transformer_layer_spec=...)``.
 
@@ -75,6 +76,8 @@ def get_fluid_moe_layer_spec(
             computation of the other (``mcore.interleave``): as two micro-batches of half the size.
         payload_dtype: 'fp8' sends the tokens of a dispatch as e4m3 with a scale a token (``ops.payload_fp8``); combine
             and gradients keep their dtype. 'same' changes nothing.
+        cuda_graph: each MoE layer's forward and backward are recorded after a few calls and replayed by one call of the
+            host each; CUDA and dispatch='static' alone.
 
     For Megatron's multi-token prediction take ``get_fluid_moe_block_spec``: its helper accepts Megatron's own
     TransformerLayer alone as a layer's spec.
@@ -91,6 +94,7 @@ def get_fluid_moe_layer_spec(
         attention_chunks=attention_chunks,
         interleave_batches=interleave_batches,
         payload_dtype=payload_dtype,
+        cuda_graph=cuda_graph,
     )
     return with_fluid_moe(_layer_spec(config, choose_backend(backend).value), binder)
 
@@ -107,6 +111,7 @@ def get_fluid_moe_block_spec(
     attention_chunks: int = 1,
     interleave_batches: bool = False,
     payload_dtype: str = "same",
+    cuda_graph: bool = False,
     vp_stage: int | None = None,
     binder: SchedulerBinder | None = None,
 ) -> TransformerBlockSubmodules:
@@ -114,13 +119,14 @@ def get_fluid_moe_block_spec(
 
     Arguments as ``get_fluid_moe_layer_spec``; ``vp_stage`` is the chunk of an interleaved pipeline. Chunks whose specs
     are made with one ``binder`` share a scheduler; it then stands for overlap, carry_over, transport, dispatch,
-    chunks, attention_chunks, interleave_batches and payload_dtype, none of which may be given beside it (ValueError).
+    chunks, attention_chunks, interleave_batches, payload_dtype and cuda_graph, none of which may be given beside it
+    (ValueError).
     """
     given = (overlap, carry_over, transport, dispatch, chunks, attention_chunks, interleave_batches, payload_dtype)
-    if binder is not None and given != ("dw", False, None, "plain", AUTO, 1, False, "same"):
+    if binder is not None and (*given, cuda_graph) != ("dw", False, None, "plain", AUTO, 1, False, "same", False):
         raise ValueError(
-            "binder: overlap, carry_over, transport, dispatch, chunks, attention_chunks, interleave_batches and "
-            "payload_dtype are its own; give them to SchedulerBinder"
+            "binder: overlap, carry_over, transport, dispatch, chunks, attention_chunks, interleave_batches, "
+            "payload_dtype and cuda_graph are its own; give them to SchedulerBinder"
         )
     if binder is None:
         binder = SchedulerBinder(
@@ -132,6 +138,7 @@ def get_fluid_moe_block_spec(
             attention_chunks=attention_chunks,
             interleave_batches=interleave_batches,
             payload_dtype=payload_dtype,
+            cuda_graph=cuda_graph,
         )
     use_te = choose_backend(backend).value == "te"
     block = get_gpt_decoder_block_spec(config, use_te, normalization=config.normalization, **_chunk(vp_stage))

@@ -148,10 +148,11 @@ class _Recording:
         self._pending: weakref.ref[_Token] | None = None
         self._out: Tensor | None = None
         twins = {parameter: _twin(parameter) for parameter in module.parameters()}
-        self.x = torch.empty_like(x, memory_format=torch.contiguous_format).requires_grad_(x.requires_grad)
+        # Copied, not empty: a recorder may compute while it records.
+        self.x = x.detach().clone(memory_format=torch.contiguous_format).requires_grad_(x.requires_grad)
 
         def forward_body() -> Tensor:
-            with _swapped(module, twins), torch.enable_grad():
+            with scheduler.tallied() as self.forward_tally, _swapped(module, twins), torch.enable_grad():
                 self._out = forward(self.x)
             return self._out.detach()
 
@@ -160,16 +161,15 @@ class _Recording:
             assert out is not None, "a backward follows its forward"
             leaves = [self.x, *(twins[parameter] for parameter in self.parameters)]
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
-            found = iter(torch.autograd.grad(out, wanted, self.dy, allow_unused=True))
+            with scheduler.tallied() as self.backward_tally:
+                found = iter(torch.autograd.grad(out, wanted, self.dy, allow_unused=True))
             grads = [next(found) if leaf.requires_grad else None for leaf in leaves]
             # A placeholder is nobody's gradient: it is made anew at each replay.
             return tuple(None if _added(leaf) else grad for leaf, grad in zip(leaves, grads, strict=True))
 
-        with scheduler.tallied() as self.forward_tally:
-            self.replay_forward, self.out = recorder.record(forward_body)
+        self.replay_forward, self.out = recorder.record(forward_body)
         self.dy = torch.zeros_like(self.out)
-        with scheduler.tallied() as self.backward_tally:
-            self.replay_backward, self.grads = recorder.record(backward_body)
+        self.replay_backward, self.grads = recorder.record(backward_body)
         self.fused = [_added(twins[parameter]) for parameter in self.parameters]
 
     @property

@@ -1,0 +1,99 @@
+"""A whole MoE layer recorded and replayed: the bits of the layer as ever, over steps with changing routing.
+
+Here with a recorder that calls the layer again; ``tests/device/test_cuda_graph.py`` has the same on GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.fake_graph import FakeRecorder
+from tests.support.moe import Case, all_weights, fluid_layer, load, make_config
+from tests.support.recorded_layer import Steps, run_steps
+
+Ranks = Callable[..., list[Any]]
+
+CASES = [Steps(), Steps(overlap="off"), Steps(recompute=True, topk=1), Steps(shared=True, fuse=False)]
+
+
+def both(cases: list[Steps]) -> list[tuple[dict[str, Any], dict[str, Any], list[int]]]:
+    """Each case as ever and recorded, with the replays of the recorder."""
+    from fluid_npu.device.choice import Choice
+    from fluid_npu.mcore import graph_choice
+
+    found = []
+    for case in cases:
+        recorder = FakeRecorder()
+        graph_choice.graph_recorder = lambda device, made=recorder: Choice(lambda: made, "a fake")  # type: ignore
+        found.append((run_steps(case), run_steps(replace(case, graph=True)), recorder.replays))
+    return found
+
+
+def test_three_steps_of_two_micro_batches_have_the_bits_of_the_layer_as_ever(run_ranks: Ranks) -> None:
+    for found in run_ranks(2, both, CASES, sizes={"expert_model_parallel_size": 2}):
+        for case, (eager, recorded, replays) in zip(CASES, found, strict=True):
+            # Three calls warm up; the other three of the six are replayed, forward and backward.
+            assert replays == [3, 3], case
+            assert eager["tensors"].keys() == recorded["tensors"].keys()
+            for name, wanted in eager["tensors"].items():
+                assert torch.equal(recorded["tensors"][name], wanted), (case, name)
+            for name in ("a2a_count", "a2a_bytes", "total_dw_tasks", "completed_dw_tasks", "dw_flops"):
+                assert recorded["stats"][name] == eager["stats"][name], (case, name)
+
+
+def refusals() -> dict[str, str]:
+    """What is in the way of a recording."""
+    from fluid_npu.comm.transports import PairwiseTransport
+    from fluid_npu.mcore.layer_spec import get_fluid_moe_layer_spec
+    from tests.support.moe import _built
+
+    def build(case: Case, **spec: Any) -> Any:
+        config = make_config(case)
+        made = get_fluid_moe_layer_spec(config, cuda_graph=True, **{"dispatch": "static", **spec})
+        return _built(made.submodules.mlp, config)
+
+    aux = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.1}
+    recompute = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+    calls: dict[str, Callable[[], Any]] = {
+        "cpu": lambda: build(Case()),
+        "plain": lambda: build(Case(), dispatch="plain"),
+        "carry": lambda: build(Case(), carry_over=True),
+        "pairwise": lambda: build(Case(), transport=PairwiseTransport()),
+        "aux": lambda: build(Case(config=aux)),
+        "recompute": lambda: build(Case(config=recompute)),
+        "allgather": lambda: build(Case(config={"moe_token_dispatcher_type": "allgather"}), dispatch="plain"),
+    }
+    messages = {}
+    for name, call in calls.items():
+        with pytest.raises(ValueError) as caught:
+            call()
+        messages[name] = str(caught.value)
+    return messages
+
+
+def test_what_is_in_the_way_is_named(run_ranks: Ranks) -> None:
+    messages = run_ranks(2, refusals, sizes={"expert_model_parallel_size": 2})[0]
+    assert all(message.startswith("cuda_graph=True: ") for message in messages.values()), messages
+    assert "the layer is on cpu; leave cuda_graph out" in messages["cpu"]
+    assert "with dispatch='plain' (as asked) the host waits for sizes; use dispatch='static'" in messages["plain"]
+    assert "carry_over=True leaves dW for another layer" in messages["carry"]
+    assert "pairwise counts its exchanges" in messages["pairwise"]
+    assert "moe_router_load_balancing_type='aux_loss'" in messages["aux"]
+    assert "recompute_granularity='selective' of ['moe']" in messages["recompute"]
+    assert "moe_token_dispatcher_type='allgather' is Megatron's own" in messages["allgather"]
+
+
+def a_layer_without() -> bool:
+    """Off by default."""
+    layer = fluid_layer(Case(dispatch="static"))
+    load(layer, all_weights(Case()), Case(), 0)
+    return layer.graphed is None
+
+
+def test_it_is_off_by_default(run_ranks: Ranks) -> None:
+    assert all(run_ranks(2, a_layer_without, sizes={"expert_model_parallel_size": 2}))
