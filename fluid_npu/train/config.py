@@ -33,6 +33,7 @@ RESUME_MAY_DIFFER = frozenset(
         "dispatch",
         "moe_chunks",
         "attention_chunks",
+        "moe_cuda_graph",
         "a2a_transport",
         "a2a_node_size",
         "a2a_payload_dtype",
@@ -57,6 +58,7 @@ class TrainConfig:
     per pipeline stage. ``moe_chunks`` is in how many groups of its experts, or of tokens where they are sent once per
     rank, ``overlap`` 'full' pipelines an MoE layer: a number, or 'auto'. ``attention_chunks`` are the parts in which a
     context-parallel rank computes its heads. ``interleave_batches`` trains MoE layers in two halves of a micro-batch.
+    ``moe_cuda_graph`` replays each MoE layer as a CUDA graph.
     """
 
     preset: str = "mixtral-tiny"
@@ -94,6 +96,7 @@ class TrainConfig:
     moe_chunks: int | str = "auto"
     attention_chunks: int = 1
     interleave_batches: bool = False
+    moe_cuda_graph: bool = False
     a2a_transport: str = "collective"
     a2a_node_size: int = 0
     a2a_payload_dtype: str = "same"
@@ -195,6 +198,8 @@ def _check_choices(c: TrainConfig) -> None:
     _check_node_size(c)
     _check_interleave(c)
     _check_payload(c)
+    if c.moe_cuda_graph:
+        _check_moe_cuda_graph(c)
     if c.impl == "stock":
         _check_stock(c)
     if c.profile is not None:
@@ -271,6 +276,28 @@ def _check_token_chunks(c: TrainConfig, n: int) -> None:
             f"--moe-chunks {n}: with --dispatch once-per-rank chunks are of tokens, and a rank has {tokens}; "
             "use fewer, or auto"
         )
+
+
+def _check_moe_cuda_graph(c: TrainConfig) -> None:
+    """What ``mcore.graph_choice`` would refuse in every process, as far as flags say it."""
+    obstacles = (
+        (c.impl != "fluid", f"--impl {c.impl}", "has none; use --impl fluid"),
+        (c.device in ("cpu", "npu"), f"--device {c.device}", "records no graphs; use --device cuda"),
+        (c.dispatch != "static", f"--dispatch {c.dispatch}", "may wait for sizes on the host; use --dispatch static"),
+        (c.carry_over, "--carry-over", "leaves dW for another layer; leave it out"),
+        (c.pp > 1, f"--pp {c.pp}", "has several forwards waiting for their backwards; use --pp 1"),
+        (c.tp > 1, f"--tp {c.tp}", "has collectives that have not been recorded yet; use --tp 1"),
+        (
+            c.a2a_transport != "collective",
+            f"--a2a-transport {c.a2a_transport}",
+            "counts its exchanges on the host; leave it out",
+        ),
+        (c.plant_delay_ms > 0, "--plant-delay-ms", "delays on the host; leave it out"),
+        (c.interleave_batches, "--interleave-batches", "has two halves under way at a time; leave one of them out"),
+    )
+    for given, flag, fix in obstacles:
+        if given:
+            raise ConfigError(f"--moe-cuda-graph: {flag} {fix}")
 
 
 def _check_stock(c: TrainConfig) -> None:

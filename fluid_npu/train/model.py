@@ -112,6 +112,7 @@ def _fluid_spec(config: TrainConfig, overlap: str) -> Callable[..., Any]:
         attention_chunks=config.attention_chunks,
         interleave_batches=config.interleave_batches,
         payload_dtype=config.a2a_payload_dtype,
+        cuda_graph=config.moe_cuda_graph,
     )
     return partial(get_fluid_moe_block_spec, backend="local", binder=binder)
 

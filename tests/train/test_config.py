@@ -87,6 +87,12 @@ REFUSED = [
     (["--profile", "p.json", "--impl", "stock"], r"--profile p.json: stock Megatron"),
     (["--dispatch", "twice"], r"--dispatch 'twice': allowed are plain, once-per-rank, static, auto"),
     (["--dispatch", "auto", "--impl", "stock"], r"--dispatch auto: stock Megatron .* use --dispatch plain"),
+    (["--moe-cuda-graph"], r"--moe-cuda-graph: --dispatch plain may wait for sizes .*; use --dispatch static"),
+    (
+        ["--moe-cuda-graph", "--dispatch", "static", "--carry-over", "--overlap", "dw"],
+        r"--moe-cuda-graph: --carry-over leaves dW for another layer",
+    ),
+    (["--moe-cuda-graph", "--device", "cpu"], r"--moe-cuda-graph: --device cpu records no graphs"),
     (["--attention-chunks", "0"], r"--attention-chunks 0: must be at least 1"),
     (["--attention-chunks", "2"], r"--attention-chunks 2: with --cp 1 no heads are exchanged; use --cp 2"),
     (
