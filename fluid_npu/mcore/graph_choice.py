@@ -15,12 +15,11 @@ from torch import Tensor
 from fluid_npu.comm.transports import CollectiveTransport
 from fluid_npu.device.graphs import GraphRecorder, graph_recorder
 from fluid_npu.mcore.experts import FluidGroupedMLP
+from fluid_npu.mcore.lines.aux_losses import HAS_TRACKER, tensors_outside
 from fluid_npu.schedule.graphed import GraphedLayer
 
 #: Options of Megatron that a recording does not cover, the value that switches them off, and why.
 _REFUSED: dict[str, tuple[Any, str]] = {
-    "moe_router_load_balancing_type": ("none", "the loss is added to a tensor outside the layer, for logging"),
-    "moe_z_loss_coeff": (None, "the loss is added to a tensor outside the layer, for logging"),
     "moe_input_jitter_eps": (None, "every replay would draw the same random numbers"),
     "pipeline_model_parallel_size": (1, "several forwards wait for their backwards at a time"),
     "tensor_model_parallel_size": (1, "its collectives have not been recorded yet"),
@@ -43,7 +42,8 @@ def graphed(layer: Any, forward: Callable[[Tensor], Tensor]) -> GraphedLayer:
     if recorder is None:
         raise ValueError(f"cuda_graph=True: {'; '.join(problems)}")
     # A layer is named when it is numbered, after it is built: the first one may be announced without.
-    return GraphedLayer(layer, forward, lambda: layer.backward_scheduler, recorder, layer.label or "an MoE layer")
+    scheduler, name = lambda: layer.backward_scheduler, layer.label or "an MoE layer"
+    return GraphedLayer(layer, forward, scheduler, recorder, name, outside=tensors_outside)
 
 
 def _device_of(layer: Any) -> torch.device:
@@ -71,7 +71,12 @@ def _obstacles(layer: Any) -> Iterator[str]:
     kind, modules = config.recompute_granularity, config.recompute_modules or []
     if kind == "full" or (kind == "selective" and not _KEPT_ALONE.issuperset(modules)):
         yield f"recompute_granularity={kind!r} of {modules} keeps random states on the host; unset it"
+    losses = config.moe_router_load_balancing_type
+    if losses not in ("none", "aux_loss", "seq_aux_loss"):
+        yield f"moe_router_load_balancing_type={losses!r} has not been recorded yet; use aux_loss, seq_aux_loss or none"
+    elif (losses != "none" or config.moe_z_loss_coeff) and not HAS_TRACKER:
+        yield "this Megatron-Core logs auxiliary losses through an object that is not known here; set them to none"
     for option, (off, why) in _REFUSED.items():
         value = getattr(config, option, off)
-        if value not in (off, None, 0.0) and value != [off]:
+        if value not in (off, None, 0.0):
             yield f"{option}={value!r}: {why}; set it to {off!r}"

@@ -28,6 +28,16 @@ from fluid_npu.schedule.scheduler import BackwardScheduler
 
 WARM_UP = 3
 
+#: The parts of a signature, for messages.
+_GIVEN = (
+    "shape, dtype or device of the input",
+    "a mode or the transport",
+    "a clock",
+    "a parameter",
+    "a buffer",
+    "a tensor outside the layer",
+)
+
 
 class GraphedLayer:
     """Calls a layer's forward, or replays it.
@@ -39,6 +49,7 @@ class GraphedLayer:
         recorder: makes the recorder of this layer; called when it is first needed.
         name: how messages call the layer.
         warm_up: calls with the same shapes and addresses before anything is recorded.
+        outside: what else a recording takes for given, such as addresses of tensors that are not the module's.
     """
 
     def __init__(
@@ -49,9 +60,10 @@ class GraphedLayer:
         recorder: Callable[[], GraphRecorder],
         name: str = "layer",
         warm_up: int = WARM_UP,
+        outside: Callable[[], tuple[Any, ...]] = tuple,
     ) -> None:
         self._module, self._forward, self._scheduler = module, forward, scheduler
-        self._make_recorder, self._name, self._warm_up = recorder, name, warm_up
+        self._make_recorder, self._name, self._warm_up, self._outside = recorder, name, warm_up, outside
         self._recording: _Recording | None = None
         self._signature: Any = None
         self._calls = 0
@@ -106,7 +118,8 @@ class GraphedLayer:
         hooked = "submit" in vars(scheduler)  # a clock that ``schedule.lanes`` put there
         buffers = tuple(buffer.data_ptr() for buffer in self._module.buffers())
         given = x.shape, x.dtype, x.device, x.requires_grad
-        return given, modes, hooked, tuple(map(_addresses, self._module.parameters())), buffers
+        parameters = tuple(map(_addresses, self._module.parameters()))
+        return given, modes, hooked, parameters, buffers, self._outside()
 
     def _why_not_replayed(self, x: Tensor) -> str:
         recording = self._recording
@@ -116,8 +129,7 @@ class GraphedLayer:
         now = self._sign(x)
         if now == self._signature:
             return ""
-        names = ("shape, dtype or device of the input", "a mode or the transport", "a clock", "a parameter", "a buffer")
-        changed = (name for name, a, b in zip(names, now, self._signature, strict=True) if a != b)
+        changed = (name for name, a, b in zip(_GIVEN, now, self._signature, strict=True) if a != b)
         return f"not as it was recorded: {', '.join(changed)}"
 
     def _why_not_recorded(self, x: Tensor) -> str:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.cuda
 CASES = [
     Steps(dtype=torch.bfloat16, device="cuda"),
     Steps(dtype=torch.bfloat16, device="cuda", overlap="off", topk=1),
-    Steps(dtype=torch.float32, device="cuda", recompute=True),
+    Steps(dtype=torch.float32, device="cuda", recompute=True, aux=True),
     Steps(dtype=torch.bfloat16, device="cuda", tokens=1000, topk=8),
 ]
 RANKS = [

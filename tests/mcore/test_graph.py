@@ -18,7 +18,7 @@ from tests.support.recorded_layer import Steps, run_steps
 
 Ranks = Callable[..., list[Any]]
 
-CASES = [Steps(), Steps(overlap="off"), Steps(recompute=True, topk=1), Steps(shared=True, fuse=False)]
+CASES = [Steps(), Steps(overlap="off"), Steps(recompute=True, topk=1), Steps(shared=True, fuse=False), Steps(aux=True)]
 
 
 def both(cases: list[Steps]) -> list[tuple[dict[str, Any], dict[str, Any], list[int]]]:
@@ -57,14 +57,14 @@ def refusals() -> dict[str, str]:
         made = get_fluid_moe_layer_spec(config, cuda_graph=True, **{"dispatch": "static", **spec})
         return _built(made.submodules.mlp, config)
 
-    aux = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.1}
+    sinkhorn = {"moe_router_load_balancing_type": "sinkhorn", "moe_aux_loss_coeff": 0.0}
     recompute = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
     calls: dict[str, Callable[[], Any]] = {
         "cpu": lambda: build(Case()),
         "plain": lambda: build(Case(), dispatch="plain"),
         "carry": lambda: build(Case(), carry_over=True),
         "pairwise": lambda: build(Case(), transport=PairwiseTransport()),
-        "aux": lambda: build(Case(config=aux)),
+        "sinkhorn": lambda: build(Case(config=sinkhorn)),
         "recompute": lambda: build(Case(config=recompute)),
         "allgather": lambda: build(Case(config={"moe_token_dispatcher_type": "allgather"}), dispatch="plain"),
     }
@@ -83,7 +83,7 @@ def test_what_is_in_the_way_is_named(run_ranks: Ranks) -> None:
     assert "with dispatch='plain' (as asked) the host waits for sizes; use dispatch='static'" in messages["plain"]
     assert "carry_over=True leaves dW for another layer" in messages["carry"]
     assert "pairwise counts its exchanges" in messages["pairwise"]
-    assert "moe_router_load_balancing_type='aux_loss'" in messages["aux"]
+    assert "moe_router_load_balancing_type='sinkhorn'" in messages["sinkhorn"]
     assert "recompute_granularity='selective' of ['moe']" in messages["recompute"]
     assert "moe_token_dispatcher_type='allgather' is Megatron's own" in messages["allgather"]
 

@@ -23,6 +23,7 @@ class Steps:
     graph: bool = False
     recompute: bool = False
     shared: bool = False
+    aux: bool = False
     fuse: bool = True
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
@@ -65,6 +66,8 @@ def _layer(run: Steps) -> Any:
     config: dict[str, Any] = {"moe_router_dtype": "fp32"}
     if run.recompute:
         config |= {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}
+    if run.aux:
+        config |= {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.1, "moe_z_loss_coeff": 1e-2}
     if run.shared:
         config |= {"moe_shared_expert_intermediate_size": 16}
     case = Case(ep=run.ep, topk=run.topk, fuse=run.fuse, dtype=run.dtype, config=config)
