@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from fluid_npu.device.kernels.agreement import StoreAgreement, alone
 from fluid_npu.device.kernels.gemm_chooser import GemmChooser, class_of
 from fluid_npu.device.kernels.gemm_forms import FORMS, GemmCall, Loop, TritonForm
 from fluid_npu.device.kernels.gemm_timing import Trial, try_forms
+from fluid_npu.device.kernels.groups import DeviceRows
 from fluid_npu.ops import reference
 from fluid_npu.ops.reference import relative_error
 
@@ -118,6 +120,49 @@ def test_the_fastest_right_form_is_taken_once_for_its_class(monkeypatch: pytest.
     assert "other 1.000 ms, loop 5.000 ms" in reason
     assert "wrong left out: off by" in reason and "broken left out: RuntimeError: no compiler here" in reason
     assert capsys.readouterr().out.count(f"grouped matmul {class_of(call_of())}: other") == 1
+
+
+def on_device(op: str, room: int = 7) -> GemmCall:
+    """``call_of`` in buffers with room for more rows, whose number only the device is told; behind them is NaN."""
+    call = call_of(op)
+    rows = DeviceRows(len(COUNTS), sum(COUNTS) + room, expected=16)
+    rows.settle(torch.tensor(COUNTS).cumsum(0))
+    behind = [torch.full((room, x.shape[1]), float("nan")) for x in (call.a, call.b) if x.dim() == 2]
+    both = [torch.cat(pair) for pair in zip((call.a, call.b), behind, strict=False)]
+    return replace(call, a=both[0], b=both[1] if len(both) > 1 else call.b, counts=rows)
+
+
+class OnDevice(Loop):
+    name = "triton-like"
+
+    def why_not(self, call: GemmCall) -> str | None:
+        return None
+
+
+@pytest.mark.parametrize("op", ["mm", "mm_t", "dw", "dw_add"])
+def test_rows_that_only_the_device_knows_have_no_form_that_wants_them_on_the_host(
+    op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = timed(monkeypatch, {"triton-like": 9.0})
+    call, chooser = on_device(op), GemmChooser(alone, {**FORMS, "triton-like": OnDevice()})
+    assert all("only the device knows" in str(FORMS[name].why_not(call)) for name in ("loop", "batched"))
+    assert "leaves the sizes on the device only for bf16" in str(FORMS["grouped_mm"].why_not(call))
+    value, reason = chooser.choose(call)
+    assert value == "triton-like" and tried == ["triton-like"], "a third of the time would not make the loop fit"
+    assert class_of(call).endswith("-rows4-unknown-aligned") and "measured" in reason
+    got = chooser.compute(call)
+    result = call.out - 1 if got is None else got  # type: ignore[operator]
+    used = result[: sum(COUNTS)] if op in ("mm", "mm_t") else result
+    assert relative_error(used, wanted(call_of(op))) <= 1e-6
+
+
+def test_without_any_form_for_the_device_the_loop_reads_the_rows_and_says_so() -> None:
+    call = on_device("mm")
+    value, reason = GemmChooser(alone, forms()).choose(call)
+    assert value == "loop" and "the host waits for the rows of each group" in reason
+    product = Loop().run(call)
+    assert product is not None and product.shape[0] == call.a.shape[0]
+    assert relative_error(product[: sum(COUNTS)], wanted(call_of("mm"))) <= 1e-6
 
 
 def test_a_lead_within_the_noise_leaves_the_rule_s_form(monkeypatch: pytest.MonkeyPatch) -> None:
