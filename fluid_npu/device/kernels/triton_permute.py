@@ -82,15 +82,15 @@ def sum_of_rows(
     if UNROLLED > 0:
         for pair in tl.static_range(UNROLLED):  # all loads in flight at once
             if EXACT:
-                row = tl.load(row_of_pair + first + pair)
+                row = tl.load(row_of_pair + first + pair).to(tl.int64)
                 total += tl.load(x + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
             else:
-                row = tl.load(row_of_pair + first + pair, mask=first + pair < last, other=0)
+                row = tl.load(row_of_pair + first + pair, mask=first + pair < last, other=0).to(tl.int64)
                 there = inside & (first + pair + columns * 0 < last)
                 total += tl.load(x + row * stride + columns, mask=there, other=0.0).to(tl.float32)
     else:
         for pair in range(first, last):
-            row = tl.load(row_of_pair + pair)
+            row = tl.load(row_of_pair + pair).to(tl.int64)
             total += tl.load(x + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
     return total
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from fluid_npu.device.kernels.routed import Slots
 from fluid_npu.device.kernels.triton_once import slots_to_map
 from fluid_npu.device.kernels.triton_payload import bits, block_of
-from fluid_npu.device.kernels.triton_permute import MAX_UNROLLED
+from fluid_npu.device.kernels.triton_permute import MAX_UNROLLED, sum_of_rows
 from fluid_npu.device.kernels.triton_routing import blocks_of, rows_of_block
 
 
@@ -90,8 +90,9 @@ def _launch_sum(x: Tensor, p: Tensor, place: Tensor, target: Tensor, tail: Tenso
         align, out = gcd(x.stride(0), 16), gcd(target.stride(0), 16)
         _sum[(rows,)](
             x, p, place, target, tail, x.shape[1], slots, x.stride(0) // align, p.stride(0), target.stride(0) // out,
-            UNROLLED=slots if slots <= MAX_UNROLLED else 0, ALIGN=align, OUT=out, RATIO=ratio, TAIL=columns,
-            COLUMNS=triton.next_power_of_2(max(columns, 1)), BLOCK=block_of(x.shape[1]), num_warps=4,
+            UNROLLED=slots if slots <= MAX_UNROLLED else 0, WIDE=triton.next_power_of_2(slots), ALIGN=align, OUT=out,
+            RATIO=ratio, TAIL=columns, COLUMNS=triton.next_power_of_2(max(columns, 1)), BLOCK=block_of(x.shape[1]),
+            num_warps=4,
         )  # fmt: skip
 
 
@@ -138,29 +139,21 @@ def _spread(
 @triton.jit
 def _sum(
     x, p, place, target, tail, hidden, slots, units, stride_p, out_units,
-    UNROLLED: tl.constexpr, ALIGN: tl.constexpr, OUT: tl.constexpr, RATIO: tl.constexpr, TAIL: tl.constexpr,
-    COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    UNROLLED: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr, OUT: tl.constexpr, RATIO: tl.constexpr,
+    TAIL: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0).to(tl.int64)
-    own = place + number * slots
+    first = number * slots
+    slot = tl.arange(0, WIDE)
+    filled = tl.sum((tl.load(place + first + slot, mask=slot < slots, other=-1) >= 0).to(tl.int32), 0)
     start_of_row = number * (out_units * OUT)
     for start in range(0, hidden, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < hidden
-        total = tl.zeros((BLOCK,), dtype=tl.float32)
-        if UNROLLED > 0:
-            for slot in tl.static_range(UNROLLED):  # all loads in flight at once
-                row = tl.load(own + slot).to(tl.int64)
-                there = inside & (columns * 0 + row >= 0)
-                total += tl.load(x + row * (units * ALIGN) + columns, mask=there, other=0.0).to(tl.float32)
-        else:
-            for slot in range(0, slots):
-                row = tl.load(own + slot).to(tl.int64)
-                there = inside & (columns * 0 + row >= 0)
-                total += tl.load(x + row * (units * ALIGN) + columns, mask=there, other=0.0).to(tl.float32)
+        total = sum_of_rows(x, place, first, first + filled, columns, inside, units * ALIGN, UNROLLED, False, BLOCK)
         tl.store(target + start_of_row + columns, total.to(target.dtype.element_ty), mask=inside)
     if TAIL > 0:
         column = tl.arange(0, COLUMNS)
-        row = tl.load(own + column, mask=column < slots, other=-1).to(tl.int64)
+        row = tl.load(place + first + column, mask=column < slots, other=-1).to(tl.int64)
         value = tl.load(p + row * stride_p, mask=row >= 0, other=0)
         tl.store(tail + (start_of_row + hidden) // RATIO + column, value, mask=column < TAIL)
