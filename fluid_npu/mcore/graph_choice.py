@@ -63,6 +63,8 @@ def _obstacles(layer: Any) -> Iterator[str]:
         yield f"with dispatch={form.value!r} ({form.reason}) the host waits for sizes; use dispatch='static'"
     if layer.chunks.value > 1:
         yield f"the layer runs in {layer.chunks.value} chunks; use chunks=1"
+    if layer._binder.interleave_batches:
+        yield "interleave_batches=True has two halves of a micro-batch under way at a time; leave it out"
     if layer.backward_scheduler.carry_over:
         yield "carry_over=True leaves dW for another layer; leave it out"
     if not isinstance(layer.backward_scheduler.transport, CollectiveTransport):
