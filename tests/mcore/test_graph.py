@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.support.fake_graph import FakeRecorder
+from tests.support.gpt import Run, same_bits, train_all
 from tests.support.moe import Case, all_weights, fluid_layer, load, make_config
 from tests.support.recorded_layer import Steps, run_steps
 
@@ -44,6 +45,36 @@ def test_three_steps_of_two_micro_batches_have_the_bits_of_the_layer_as_ever(run
                 assert torch.equal(recorded["tensors"][name], wanted), (case, name)
             for name in ("a2a_count", "a2a_bytes", "total_dw_tasks", "completed_dw_tasks", "dw_flops"):
                 assert recorded["stats"][name] == eager["stats"][name], (case, name)
+
+
+def in_a_model(overlap_grad_reduce: bool) -> tuple[list[list[str]], list[float], list[float], int]:
+    """A GPT model under Megatron's DDP, as ever and recorded: what differs, the losses, and the replays."""
+    from fluid_npu.device.choice import Choice
+    from fluid_npu.mcore import graph_choice
+    from fluid_npu.schedule.graphed import GraphedLayer
+
+    recorders: list[FakeRecorder] = []
+
+    def make() -> FakeRecorder:
+        recorders.append(FakeRecorder())
+        return recorders[-1]
+
+    graph_choice.graph_recorder = lambda device: Choice(make, "a fake")
+    GraphedLayer._in_the_way = lambda self: ""  # type: ignore[method-assign]  # the test's training records its tasks
+    run = Run(micro_batches=2, ddp={"overlap_grad_reduce": overlap_grad_reduce}, spec={"dispatch": "static"})
+    eager, recorded = train_all([run, replace(run, spec={"dispatch": "static", "cuda_graph": True})])
+    differ = [same_bits(eager[name], recorded[name]) for name in ("grads", "weights")]
+    return differ, eager["losses"], recorded["losses"], sum(sum(recorder.replays) for recorder in recorders)
+
+
+def test_a_model_under_ddp_trains_alike(run_ranks: Ranks) -> None:
+    """Gradients reach DDP's buffers and its hooks count every parameter, reduced at once or at the end."""
+    for overlap in (True, False):
+        for differ, eager, recorded, replays in run_ranks(
+            2, in_a_model, overlap, sizes={"expert_model_parallel_size": 2}
+        ):
+            assert differ == [[], []] and eager == recorded
+            assert replays == 2 * 2 * 3, "two layers, forward and backward, three of six micro-batches"
 
 
 def refusals() -> dict[str, str]:
