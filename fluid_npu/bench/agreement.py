@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fluid_npu.device.kernels.torch_attention import repeatable_attention
+from fluid_npu.device.kernels.torch_attention import plain_attention
 
 #: Largest relative Frobenius error against stock. The fp32 figure is the contract; in low precision stock rounds too,
 #: so it only catches mistakes.
@@ -42,11 +42,11 @@ class Gradients:
 
 
 def gradients_of(variant: Any, batch: Any) -> Gradients:
-    """Runs forward and backward of a ``rig.Variant`` without its optimizer.
+    """Runs forward and backward of a ``rig.Variant`` without its optimizer; attention is stock's products in all.
 
     Collective; raises Disagreement on all ranks alike for numbers that are not finite: nothing compares with them.
     """
-    with repeatable_attention():
+    with plain_attention():
         loss = variant.forward_backward(batch)
     by_name = {name: value.clone() for name, value in variant.gradients().items()}
     endless = ["the loss"] * (not math.isfinite(loss)) + [n for n, g in by_name.items() if not g.isfinite().all()]

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from fluid_npu import device
+from fluid_npu.device.choice import Choice
 from fluid_npu.device.kernels.cpu_kernels import CpuKernels
 from fluid_npu.device.kernels.fused import AttentionCall
-from fluid_npu.device.kernels.torch_attention import Form, TorchAttention, torch_attention
+from fluid_npu.device.kernels.torch_attention import Form, TorchAttention, plain_attention, torch_attention
 from fluid_npu.ops.attention import fused_attention, fuses_attention
 from tests.support.attention import CASES, check, operands
 
@@ -49,6 +50,14 @@ def test_a_form_that_is_wrong_or_missing_is_passed_over_with_the_reason(monkeypa
     chosen = fuses_attention(q, k, v, AttentionCall(heads=4, scale=0.3, causal=True))
     assert chosen.value and chosen.reason.startswith("torch, key heads repeated, values padded; off by")
     assert "torch: no such kernel" in chosen.reason and "torch, key heads repeated: off by 5e-01" in chosen.reason
+
+
+def test_comparisons_with_stock_take_megatron_s_products() -> None:
+    q, k, v = operands((4, 2, 8, 8), torch.float32, torch.device("cpu"))
+    call = AttentionCall(heads=4, scale=0.3, causal=True)
+    with plain_attention():
+        assert fuses_attention(q, k, v, call) == Choice(False, "a comparison asks for them")
+    assert fuses_attention(q, k, v, call).value
 
 
 def test_decisions_do_not_grow_with_lengths() -> None:
