@@ -1,6 +1,9 @@
 #!/usr/bin/env python3
 """Times the AllToAll of each transport on CUDA GPUs, alone and beside dW products. Started by gpu_transports.sh.
 
+Device-side splits are among them, which no user can ask for yet: their time includes the exchange of sizes, which for
+the others is the host's and comes on top.
+
     torchrun --nproc-per-node 2 scripts/time_transports.py --out FILE --budget SECONDS
 
 In every round each item runs once, in the same order, after a small all-reduce that brings the ranks together. Times
@@ -21,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fluid_npu.comm.device_splits import open_device_splits
 from fluid_npu.comm.transports import CollectiveTransport, PairwiseTransport, carve_out, few_ctas_transport
 from fluid_npu.comm.transports.peer_open import peer_copy_transport
 
@@ -161,6 +165,28 @@ def transports() -> dict[str, Any]:
     return TRANSPORTS
 
 
+def by_device_splits(source: torch.Tensor, rows: int, received: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The same exchange with its sizes on the device, by 4 and by 16 programs; nothing where it is not possible."""
+    world, found = dist.get_world_size(), {}
+    counts = torch.full((world,), rows, device="cuda", dtype=torch.int64)
+    for programs in (4, 16):
+        splits, reason = open_device_splits(
+            dist.group.WORLD, capacity=rows * world, row_shape=(WIDTH,), dtype=source.dtype, programs=programs
+        )
+        if splits is None:
+            _report(f"device splits: {reason}", {})
+            return {}
+        name = f"device splits {programs}"
+
+        def start(splits: Any = splits, name: str = name) -> Any:
+            arrival = splits.start(source, counts)
+            received[name] = arrival.rows
+            return lambda: (arrival.wait(), arrival.release())
+
+        found[name] = start
+    return found
+
+
 def exchanges(mib: int, clock: Clock) -> list[dict[str, Any]]:
     """``mib`` MiB to each peer: alone, the host's part of it, and beside the products."""
     group, world, found = dist.group.WORLD, dist.get_world_size(), []
@@ -182,6 +208,7 @@ def exchanges(mib: int, clock: Clock) -> list[dict[str, Any]]:
         return start
 
     starts = {name: starting(name) for name in transports()}
+    starts.update(by_device_splits(source, rows, received))
     for name, start in starts.items():
         around(start, None)
         torch.cuda.synchronize()
@@ -202,7 +229,7 @@ def exchanges(mib: int, clock: Clock) -> list[dict[str, Any]]:
     for name, start in starts.items():
         if clock.over():
             break
-        if mib >= 32 or name in ("collective", "peer-copy"):
+        if mib >= 32 or name in ("collective", "peer-copy") or name.startswith("device splits"):
             found += _beside(start, clock, name, f"{mib} MiB")
     return found
 

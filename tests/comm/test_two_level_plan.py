@@ -96,6 +96,9 @@ def test_the_order_is_the_one_that_spreads_the_load_over_the_cards() -> None:
     hot_source = [list(column) for column in zip(*hot_target, strict=True)]
     assert better_order(hot_target, nodes) == "across first"
     assert better_order(hot_source, nodes) == "inside first"
+    beside = [list(row) for row in hot_source]
+    beside[0][1] = 100  # stays on its node
+    assert better_order(beside, nodes) == "inside first"
     assert better_order(even(4, 3), nodes) == "across first"
     assert better_order([[9, 9, 0, 0], [9, 9, 0, 0], [0, 0, 9, 9], [0, 0, 9, 9]], nodes) == "across first"
     busiest = {}

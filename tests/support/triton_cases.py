@@ -20,11 +20,12 @@ from torch import Tensor
 from fluid_npu.ops import reference
 from fluid_npu.ops.permute import PermuteLayout
 from fluid_npu.ops.reference import relative_error
+from tests.support.triton_exchange_cases import EXCHANGE_CASES
 from tests.support.triton_static_cases import STATIC_CASES, static_round
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 COUNTS = [17, 0, 5, 20]
-CASES: dict[str, Callable[[str], None]] = dict(STATIC_CASES)
+CASES: dict[str, Callable[[str], None]] = {**STATIC_CASES, **EXCHANGE_CASES}
 
 
 def case(function: Callable[[str], None]) -> Callable[[str], None]:
@@ -409,34 +410,6 @@ def routing_and_payloads_through_the_seam(device: str) -> None:
         rows = kernels.unpack_rows(payload, hidden, torch.float32, None)
         same_bits(kernels.pack_rows(*rows, None), payload.cpu())
     assert kernels.chunk_order(torch.tensor([[2, 1]], device=device), torch.tensor([[2, 1]])).ends_L is not None
-
-
-@case
-def fp8_rows_are_those_of_plain_torch(device: str) -> None:
-    """Coded and decoded, bit by bit; the interpreter rounds no bf16, so decoded ones are near there."""
-    from fluid_npu.device.kernels import e4m3_rows, triton_e4m3
-
-    for dtype in e4m3_rows.DTYPES:
-        for hidden in (1, 7, 72, 2050):
-            x = (random(9, hidden + 3) * torch.logspace(-6, 3, 9).view(-1, 1)).to(dtype)[:, :hidden]
-            x[1] = 0.0
-            x[2, 0], x[3, -1] = float("nan"), float("-inf")
-            wanted, got = e4m3_rows.to_e4m3(x), triton_e4m3.to_e4m3(x.to(device)).cpu()
-            numbers = [0, 1, *range(4, 9)]
-            same_bits(got[numbers], wanted[numbers])
-            wide = torch.cat([wanted, wanted], 1).to(device)[:, : wanted.shape[1]]
-            back = triton_e4m3.from_e4m3(wide, hidden).cpu()
-            assert back[[2, 3]].isnan().all() and triton_e4m3.from_e4m3(got.to(device), hidden).cpu()[2:4].isnan().all()
-            expected = e4m3_rows.from_e4m3(wanted, hidden)[numbers]
-            if dtype == torch.bfloat16 and device == "cpu":
-                assert torch.all((back[numbers] - expected).abs() <= expected.abs() * 2.0**-7)
-            else:
-                same_bits(back[numbers], expected)
-    codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    ties = torch.cat([codes, -codes, (codes[1:] + codes[:-1]) / 2]).view(1, -1)
-    same_bits(triton_e4m3.to_e4m3(ties.to(device)).cpu(), e4m3_rows.to_e4m3(ties))
-    empty = triton_e4m3.to_e4m3(torch.zeros(0, 8, device=device))
-    assert triton_e4m3.from_e4m3(empty, 8).shape == (0, 8)
 
 
 @case

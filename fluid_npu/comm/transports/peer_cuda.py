@@ -153,12 +153,29 @@ def _head_bytes(world: int) -> int:
 
 def open_cuda_memory(group: Any, size: WindowSize) -> Choice[PeerMemory | None]:
     """The windows of a group of CUDA ranks; a collective call, with the same answer on all of them."""
+    total = _head_bytes(size.world) + size.total
+    buffers, reason = symmetric_buffers(group, total, _head_bytes(size.world))
+    if buffers is None:
+        return Choice(None, reason)
+    lives, reason = share(group, 4096)
+    if lives is None:
+        return Choice(None, reason)
+    ranks, index = dist.get_process_group_ranks(group), dist.get_rank(group)
+    memory = CudaPeerMemory(group.group_name, index, ranks, size, buffers, lives)
+    return Choice(memory, f"symmetric memory, {total >> 20} MiB a rank")
+
+
+def symmetric_buffers(group: Any, total: int, zeroed: int) -> Choice[list[torch.Tensor] | None]:
+    """``[total]`` uint8 of each rank as this one sees them, the first ``zeroed`` bytes zero; a collective call.
+
+    None on all ranks, with the reason, where the ranks of the group have no such memory.
+    """
     missing = [text for text in gathered(_missing(group), group) if text]
     if missing:
         return Choice(None, missing[0])
     if len(set(gathered(node_name(), group))) > 1:
         return Choice(None, "the ranks are on several nodes")
-    return _open(group, size)
+    return _allocate(group, total, zeroed)
 
 
 def _missing(group: Any) -> str:
@@ -177,19 +194,18 @@ def _missing(group: Any) -> str:
     return f"GPU {torch.cuda.current_device()} cannot reach the memory of GPU {far[0]}" if far else ""
 
 
-def _open(group: Any, size: WindowSize) -> Choice[PeerMemory | None]:
+def _allocate(group: Any, total: int, zeroed: int) -> Choice[list[torch.Tensor] | None]:
     """Memory, then the others' addresses. Each step is agreed on before the next one is begun."""
     import torch.distributed._symmetric_memory as symmetric
 
     world, index = dist.get_world_size(group), dist.get_rank(group)
-    total = _head_bytes(world) + size.total
     own: Any = None
     buffers: list[torch.Tensor] = []
 
     def allocate() -> None:
         nonlocal own
         own = symmetric.empty(total, dtype=torch.uint8, device=torch.device("cuda", torch.cuda.current_device()))
-        own[: _head_bytes(world)].zero_()
+        own[:zeroed].zero_()
         torch.cuda.synchronize()
 
     def exchange() -> None:
@@ -206,9 +222,4 @@ def _open(group: Any, size: WindowSize) -> Choice[PeerMemory | None]:
         failures = [text for text in gathered(error, group) if text]
         if failures:
             return Choice(None, failures[0])
-    lives, reason = share(group, 4096)
-    if lives is None:
-        return Choice(None, reason)
-    ranks = dist.get_process_group_ranks(group)
-    memory = CudaPeerMemory(group.group_name, index, ranks, size, buffers, lives)
-    return Choice(memory, f"symmetric memory, {total >> 20} MiB a rank")
+    return Choice(buffers, f"symmetric memory, {total >> 20} MiB a rank")
