@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from fluid_npu.order.checker import check as check_order
-from fluid_npu.order.records import numbered
 from tests.support.device import here
 from tests.support.gpt import Run, far_apart, same_bits, train_all
 from tests.support.moe import Case, all_weights, fluid_layer, inputs, load, run_layer, worst_error
+from tests.support.order_of_steps import exchanges_of_clean_steps, recorded_steps
 
 Ranks = Callable[..., list[Any]]
 FP32 = 1e-5
@@ -170,25 +169,10 @@ def test_a_model_with_carry_over_equals_stock_its_twin_and_one_piece(run_ranks: 
         assert ours["regions"]["layer 2 fc1"] == "backward of moe_dispatch AllToAlls of layer 2"
 
 
-def recorded() -> list[Any]:
-    """The order record of two training steps."""
-    import torch.distributed as dist
-
-    from fluid_npu.comm.guard import watch
-    from fluid_npu.order.recorder import OrderRecorder
-
-    with OrderRecorder(dist.get_rank(), lambda: watch.current.name if watch.current else "") as recorder:
-        train_all([replace(MODEL, steps=2)])
-    return recorder.entries
-
-
 def test_the_order_of_a_training_step_is_clean(run_ranks: Ranks) -> None:
-    results = run_ranks(2, recorded, sizes={"expert_model_parallel_size": 2})
-    report = check_order({rank: numbered(entries, rank) for rank, entries in enumerate(results)})
-    assert report.clean, "\n".join(map(str, report.findings))
+    results = run_ranks(2, recorded_steps, MODEL, sizes={"expert_model_parallel_size": 2})
     # Steps x micro-batches x layers x ranks: counts, and four exchanges of each of two chunks.
-    exchanges = [entry for entries in results for entry in entries if entry.name == "alltoall_base"]
-    assert len(exchanges) == 2 * 2 * 2 * 2 * 9
+    assert exchanges_of_clean_steps(results) == 2 * 2 * 2 * 2 * 9
 
 
 def refusals() -> dict[str, str]:
