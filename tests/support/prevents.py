@@ -15,7 +15,10 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 # A CPU build of torch, a CUDA build without a driver, and the latter in a forked process.
-NO_CUDA = "AssertionError: Torch not compiled with CUDA enabled|RuntimeError: (Found no NVIDIA driver|Cannot re-init)"
+NO_CUDA = (
+    "AssertionError: Torch not compiled with CUDA enabled|"
+    "RuntimeError: (Found no NVIDIA driver|Cannot re-init|CUDA error: CUDA driver version)"
+)
 
 # Pinned memory without CUDA: with a CPU build, and with a CUDA build without a driver.
 PINNED = f"RuntimeError: .*(pin_memory|pinned|accelerator)|{NO_CUDA}"
