@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fluid_npu.bench.agreement import TOLERANCE, Disagreement, Worst, over_ranks, worst_error
+from fluid_npu.bench.agreement import TOLERANCE, Disagreement, Worst, names_over_ranks, over_ranks, worst_error
 from fluid_npu.bench.forced_routing import ForcedRouting
 from fluid_npu.bench.layer_baseline import Baseline
 from fluid_npu.bench.layer_floor import local_slices
@@ -32,6 +32,7 @@ from fluid_npu.bench.rounds import run_rounds
 from fluid_npu.bench.stats import Times, paired_ratio, percentiles, quiet_halves
 from fluid_npu.bench.workloads import Sizes, tokens_of
 from fluid_npu.device.choice import Choice
+from fluid_npu.schedule.graphed import WARM_UP as CALLS_BEFORE_RECORDING
 from fluid_npu.train.config import TrainConfig
 from fluid_npu.train.parallel import Place
 
@@ -156,31 +157,48 @@ class Bench:
 
     def _check(self, stock: Impl) -> dict[str, Any]:
         """Output, input gradient and every weight gradient of each against stock. Raises Disagreement."""
-        tolerance = TOLERANCE[self.config.dtype or "fp32"]
         reference, found = self._results(stock), {}
         for impl in list(self.impls):
             if impl is stock:
                 continue
-            worst: Worst = over_ranks(worst_error(self._results(impl), reference))
-            found[impl.name] = {"error": worst.error, "where": worst.where}
-            if worst.error > tolerance:
-                reason = (
-                    f"{impl.name} differs from {stock.name}: relative error {worst.error:.2e} in {worst.where}, "
-                    f"allowed {tolerance:.0e}; a wrong result is not timed"
-                )
-                if impl.variant.kind not in EXTRAS:
-                    raise Disagreement(reason)
-                self._leave_out(impl.name, reason)
-                self.impls.remove(impl)
-                del found[impl.name]
+            worst, reason = self._compared(impl, stock.name, reference)
+            if worst is not None and not reason:
+                found[impl.name] = {"error": worst.error, "where": worst.where}
+                continue
+            if impl.variant.kind not in EXTRAS:
+                raise Disagreement(reason)
+            self._leave_out(impl.name, reason)
+            self.impls.remove(impl)
         return found
 
+    def _compared(self, impl: Impl, name: str, reference: dict[str, torch.Tensor]) -> tuple[Worst | None, str]:
+        """The worst error of all ranks, and why it cannot be timed; '' when it can. Collective."""
+        own, failed = None, ""
+        try:
+            own = worst_error(self._results(impl), reference)
+        except Exception as error:
+            if impl.variant.kind not in EXTRAS:
+                raise
+            failed = f"cannot run: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        failures = names_over_ranks([failed] if failed else [])
+        if failures or own is None:
+            return None, "; ".join(failures)
+        worst, tolerance = over_ranks(own), TOLERANCE[self.config.dtype or "fp32"]
+        if worst.error <= tolerance:
+            return worst, ""
+        reason = f"{impl.name} differs from {name}: relative error {worst.error:.2e} in {worst.where}"
+        return worst, f"{reason}, allowed {tolerance:.0e}; a wrong result is not timed"
+
     def _results(self, impl: Impl) -> dict[str, torch.Tensor]:
-        impl.variant.ddp.zero_grad_buffer()
-        x, dy = self.inputs[0]
-        x = x.detach().requires_grad_()
-        y = impl.forward(x)
-        impl.backward(y, dy)
+        recorded = getattr(impl.variant.layer.mlp, "graphed", None) is not None
+        for _ in range(
+            CALLS_BEFORE_RECORDING + 2 if recorded else 1
+        ):  # of a layer that is replayed, what a replay gives
+            impl.variant.ddp.zero_grad_buffer()
+            x, dy = self.inputs[0]
+            x = x.detach().requires_grad_()
+            y = impl.forward(x)
+            impl.backward(y, dy)
         assert x.grad is not None
         gradients = {name: g.clone() for name, g in impl.variant.gradients().items() if ".layers." in name}
         return {"output": y.detach(), "input gradient": x.grad, **gradients}

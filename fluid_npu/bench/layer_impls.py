@@ -74,8 +74,9 @@ ONCE_FP8 = Kind(
 )
 #: The newest Megatron's own overlap within a layer: experts' dW on a second stream beside the dispatch's backward.
 OWN_OVERLAP = "overlap_dispatch_backward_with_experts_wgrad"
-#: Forms that need other packages or a device's own ways, or round more; where they fail they are left out.
-EXTRAS = (LEGACY, LEGACY_TORCH, TE, TE_OVERLAPPED, PEER, ONCE_PEER, STATIC_PEER, STATIC_GRAPH, ONCE_FP8)
+#: Forms that need other packages or a device's own ways, or round more, or are new there; where they fail they are left
+#: out.
+EXTRAS = (LEGACY, LEGACY_TORCH, TE, TE_OVERLAPPED, PEER, ONCE_PEER, STATIC, STATIC_PEER, STATIC_GRAPH, ONCE_FP8)
 #: Forms of sending to other ranks.
 _TO_OTHERS = (ONCE, PEER, ONCE_PEER, STATIC, STATIC_PEER, STATIC_GRAPH, ONCE_IN_CHUNKS, ONCE_FP8)
 KINDS = {

@@ -63,6 +63,7 @@ def test_all_implementations_compute_the_same_layer(run_ranks: Callable[..., lis
     found = run_ranks(2, agreements)[0]
     for name, one in found.items():
         ran = {"baseline", "stock SequentialMLP", "ours plain", "ours overlapped", "ours overlapped, once per rank"}
+        ran |= {"ours overlapped, static"} if name == "grouped queries" else set()
         ran -= set(one["left_out"])
         assert ran <= set(one["ran"]), name
         assert set(one["agreement"]) == set(one["ran"]) - {"stock SequentialMLP"}
@@ -141,6 +142,23 @@ def test_a_lever_is_the_difference_of_two_that_ran() -> None:
     ]
     assert found[0]["held_mb"] == -1 and found[0]["judged"]
     assert lever_rows({("ours plain", "forward"): np.ones(2)}, {("ours plain", "forward"): 0.0}) == []
+
+
+def one_that_breaks() -> tuple[dict[str, str], list[str]]:
+    from fluid_npu.mcore.token_dispatcher import FluidTokenDispatcher
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("planted")
+
+    FluidTokenDispatcher._plan_static = broken  # type: ignore[method-assign]
+    made = bench(config("mixtral-tiny", kv_heads=2), "moe")
+    return made.left_out, [impl.name for impl in made.impls]
+
+
+def test_a_form_that_is_new_and_breaks_is_left_out_with_the_reason(run_ranks: Callable[..., list[Any]]) -> None:
+    left_out, ran = run_ranks(2, one_that_breaks)[0]
+    assert left_out["ours overlapped, static"] == "cannot run: RuntimeError: planted"
+    assert "ours overlapped, static" not in ran and "ours overlapped, once per rank" in ran
 
 
 def refused() -> str:
