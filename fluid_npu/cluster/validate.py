@@ -178,9 +178,9 @@ def sequence(plan: Plan) -> Iterator[Problem]:
         rule = f"must be at least --seq-length {length}"
         yield _problem("sequence", "--max-position-embeddings", positions, rule, f"use {length}")
     local = plan.args.get("--transformer-impl") == "local" and "--context-parallel-algo" not in plan.args
-    if plan.cp > 1 and local:
+    if plan.cp > 1 and local and "--moe-grouped-gemm" not in plan.args:
         rule = "Megatron's attention of --transformer-impl local refuses it (transformer/dot_product_attention.py)"
-        fix = f"use {_CP} 1, or MindSpeed's context parallelism (--context-parallel-algo)"
+        fix = f"add --moe-grouped-gemm (our attention), use {_CP} 1, or MindSpeed's (--context-parallel-algo)"
         yield _problem("sequence", _CP, plan.cp, rule, fix, level=WARNING)
 
 

@@ -263,6 +263,7 @@ WARNINGS = [
         "--context-parallel-size 2: Megatron's attention of --transformer-impl local",
         "--context-parallel-size",
         "2",
+        without=["--moe-grouped-gemm", "--fluid-overlap", "dw", "--gemm-gradient-accumulation-fusion"],
     ),
     planted(
         "dtype",
@@ -291,6 +292,11 @@ def test_what_only_costs_is_a_warning(
     found = [problem for problem in checked.problems if problem.kind == kind and problem.text().startswith(message)]
     assert found and found[0].level == "warning", [problem.text() for problem in checked.problems]
     assert checked.exit_code == 0
+
+
+def test_our_attention_takes_context_parallelism() -> None:
+    problems = job_of("mixtral_8x7b").check("--context-parallel-size", "2").problems
+    assert not [problem.text() for problem in problems if "Megatron's attention" in problem.text()]
 
 
 def test_interleaved_stages_hold_every_layer_once() -> None:
