@@ -1,7 +1,8 @@
 """The Triton kernels: in Triton's interpreter on a CPU, in a process of its own, and on a GPU where there is one.
 
-Triton is the one that scripts/megatron_lines.py unpacks for newer lines of Megatron, unless the environment has one. It
-stays out of this process: the interpreter is switched on when the kernels are imported, for good.
+For the interpreter Triton is the one that scripts/megatron_lines.py unpacks for newer lines of Megatron, where it is
+there: the interpreter of older ones fails with numpy 2.4. It stays out of this process: the interpreter is switched on
+when the kernels are imported, for good.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ TRITON = ROOT / ".megatron" / f"triton-{sys.implementation.cache_tag}"
 def interpreted() -> dict[str, str | None]:
     """What went wrong in each case, None where nothing did."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])]
-    if importlib.util.find_spec("triton") is None:
-        assert TRITON.is_dir(), f"{TRITON} is missing: python scripts/megatron_lines.py install"
+    if TRITON.is_dir():
         paths.insert(0, str(TRITON))
+    assert TRITON.is_dir() or importlib.util.find_spec("triton"), (
+        f"{TRITON} is missing: python scripts/megatron_lines.py install"
+    )
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
