@@ -251,6 +251,17 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[st
     return [name for name in names if name not in a or name not in b or not torch.equal(a[name], b[name])]
 
 
+def check_trained(ours: dict[str, Any], stock: dict[str, Any], twin: dict[str, Any], tolerance: float) -> None:
+    """Losses, gradients and weights of a run are those of stock within the tolerance, and bit for bit its twin's."""
+    import pytest
+
+    assert ours["losses"] == pytest.approx(stock["losses"], rel=tolerance), (ours["losses"], stock["losses"])
+    assert ours["losses"] == twin["losses"], (ours["losses"], twin["losses"])
+    for name in ("grads", "weights"):
+        far, differ = far_apart(ours[name], stock[name], tolerance), same_bits(ours[name], twin[name])
+        assert not far and not differ, (name, far, differ)
+
+
 def far_apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float) -> dict[str, float]:
     """Names whose relative Frobenius difference exceeds the tolerance; b is the reference."""
     from tests.support.moe import relative
