@@ -86,3 +86,8 @@ install_into() {
         || fail "pip could not install fluid_npu; the reason stands above"
     printf '%s\n' "$key" >"$stamp" 2>/dev/null || true # a read-only environment is only asked again next time
 }
+
+# pytest arguments where torch is not the one that the simulated NPU is built for.
+# shellcheck disable=SC2034 # of those who source this
+without_simulator=(--ignore tests/sim --ignore tests/order/test_on_the_simulator.py
+    --ignore tests/order/test_training_on_the_simulator.py)

@@ -119,8 +119,7 @@ with_torch() {
             make_venv "$folder" "$(command -v "$interpreter")"
             (FLUID_TORCH="torch==$version" install_into "$folder/bin/python" dev) || return 1
             "$folder/bin/python" -c 'import torch; print("torch", torch.__version__)'
-            "$folder/bin/python" -m pytest -q -rfE --ignore tests/sim \
-                --ignore tests/order/test_on_the_simulator.py --ignore tests/order/test_training_on_the_simulator.py
+            "$folder/bin/python" -m pytest -q -rfE "${without_simulator[@]}"
             return
         fi
     done

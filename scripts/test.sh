@@ -40,8 +40,7 @@ if "$python" -c 'import torch; raise SystemExit(torch.__version__.split("+")[0] 
     "$python" -m fluid_npu sim build
 else
     say "tests/sim is left out: the simulated NPU is built for torch 2.13.0 alone"
-    set -- --ignore tests/sim --ignore tests/order/test_on_the_simulator.py \
-        --ignore tests/order/test_training_on_the_simulator.py "$@"
+    set -- "${without_simulator[@]}" "$@"
 fi
 say "pytest"
 # A test that was skipped tested nothing: it fails here. Tests for other hardware are deselected and counted instead.
