@@ -1,9 +1,8 @@
 """What one MoE layer of a run costs here: a short measurement before the model is built, for ``schedule.planner``.
 
 Even routing, weights of the layer's shapes, the collective AllToAll on the job's group, with the rows of the dispatch's
-form. Each figure is the median of a
-few rounds on the slowest rank, so the table is the same on all ranks. T tokens of a rank, R rows of its experts, H
-hidden, F ffn, L local experts.
+form. Each figure is the median of a few rounds on the slowest rank, so the table is the same on all ranks. T tokens of
+a rank, R rows of its experts, H hidden, F ffn, L local experts.
 """
 
 from __future__ import annotations

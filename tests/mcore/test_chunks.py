@@ -15,6 +15,7 @@ from tests.support.device import here
 from tests.support.gpt import Run, check_trained, same_bits, train_all
 from tests.support.moe import Case, all_weights, fluid_layer, inputs, load, run_layer, worst_error
 from tests.support.order_of_steps import exchanges_of_clean_steps, recorded_steps
+from tests.support.refusals import value_errors
 
 Ranks = Callable[..., list[Any]]
 FP32 = 1e-5
@@ -186,11 +187,7 @@ def refusals() -> dict[str, str]:
             Case(overlap="full", chunks=2, config={"moe_token_dispatcher_type": "allgather"})
         ),
     }
-    messages = {}
-    for name, call in calls.items():
-        with pytest.raises(ValueError) as caught:
-            call()
-        messages[name] = str(caught.value)
+    messages = value_errors(calls)
     for name, case in {
         "auto": Case(overlap="full"),
         "auto_once": Case(overlap="full", dispatch="once-per-rank"),

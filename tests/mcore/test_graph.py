@@ -9,13 +9,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import pytest
 import torch
 
 from tests.support.fake_graph import FakeRecorder
 from tests.support.gpt import Run, same_bits, train_all
 from tests.support.moe import Case, all_weights, fluid_layer, load, make_config
 from tests.support.recorded_layer import Steps, run_steps
+from tests.support.refusals import value_errors
 
 Ranks = Callable[..., list[Any]]
 
@@ -99,12 +99,7 @@ def refusals() -> dict[str, str]:
         "recompute": lambda: build(Case(config=recompute)),
         "allgather": lambda: build(Case(config={"moe_token_dispatcher_type": "allgather"}), dispatch="plain"),
     }
-    messages = {}
-    for name, call in calls.items():
-        with pytest.raises(ValueError) as caught:
-            call()
-        messages[name] = str(caught.value)
-    return messages
+    return value_errors(calls)
 
 
 def test_what_is_in_the_way_is_named(run_ranks: Ranks) -> None:

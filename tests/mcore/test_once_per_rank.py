@@ -17,6 +17,7 @@ from tests.support.dispatchers import make_dispatcher
 from tests.support.gpt import Run, check_trained, train_all
 from tests.support.moe import Case, make_config, reference, relative, run_layer, worst_error
 from tests.support.order_of_steps import exchanges_of_clean_steps, recorded_steps
+from tests.support.refusals import value_errors
 
 Ranks = Callable[..., list[Any]]
 FP32 = 1e-5
@@ -193,11 +194,7 @@ def refusals() -> dict[str, str]:
             Case(dispatch="once-per-rank", config={"moe_token_dispatcher_type": "allgather"})
         ),
     }
-    messages = {}
-    for name, call in calls.items():
-        with pytest.raises(ValueError) as caught:
-            call()
-        messages[name] = str(caught.value)
+    messages = value_errors(calls)
     messages["auto_padded"] = str(fluid_layer(Case(dispatch="auto", config=padded)).token_dispatcher.dispatch_form)
     return messages
 

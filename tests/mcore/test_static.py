@@ -14,6 +14,7 @@ from fluid_npu.mcore.dispatch_choice import WANTED, choose_dispatch, expected_co
 from tests.support.gpt import Run, check_trained, train_all
 from tests.support.moe import Case, fluid_layer, make_config, run_layer, worst_error
 from tests.support.order_of_steps import exchanges_of_clean_steps, recorded_steps
+from tests.support.refusals import value_errors
 
 Ranks = Callable[..., list[Any]]
 FP32 = 1e-5
@@ -192,12 +193,7 @@ def refusals() -> dict[str, str]:
         "alone": lambda: make_dispatcher(Case(dispatch="static")),
         "etp": lambda: choose_dispatch("static", make_config(Case()), 2, 2, "cpu"),
     }
-    messages = {}
-    for name, call in calls.items():
-        with pytest.raises(ValueError) as caught:
-            call()
-        messages[name] = str(caught.value)
-    return messages
+    return value_errors(calls)
 
 
 def test_what_is_not_there_is_refused_by_name(run_ranks: Ranks) -> None:
