@@ -91,5 +91,5 @@ def test_allowed_is_what_a_scheduler_takes() -> None:
 
     assert OVERLAPS == OVERLAP_MODES
     assert DISPATCHES == dispatch_choice.DISPATCHES
-    assert TRANSPORTS == choose.TRANSPORTS
+    assert TRANSPORTS == choose.TRANSPORTS == config.A2A_TRANSPORTS
     assert PAYLOAD_DTYPES == payload_fp8.PAYLOAD_DTYPES == config.PAYLOAD_DTYPES
