@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,25 +24,32 @@ TRITON = ROOT / ".megatron" / f"triton-{sys.implementation.cache_tag}"
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, str | None]:
-    """What went wrong in each case, None where nothing did."""
+def launches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the launches of the interpreted checks are noted."""
+    return tmp_path_factory.mktemp("triton") / "launches.jsonl"
+
+
+def json_lines(*arguments: str, **settings: str) -> list[dict[str, Any]]:
+    """What tests.support.triton_launches prints, with the Triton that the module's docstring names."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])]
     if TRITON.is_dir():
         paths.insert(0, str(TRITON))
     assert TRITON.is_dir() or importlib.util.find_spec("triton"), (
         f"{TRITON} is missing: python scripts/megatron_lines.py install"
     )
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
-        "TRITON_INTERPRET": "1",
-        "FLUID_ROW_KERNELS": "triton",
-        "FLUID_GROUPED_GEMM": "triton",
-    }
-    command = [sys.executable, "-m", "tests.support.triton_cases"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **settings}
+    command = [sys.executable, "-m", "tests.support.triton_launches", *arguments]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert lines, done.stderr
+    return lines
+
+
+@pytest.fixture(scope="module")
+def interpreted(launches: Path) -> dict[str, str | None]:
+    """What went wrong in each case, None where nothing did."""
+    forced = {"FLUID_ROW_KERNELS": "triton", "FLUID_GROUPED_GEMM": "triton"}
+    lines = json_lines("record", str(launches), TRITON_INTERPRET="1", **forced)
     return {line["case"]: line["failure"] for line in lines}
 
 
@@ -49,6 +57,16 @@ def interpreted() -> dict[str, str | None]:
 @pytest.mark.parametrize("name", CASES)
 def test_in_the_interpreter(name: str, interpreted: dict[str, str | None]) -> None:
     assert interpreted[name] is None, interpreted[name]
+
+
+@pytest.mark.host
+def test_every_kernel_compiles_for_hopper(interpreted: dict[str, str | None], launches: Path, tmp_path: Path) -> None:
+    lines = json_lines("compile", str(launches), TRITON_CACHE_DIR=str(tmp_path))
+    assert [line for line in lines if line["failure"]] == []
+    launched = {kernel for line in launches.read_text().splitlines() if (kernel := json.loads(line)["kernel"])}
+    assert launched <= {line["kernel"].partition(" ")[0].rpartition(".")[2] for line in lines}
+    spilling = [line["kernel"] for line in lines if line["stack"] or line["local"]]
+    assert not spilling, "these keep registers in memory"
 
 
 @pytest.mark.cuda

@@ -502,10 +502,10 @@ def experts_through_the_seam(device: str) -> None:
         assert relative_error(value.cpu(), wanted) <= 2e-6
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """Runs the cases; returns 1 when one failed."""
     failed, device = 0, "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-    share, shares = map(int, (sys.argv[1] if len(sys.argv) > 1 else "0/1").split("/"))
+    share, shares = map(int, (arguments[0] if arguments else "0/1").split("/"))
     for name, check in list(CASES.items())[share::shares]:
         try:
             start = time.process_time()
@@ -518,4 +518,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
