@@ -60,8 +60,11 @@ def test_in_the_interpreter(name: str, interpreted: dict[str, str | None]) -> No
 
 
 @pytest.mark.host
-def test_every_kernel_compiles_for_hopper(interpreted: dict[str, str | None], launches: Path, tmp_path: Path) -> None:
-    lines = json_lines("compile", str(launches), TRITON_CACHE_DIR=str(tmp_path))
+@pytest.mark.parametrize("every", [[], pytest.param(["all"], marks=pytest.mark.nightly)], ids=["one launch", "all"])
+def test_every_kernel_compiles_for_hopper(
+    interpreted: dict[str, str | None], launches: Path, tmp_path: Path, every: list[str]
+) -> None:
+    lines = json_lines("compile", str(launches), *every, TRITON_CACHE_DIR=str(tmp_path))
     assert [line for line in lines if line["failure"]] == []
     launched = {kernel for line in launches.read_text().splitlines() if (kernel := json.loads(line)["kernel"])}
     assert launched <= {line["kernel"].partition(" ")[0].rpartition(".")[2] for line in lines}
