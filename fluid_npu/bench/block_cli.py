@@ -6,15 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fluid_npu.bench.options import (
-    add_common_flags,
-    add_engine_flags,
-    add_file_flags,
-    add_model_flags,
-    add_rounds_flag,
-    fail,
-    run_bench,
-)
+from fluid_npu.bench.options import add_model_flags, add_run_flags, fail, run_bench
 from fluid_npu.train.presets import PresetError, get_preset
 
 IMPLS = (
@@ -43,10 +35,7 @@ def add_block_parser(commands: Any) -> None:
         "--activation", default="preset", choices=("preset", "gelu"), help="gelu: experts without gate (preset)"
     )
     parser.add_argument("--link", metavar="RATE", help="put the ranks behind links of this rate, such as 1gbit (root)")
-    add_rounds_flag(parser, str(_ROUNDS))
-    add_file_flags(parser, "block")
-    add_engine_flags(parser)
-    add_common_flags(parser)
+    add_run_flags(parser, "block", str(_ROUNDS))
     parser.set_defaults(func=run_block)
 
 

@@ -10,9 +10,8 @@ from fluid_npu.bench.layer_cli import add_layer_parser
 from fluid_npu.bench.options import (
     add_common_flags,
     add_engine_flags,
-    add_file_flags,
     add_model_flags,
-    add_rounds_flag,
+    add_run_flags,
     run_bench,
     run_task,
 )
@@ -65,13 +64,10 @@ def _add_train_step_parser(commands: Any) -> None:
         "overlapped and its serialised twin: checked to agree, then run in paired, interleaved rounds.",
     )
     parser.add_argument("--cases", nargs="+", default=list(_STEP_CASES), choices=_STEP_CASES, help="default: both")
-    add_rounds_flag(parser, "60 for h64, 20 for h256")
-    add_file_flags(parser, "train-step")
     parser.add_argument(
         "--plant-delay-ms", type=float, default=0.0, metavar="D", help="delay every AllToAll of ours, on a CPU"
     )
-    add_engine_flags(parser)
-    add_common_flags(parser)
+    add_run_flags(parser, "train-step", "60 for h64, 20 for h256")
     parser.set_defaults(func=run_train_step)
 
 

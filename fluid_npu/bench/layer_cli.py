@@ -5,15 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fluid_npu.bench.options import (
-    add_common_flags,
-    add_engine_flags,
-    add_file_flags,
-    add_model_flags,
-    add_rounds_flag,
-    fail,
-    run_bench,
-)
+from fluid_npu.bench.options import add_model_flags, add_run_flags, fail, run_bench
 from fluid_npu.bench.workload_names import DESCRIPTIONS
 from fluid_npu.train.presets import PresetError, get_preset
 
@@ -41,10 +33,7 @@ def add_layer_parser(commands: Any) -> None:
     parser.add_argument(
         "--workload", default="W0", choices=list(DESCRIPTIONS), metavar="W", help="routing, W0 to W7 (W0 balanced)"
     )
-    add_rounds_flag(parser, str(_ROUNDS))
-    add_file_flags(parser, "layer")
-    add_engine_flags(parser)
-    add_common_flags(parser)
+    add_run_flags(parser, "layer", str(_ROUNDS))
     parser.set_defaults(func=run_layer)
 
 

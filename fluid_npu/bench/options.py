@@ -66,6 +66,14 @@ def add_rounds_flag(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--rounds", "--steps", type=int, metavar="N", help=f"paired, interleaved rounds ({default})")
 
 
+def add_run_flags(parser: argparse.ArgumentParser, name: str, rounds: str) -> None:
+    """What every bench of our layers' AllToAlls has besides its model and its own flags."""
+    add_rounds_flag(parser, rounds)
+    add_file_flags(parser, name)
+    add_engine_flags(parser)
+    add_common_flags(parser)
+
+
 def add_model_flags(parser: argparse.ArgumentParser, preset: str) -> None:
     """Which model, and any figure of it."""
     parser.add_argument("--preset", default=preset, metavar="NAME", help=f"one of: {', '.join(PRESETS)} ({preset})")

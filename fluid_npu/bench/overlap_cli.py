@@ -5,15 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fluid_npu.bench.options import (
-    add_common_flags,
-    add_engine_flags,
-    add_file_flags,
-    add_model_flags,
-    add_rounds_flag,
-    fail,
-    run_bench,
-)
+from fluid_npu.bench.options import add_model_flags, add_run_flags, fail, run_bench
 from fluid_npu.bench.workload_names import DESCRIPTIONS
 from fluid_npu.train.presets import PresetError, get_preset
 
@@ -36,7 +28,6 @@ def add_overlap_parser(commands: Any) -> None:
     parser.add_argument(
         "--workloads", nargs="+", default=list(DESCRIPTIONS), choices=list(DESCRIPTIONS), metavar="W", help="all"
     )
-    add_rounds_flag(parser, "12")
     parser.add_argument("--overlap", default="dw", choices=("dw", "full"), help="what is overlapped (dw)")
     parser.add_argument("--moe-chunks", type=int, metavar="N", help="with --overlap full: chunks of a rank's experts")
     parser.add_argument("--carry-over", action="store_true", help="let dW wait for the combine of the layer below")
@@ -44,9 +35,7 @@ def add_overlap_parser(commands: Any) -> None:
         "--plant-delay-ms", type=float, default=0.0, metavar="D", help="delay every AllToAll of ours, on a CPU"
     )
     parser.add_argument("--link", metavar="RATE", help="put the ranks behind links of this rate, such as 1gbit (root)")
-    add_file_flags(parser, "overlap")
-    add_engine_flags(parser)
-    add_common_flags(parser)
+    add_run_flags(parser, "overlap", "12")
     parser.set_defaults(func=run_overlap)
 
 
