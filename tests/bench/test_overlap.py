@@ -1,4 +1,7 @@
-"""``bench overlap``: planted milliseconds show where they belong, and the result has the documented form."""
+"""``bench overlap``: planted milliseconds show where they belong, and the result has the documented form.
+
+Where milliseconds are planted only they pass (``tests/support/clock.py``).
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,10 @@ import pytest
 
 from fluid_npu.bench.overlap_text import overlap_text, overlap_verdict
 from fluid_npu.train.config import TrainConfig, validate
+from tests.support.clock import MeetingTransport, planted_time
 
 DELAY_MS, DW_MS, LATE_MS = 150.0, 100.0, 250.0  # dW: of FC1 and of FC2 each, together longer than the delay
-ROUNDS, ATTEMPTS = 3, 4
+ROUNDS, NOTHING_MS = 2, 1e-6
 
 
 def planted(late: bool) -> dict[str, Any]:
@@ -37,44 +41,35 @@ def planted(late: bool) -> dict[str, Any]:
 
     case = Case(fuse=False)
     config = make_config(case)
-    transport = DelayedTransport(CollectiveTransport(), DELAY_MS)
-    layer = build_module(get_fluid_moe_layer_spec(config, transport=transport).submodules.mlp, config=config)
-    layer.set_layer_number(1)
-    if late and dist.get_rank() == 1:
-        layer.experts.register_forward_hook(lambda *_: time.sleep(LATE_MS / 1e3))
-    scheduler = layer.backward_scheduler
     land = DeferredWeights._land
     DeferredWeights._land = lambda *args: (time.sleep(DW_MS / 1e3), land(*args))[1]
     x, _ = inputs(case, dist.get_rank(), 0)
     device = get_device("cpu").value
 
     def step(serialised: bool) -> float:
-        dist.barrier()
+        clock.meet()
         start = time.perf_counter()
-        with scheduler.serialise() if serialised else nullcontext():
+        with layer.backward_scheduler.serialise() if serialised else nullcontext():
             layer(x.requires_grad_())[0].sum().backward()
         return (time.perf_counter() - start) * 1e3
 
-    def measured() -> dict[str, Any]:
+    with planted_time() as clock:
+        transport = DelayedTransport(MeetingTransport(CollectiveTransport(), clock), DELAY_MS)
+        layer = build_module(get_fluid_moe_layer_spec(config, transport=transport).submodules.mlp, config=config)
+        layer.set_layer_number(1)
+        if late and dist.get_rank() == 1:
+            layer.experts.register_forward_hook(lambda *_: time.sleep(LATE_MS / 1e3))
         ms, found = np.zeros((ROUNDS, 3)), []
         for column, serialised in ((1, True), (2, False)):
-            with Lanes(scheduler, device) as lanes:
+            with Lanes(layer.backward_scheduler, device) as lanes:
                 for number in range(ROUNDS):
                     lanes.begin()
                     ms[number, column] = step(serialised)
                 every: list[Any] = [None, None]
                 dist.all_gather_object(every, lanes.take_steps())
             found.append([list(one) for one in zip(*every, strict=True)])
-        rows = rows_of_exchanges("W0", *found, [0.0] * 4)
-        return {"rows": rows, "step": step_row("W0", ms, found[0], rows, "dw")}
-
-    step(True)
-    for _ in range(ATTEMPTS):
-        result = measured()
-        # The rows are equal on all ranks. Else other work on this machine took the time: measure again.
-        if max(row["hidden_spread_ms"] for row in result["rows"]) <= DELAY_MS / 20:
-            break
-    return result
+    rows = rows_of_exchanges("W0", *found, [0.0] * 4)
+    return {"rows": rows, "step": step_row("W0", ms, found[0], rows, "dw")}
 
 
 def test_a_planted_delay_shows_as_exposed_or_as_hidden(run_ranks: Callable[..., list[Any]]) -> None:
@@ -85,28 +80,25 @@ def test_a_planted_delay_shows_as_exposed_or_as_hidden(run_ranks: Callable[..., 
         *("backward of moe_combine AllToAll of layer 1", "backward of moe_dispatch AllToAll of layer 1"),
     ]
     for row in bare:
-        assert row["transfer_ms"] == pytest.approx(DELAY_MS, rel=0.1)
-        assert row["exposed_ms"] == pytest.approx(DELAY_MS, rel=0.1)
-        assert abs(row["hidden_ms"]) < 0.1 * DELAY_MS and row["beside"] == []
-    assert covered["exposed_ms"] < 0.1 * DELAY_MS
-    assert covered["hidden_ms"] == pytest.approx(DELAY_MS, rel=0.1)
+        assert [row["transfer_ms"], row["exposed_ms"]] == pytest.approx([DELAY_MS, DELAY_MS])
+        assert row["hidden_ms"] == pytest.approx(0.0, abs=NOTHING_MS) and row["beside"] == []
+    assert covered["exposed_ms"] == pytest.approx(0.0, abs=NOTHING_MS)
+    assert [covered["hidden_ms"], covered["coverable_ms"]] == pytest.approx([DELAY_MS, DELAY_MS])
     assert [piece["name"] for piece in covered["beside"]] == ["layer 1 fc2", "layer 1 fc1"]
-    assert covered["beside_ms"] == pytest.approx(2 * DW_MS, rel=0.1)
-    assert covered["coverable_ms"] == pytest.approx(DELAY_MS, rel=0.1)
+    assert covered["beside_ms"] == pytest.approx(2 * DW_MS)
     step = found["step"]
-    # Of the whole step, with all else that the machine does meanwhile: within 10 % or the printed spread.
-    assert abs(step["hidden_ms"] - DELAY_MS) <= max(0.1 * DELAY_MS, step["hidden_spread_ms"])
-    assert step["twin_ms"] > step["overlapped_ms"]
+    assert step["hidden_ms"] == pytest.approx(DELAY_MS) and step["hidden_spread_ms"] == pytest.approx(0, abs=NOTHING_MS)
+    assert step["twin_ms"] == pytest.approx(4 * DELAY_MS + 2 * DW_MS)
+    assert step["overlapped_ms"] == pytest.approx(3 * DELAY_MS + 2 * DW_MS)
     assert step["agrees"]
 
 
 def test_a_late_peer_is_no_transfer(run_ranks: Callable[..., list[Any]]) -> None:
     dispatch, combine, *_ = run_ranks(2, planted, True, sizes={"expert_model_parallel_size": 2})[0]["rows"]
     # The planted delay runs from each rank's own launch, so that much of the late peer's absence is covered by it.
-    assert combine["peer_wait_ms"] == pytest.approx(LATE_MS - DELAY_MS, rel=0.15)
+    assert combine["peer_wait_ms"] == pytest.approx(LATE_MS - DELAY_MS)
     for row in (dispatch, combine):
-        assert row["transfer_ms"] == pytest.approx(DELAY_MS, rel=0.1)
-        assert row["exposed_ms"] == pytest.approx(DELAY_MS, rel=0.1)
+        assert [row["transfer_ms"], row["exposed_ms"]] == pytest.approx([DELAY_MS, DELAY_MS])
 
 
 @pytest.mark.link

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from fluid_npu.comm.all_to_all import AllToAllHandle, fluid_all_to_all
 from fluid_npu.comm.sink import DirectSink, Passengers
 from fluid_npu.comm.transports import CollectiveTransport, DelayedTransport
+from tests.support.clock import planted_time
 from tests.support.device import here
 
 Ranks = Callable[..., list[Any]]
@@ -138,24 +140,23 @@ def test_passengers_get_their_gradient_after_the_flight_was_filled(run_ranks: Ra
 
 def delayed() -> tuple[float, float]:
     """Milliseconds of an exchange with 60 ms planted, waited for at once, and after 80 ms of other work."""
-    import time
-
-    times = []
+    times: list[float] = []
     fluid_all_to_all(dist.group.WORLD, torch.ones(4, 2), None, None)  # connects
-    for work in (0.0, 0.08):
-        sink = DirectSink(transport=DelayedTransport(CollectiveTransport(), 60.0))
-        handle = fluid_all_to_all(dist.group.WORLD, torch.ones(4, 2), None, None, async_op=True, sink=sink)
-        time.sleep(work)
-        handle.wait()  # type: ignore[union-attr]
-        times.append(sink.comm.as_dict()["exposed_ms"])
+    with planted_time():
+        for work in (0.0, 0.08):
+            sink = DirectSink(transport=DelayedTransport(CollectiveTransport(), 60.0))
+            handle = fluid_all_to_all(dist.group.WORLD, torch.ones(4, 2), None, None, async_op=True, sink=sink)
+            time.sleep(work)
+            handle.wait()  # type: ignore[union-attr]
+            times.append(sink.comm.as_dict()["exposed_ms"])
     return times[0], times[1]
 
 
 @pytest.mark.host  # where the delay is planted
 def test_a_planted_delay_is_exposed_alone_and_hidden_behind_work(run_ranks: Ranks) -> None:
     exposed, hidden = run_ranks(2, delayed)[0]
-    assert exposed == pytest.approx(60.0, rel=0.1)
-    assert hidden < 20.0
+    assert exposed == pytest.approx(60.0)
+    assert hidden == pytest.approx(0.0, abs=1e-6)
 
 
 def test_a_negative_delay_is_refused() -> None:

@@ -156,7 +156,7 @@ def _one_rank_dies() -> str:
 
 def test_the_death_of_a_peer_is_an_error_and_not_a_hang() -> None:
     with pytest.raises(AssertionError) as caught:
-        run_ranks(2, _one_rank_dies, timeout=30)
+        run_ranks(2, _one_rank_dies, grace=60)
     text = str(caught.value)
     assert "moe_dispatch AllToAll" in text and "waited for rank 1" in text
     assert "its process has ended" in text

@@ -174,7 +174,7 @@ def _everything() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
-    return run_ranks(4, _everything, timeout=60)
+    return run_ranks(4, _everything)
 
 
 def test_uneven_and_empty_exchanges_arrive_whole(ranks: list[dict[str, Any]]) -> None:
@@ -265,6 +265,6 @@ def _one_rank_dies() -> str:
 
 def test_the_death_of_a_peer_is_an_error_and_not_a_hang() -> None:
     with pytest.raises(RankError) as caught:
-        run_ranks(4, _one_rank_dies, timeout=60)
+        run_ranks(4, _one_rank_dies, grace=60)
     text = str(caught.value)
     assert CollectiveError.__name__ in text and "moe_dispatch AllToAll" in text and "waited for rank" in text

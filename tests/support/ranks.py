@@ -21,6 +21,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -40,6 +41,8 @@ _PRELOAD = [
     *device.PRELOAD,
     "tests.support.parsed",
 ]
+#: faulthandler writes the main thread last, and of it the outermost frame.
+_STACK_END = "in <module>\n"
 
 
 class RankError(AssertionError):
@@ -67,7 +70,8 @@ def run_ranks(
     *args: Any,
     sizes: dict[str, Any] | None = None,
     seed: int = 1234,
-    timeout: float = 120.0,
+    timeout: float = 240.0,
+    grace: float = 2.0,
     env: dict[str, str] | None = None,
     start: str = "forkserver",
     **kwargs: Any,
@@ -82,6 +86,7 @@ def run_ranks(
             random states are set up first. None: torch.distributed only.
         seed: of Megatron's random states and of torch.
         timeout: seconds for everything; stuck ranks are killed and their stacks shown.
+        grace: seconds after the first failure in which other ranks may answer too; tests of what those say give more.
         env: extra environment of the children.
         start: how processes begin. 'spawn' for CUDA: what the server has imported may have asked for GPUs.
 
@@ -107,7 +112,7 @@ def run_ranks(
             pipes.append(receive)
             processes.append(process)
         try:
-            return _collect(pipes, processes, folder, timeout)
+            return _collect(pipes, processes, folder, timeout, grace)
         finally:
             for process in processes:
                 if process.is_alive():
@@ -137,10 +142,10 @@ def _make_job(function: Any, call: Any, store: str, sizes: Any, seed: int, timeo
     )
 
 
-def _collect(pipes: list[Connection], processes: list[Any], folder: str, timeout: float) -> list[Any]:
-    """Waits for one answer of each rank; after the first failure the others have two seconds."""
+def _collect(pipes: list[Connection], processes: list[Any], folder: str, timeout: float, grace: float) -> list[Any]:
+    """Waits for one answer of each rank; after the first failure the others have ``grace`` seconds."""
     results: dict[int, Any] = {}
-    failures: list[str] = []
+    failures: list[tuple[float, str]] = []
     waiting = dict(zip(pipes, range(len(pipes)), strict=True))
     deadline = time.monotonic() + timeout
     while waiting and (left := deadline - time.monotonic()) > 0:
@@ -149,25 +154,33 @@ def _collect(pipes: list[Connection], processes: list[Any], folder: str, timeout
             try:
                 good, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
             except (EOFError, ConnectionResetError):
-                processes[rank].join(5)
-                good, value = False, f"died without an answer, exit code {processes[rank].exitcode}"
+                processes[rank].join(20)
+                # Who dies is the cause of what others say.
+                good, value = False, (0.0, f"died without an answer, exit code {processes[rank].exitcode}")
             if good:
                 results[rank] = value
             else:
-                failures.append(f"--- rank {rank}: {value}")
-                deadline = min(deadline, time.monotonic() + 2)
+                failures.append((value[0], f"--- rank {rank}: {value[1]}"))
+                deadline = min(deadline, time.monotonic() + grace)
     if failures or waiting:
-        failures += [_stuck(rank, processes[rank], folder, timeout) for rank in waiting.values()]
-        raise RankError("\n".join(failures))
+        # By the ranks' own clock: who looks late finds several answers, and in the order of the ranks.
+        texts = [text for _, text in sorted(failures)]
+        texts += [_stuck(rank, processes[rank], folder, timeout) for rank in waiting.values()]
+        raise RankError("\n".join(texts))
     return [results[rank] for rank in range(len(pipes))]
 
 
 def _stuck(rank: int, process: Any, folder: str, timeout: float) -> str:
     """The stack of a rank that did not answer."""
-    os.kill(process.pid, signal.SIGUSR1)
-    time.sleep(0.3)
-    stack = Path(f"{folder}/stack{rank}")
-    text = stack.read_text() if stack.exists() else ""
+    stack, text, end = Path(f"{folder}/stack{rank}"), "", time.monotonic() + 10
+    with suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGUSR1)
+    while not text.endswith(_STACK_END) and time.monotonic() < end:
+        alive = process.is_alive()
+        text = stack.read_text() if stack.exists() else ""
+        if not alive:
+            break
+        time.sleep(0.05)
     return f"--- rank {rank}: no answer (timeout={timeout:.0f} s, or stopped because another rank failed)\n{text}"
 
 
@@ -179,7 +192,7 @@ def _child(job: _Job, rank: int, nproc: int, pipe: Connection, stack: str) -> No
         try:
             answer = pickle.dumps((True, device.host(_run(job, rank, nproc))))
         except BaseException:
-            answer = pickle.dumps((False, traceback.format_exc()))
+            answer = pickle.dumps((False, (time.monotonic(), traceback.format_exc())))
         for helper in mp.active_children():  # Megatron's checkpoint writer leaves a manager, which would stay
             helper.terminate()
         pipe.send_bytes(answer)  # the last thing: who started the ranks kills them when it has all answers
