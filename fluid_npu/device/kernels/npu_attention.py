@@ -5,6 +5,8 @@ Rules that shape this file (op-plugin documents of ``npu_fusion_attention`` and 
 * attention: fp16, bf16 or fp32, one dtype; at most 256 query heads, a multiple of the key heads; head sizes to 768,
   the value's no larger; in a mask 1 means hidden, the opposite of torch's attention; ``sparse_mode`` 2 (causal) wants a
   compressed mask of 2048 x 2048 whatever the lengths; without a mask the sparse mode is ignored.
+* largest score and sum of a row come as fp32 ``[B, N, S, 8]``, eight times the same; the gradient divides exp(score -
+  largest) by the sum, so that (log-sum-exp, 1) mean what they do; a ring passes those of all blocks.
 * rotary: even head size below 896; sizes along which cos is broadcast below 1000, together below 1000 when
   interleaved.
 """
@@ -18,11 +20,13 @@ import torch
 from torch import Tensor
 
 from fluid_npu.device.choice import Choice
+from fluid_npu.device.kernels.attention_blocks import AttentionBlock, AttentionBlocks
 from fluid_npu.device.kernels.fused import AttentionCall, AttentionKernels, RotaryKernels
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_HEADS, _MAX_HEAD_SIZE, _MAX_LENGTH, _MAX_BATCH = 256, 768, 2**20, 2**21
 _COMPRESSED = 2048
+_SAME = 8  # columns of a row's largest score and sum
 _ALL_GIVEN, _LEFT_UP_CAUSAL = 1, 2  # sparse_mode
 _ROTARY_SIZE, _ROTARY_BROADCAST = 896, 1000
 
@@ -81,6 +85,52 @@ class NpuAttention(AttentionKernels):
             hidden = torch.ones(_COMPRESSED, _COMPRESSED, dtype=torch.bool, device=device)
             self._causal_masks[device] = hidden.triu_(1)
         return self._causal_masks[device]
+
+
+class NpuBlock(AttentionBlock):
+    """``npu_fusion_attention`` and its gradient, as ``NpuAttention`` calls them."""
+
+    def __init__(self, attention: NpuAttention) -> None:
+        self._attention = attention
+
+    def __str__(self) -> str:
+        return "npu_fusion_attention"
+
+    def forward(
+        self, q_SBND: Tensor, k_TBMD: Tensor, v_TBMV: Tensor, scale: float, causal: bool
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        call = AttentionCall(heads=q_SBND.shape[2], scale=scale, causal=causal)
+        out, (largest, total) = self._attention.forward(q_SBND, k_TBMD, v_TBMV, call)
+        return out.view(*q_SBND.shape[:3], -1), largest[..., 0] + total[..., 0].log(), ()
+
+    def backward(
+        self,
+        dy_SBNV: Tensor,
+        q_SBND: Tensor,
+        k_TBMD: Tensor,
+        v_TBMV: Tensor,
+        out_SBNV: Tensor,
+        lse_BNS: Tensor,
+        kept: tuple[Tensor, ...],
+        scale: float,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        call = AttentionCall(heads=q_SBND.shape[2], scale=scale, causal=causal)
+        largest = lse_BNS[..., None].expand(*lse_BNS.shape, _SAME).contiguous()
+        rows = (largest, torch.ones_like(largest))
+        out_SBO = out_SBNV.flatten(2).contiguous()
+        return self._attention.backward(dy_SBNV.flatten(2), q_SBND, k_TBMD, v_TBMV, out_SBO, rows, call)
+
+
+class NpuBlocks(AttentionBlocks):
+    """The one form, where the operator's contract allows it."""
+
+    def __init__(self, attention: NpuAttention) -> None:
+        self._block = NpuBlock(attention)
+
+    def choose(self, q_SBND: Tensor, k_TBMD: Tensor, v_TBMV: Tensor, scale: float) -> Choice[AttentionBlock | None]:
+        broken = attention_rule_broken(q_SBND, k_TBMD, v_TBMV, AttentionCall(heads=q_SBND.shape[2], scale=scale))
+        return Choice(self._block, "npu_fusion_attention takes it") if broken is None else Choice(None, broken)
 
 
 class NpuRotary(RotaryKernels):

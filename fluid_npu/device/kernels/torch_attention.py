@@ -39,9 +39,9 @@ _BACKENDS = {
 #: Whose gradients are added up in the same order each time, when torch is asked for that.
 _REPEATABLE = ("flash", TORCH)
 _HALVES = (torch.bfloat16, torch.float16)
-_ROWS = 64  # of the small case
+SMALL_ROWS = 64  # of the small case
 #: Largest relative error in the small case. Halves are rounded three times on the way.
-_LARGEST_ERROR = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-4}
+LARGEST_ERROR = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-4}
 
 
 _repeatable = False
@@ -57,6 +57,11 @@ def repeatable_attention() -> Iterator[None]:
         yield
     finally:
         _repeatable = before
+
+
+def repeats_bits() -> bool:
+    """Whether gradients are to be added up in the same order each time: ``repeatable_attention``, or torch's flag."""
+    return _repeatable or torch.are_deterministic_algorithms_enabled()
 
 
 @contextmanager
@@ -111,7 +116,7 @@ class TorchAttention(DifferentiableAttention):
         self._chosen: dict[Any, Choice[Form | None]] = {}
 
     def accepts(self, q_SBND: Tensor, k_TBMD: Tensor, v_TBMV: Tensor, call: AttentionCall) -> Choice[bool]:
-        broken = "a comparison asks for them" if _plain_only else _rule_broken(q_SBND, k_TBMD, v_TBMV, call)
+        broken = rule_broken(q_SBND, k_TBMD, v_TBMV, call)
         if broken is not None:
             return Choice(False, broken)
         form, reason = self._form(q_SBND, k_TBMD, v_TBMV, call)
@@ -128,7 +133,7 @@ class TorchAttention(DifferentiableAttention):
 
     def _form(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Choice[Form | None]:
         sizes = (q.shape[2], k.shape[2], q.shape[3], v.shape[3])
-        repeats = _repeatable or torch.are_deterministic_algorithms_enabled()
+        repeats = repeats_bits()
         key = (q.device, q.dtype, sizes, call.causal, call.mask is None, repeats)
         if key not in self._chosen:
             self._chosen[key] = self._choose(q, sizes, call, repeats)
@@ -141,7 +146,7 @@ class TorchAttention(DifferentiableAttention):
         kernels = [name for name in self._kernels if not repeats or name in _REPEATABLE]
         for form in _forms(kernels, *sizes):
             error = _error(form, q, sizes, call)
-            if isinstance(error, float) and error <= _LARGEST_ERROR[q.dtype]:
+            if isinstance(error, float) and error <= LARGEST_ERROR[q.dtype]:
                 why = f"{form}; off by {error:.0e} in its check"
                 return Choice(form, f"{why}; refused: {'; '.join(refused)}" if refused else why)
             refused.append(f"{form}: {error if isinstance(error, str) else f'off by {error:.0e}'}")
@@ -174,11 +179,12 @@ def torch_attention(allowed: tuple[str, ...]) -> TorchAttention | None:
     return None if asked == MEGATRON else TorchAttention(asked)
 
 
-def _rule_broken(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> str | None:
+def rule_broken(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> str | None:
     """Why a fused kernel is not taken, or None."""
     rules = (
+        (not _plain_only, "a comparison asks for them"),
         (q.dtype in _HALVES or q.device.type == "cpu", "fused kernels of a GPU take bf16 and fp16"),
-        (q.dtype in _LARGEST_ERROR and q.dtype == k.dtype == v.dtype, "fused attention wants one floating dtype"),
+        (q.dtype in LARGEST_ERROR and q.dtype == k.dtype == v.dtype, "fused attention wants one floating dtype"),
         (min(q.shape[0], k.shape[0]) > 1 and q.shape[1] > 0, "fused attention wants more than one row"),
         (q.shape[2] % k.shape[2] == 0 and k.shape[:3] == v.shape[:3], "fused attention wants heads that share keys"),
         (v.shape[3] <= q.shape[3], "fused attention wants values no wider than queries"),
@@ -202,32 +208,40 @@ def _error(form: Form, like: Tensor, sizes: tuple[int, int, int, int], call: Att
     with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says why each kernel cannot be
         qkv = [
-            torch.randn(_ROWS, 2, *shape, device=like.device, generator=generator).to(like.dtype) for shape in shapes
+            torch.randn(SMALL_ROWS, 2, *shape, device=like.device, generator=generator).to(like.dtype)
+            for shape in shapes
         ]
-        dy = torch.randn(_ROWS, 2, heads * values, device=like.device, generator=generator).to(like.dtype)
+        dy = torch.randn(SMALL_ROWS, 2, heads * values, device=like.device, generator=generator).to(like.dtype)
         small = AttentionCall(heads=heads, scale=call.scale, causal=call.causal, mask=_small_mask(call, like.device))
         try:
-            found = _with_gradients(form.compute, qkv, dy, small)
+            found = with_gradients(form.compute, qkv, dy, small)
         except RuntimeError as error:
             return str(error).partition("\n")[0].strip()[:80] or type(error).__name__
-        wanted = _with_gradients(_plain, [x.float() for x in qkv], dy.float(), small)
+        wanted = with_gradients(plain_products, [x.float() for x in qkv], dy.float(), small)
     return max(float((a.float() - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True))
+
+
+def small_case(shapes: Sequence[Sequence[int]], like: Tensor, generator: torch.Generator) -> list[Tensor]:
+    """``[S, 2, *shape]`` of normal numbers, in the dtype and on the device of ``like``."""
+    return [
+        torch.randn(SMALL_ROWS, 2, *shape, device=like.device, generator=generator).to(like.dtype) for shape in shapes
+    ]
 
 
 def _small_mask(call: AttentionCall, device: torch.device) -> Tensor | None:
     """Hides some keys, never a query's own, if the call hides some by a mask."""
     if call.mask is None:
         return None
-    return torch.ones(1, 1, _ROWS, _ROWS, dtype=torch.bool, device=device).triu_(1)
+    return torch.ones(1, 1, SMALL_ROWS, SMALL_ROWS, dtype=torch.bool, device=device).triu_(1)
 
 
-def _with_gradients(attend: Any, qkv: list[Tensor], dy: Tensor, call: AttentionCall) -> tuple[Tensor, ...]:
+def with_gradients(attend: Any, qkv: list[Tensor], dy: Tensor, call: AttentionCall) -> tuple[Tensor, ...]:
     leaves = [x.detach().requires_grad_() for x in qkv]
     out = attend(*leaves, call)
     return (out.detach(), *torch.autograd.grad(out, leaves, dy))
 
 
-def _plain(q_SBND: Tensor, k_TBMD: Tensor, v_TBMV: Tensor, call: AttentionCall) -> Tensor:
+def plain_products(q_SBND: Tensor, k_TBMD: Tensor, v_TBMV: Tensor, call: AttentionCall) -> Tensor:
     """The same by products and a softmax."""
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBND, k_TBMD, v_TBMV))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
