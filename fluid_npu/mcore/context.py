@@ -217,14 +217,20 @@ class RankDropout(torch.nn.Dropout):
         """The shape of ``input``."""
         if not self.training or self.p == 0:
             return input
-        device = device_of(input)
+        with self.own_numbers(input):
+            return super().forward(input)
+
+    @contextmanager
+    def own_numbers(self, like: Tensor) -> Iterator[None]:
+        """In the body the device of ``like`` draws this rank's numbers."""
+        device = device_of(like)
         state = device.get_rng_state()
-        torch.rand(1, device=input.device)  # the next call finds another state
+        torch.rand(1, device=like.device)  # the next call finds another state
         outer, host = device.get_rng_state(), torch.get_rng_state()
         digest = hashlib.blake2b(state.numpy().tobytes(), digest_size=7, salt=self._rank.to_bytes(8, "little"))
         device.manual_seed(int.from_bytes(digest.digest(), "little"))
         try:
-            return super().forward(input)
+            yield
         finally:
             torch.set_rng_state(host)
             device.set_rng_state(outer)

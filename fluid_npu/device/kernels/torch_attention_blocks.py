@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fluid_npu.device.choice import Choice
+from fluid_npu.device.kernels import attention_check as check
 from fluid_npu.device.kernels import torch_attention as whole
 from fluid_npu.device.kernels.attention_blocks import AttentionBlock, AttentionBlocks, merge_block_
 from fluid_npu.device.kernels.fused import AttentionCall
@@ -29,8 +30,6 @@ _OPERATORS = {
     "flash": "_scaled_dot_product_flash_attention",
 }
 _ON_GPU = {"auto": ("cudnn", "flash"), whole.TORCH: ("cudnn", "flash"), "cudnn": ("cudnn",), "flash": ("flash",)}
-#: What a kernel that torch lacks, or whose signature is another, raises.
-_REFUSALS = (RuntimeError, TypeError, AttributeError, ValueError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +127,7 @@ class TorchBlocks(AttentionBlocks):
         refused: list[str] = []
         for block in self._forms(q, k, v, repeatable):
             error = _error(block, q, k, v, scale)
-            if isinstance(error, float) and error <= whole.LARGEST_ERROR[q.dtype]:
+            if isinstance(error, float) and error <= check.LARGEST_ERROR[q.dtype]:
                 why = f"{block}; off by {error:.0e} in its check"
                 return Choice(block, f"{why}; refused: {'; '.join(refused)}" if refused else why)
             refused.append(f"{block}: {error if isinstance(error, str) else f'off by {error:.0e}'}")
@@ -165,22 +164,21 @@ def _deterministic(wanted: bool) -> Iterator[None]:
 
 def _error(block: TorchBlock, q: Tensor, k: Tensor, v: Tensor, scale: float) -> float | str:
     """The largest relative error of output and gradients over a causal and a whole block, or why there are none."""
-    generator, rows = torch.Generator(device=q.device).manual_seed(0), whole.SMALL_ROWS
     shapes = (q.shape[2:], (q.shape[2], v.shape[3]), *(x.shape[2:] for x in (k, k, v, v)))
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        query, dy, *keys = whole.small_case(shapes, q, generator)
+        query, dy, *keys = check.small_case(shapes, q)
         small = (query, torch.cat(keys[:2]), torch.cat(keys[2:]))
         try:
             found = _two_blocks(block, *small, dy, scale)
-        except _REFUSALS as error:
-            return str(error).partition("\n")[0].strip()[:80] or type(error).__name__
-    hidden = torch.ones(rows, 2 * rows, dtype=torch.bool, device=q.device).triu_(1)
-    hidden[:, rows:] = False
+        except check.REFUSALS as error:
+            return check.first_line(error)
+    hidden = torch.ones(len(query), 2 * len(query), dtype=torch.bool, device=q.device).triu_(1)
+    hidden[:, len(query) :] = False
     call = AttentionCall(heads=q.shape[2], scale=scale, mask=hidden)
     with torch.inference_mode(False), torch.enable_grad():
-        wanted = whole.with_gradients(whole.plain_products, [x.float() for x in small], dy.float().flatten(2), call)
-    return max(float((a.float() - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True))
+        wanted = check.with_gradients(check.plain_products, [x.float() for x in small], dy.float().flatten(2), call)
+    return check.largest_error(found, wanted)
 
 
 def _two_blocks(block: TorchBlock, q: Tensor, k: Tensor, v: Tensor, dy: Tensor, scale: float) -> tuple[Tensor, ...]:
