@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from fluid_npu.device.kernels.torch_attention import plain_attention, repeatable_attention
+from fluid_npu.device.kernels.fused import AttentionCall
+from fluid_npu.device.kernels.torch_attention import Form, plain_attention, repeatable_attention
 from fluid_npu.device.kernels.torch_attention_blocks import TorchBlock, TorchBlocks, torch_attention_blocks
 
 pytestmark = pytest.mark.host
@@ -27,6 +28,16 @@ def test_a_gpu_s_operators_have_the_signatures_that_are_called(kernel: str, repe
     assert out.shape == q.shape and lse.shape == (2, 4, 6) and len(kept) == 2
     grads = block.backward(out, q, k, v, out, lse, kept, 0.3, True)
     assert [grad.shape for grad in grads] == [x.shape for x in (q, k, v)]
+
+
+@pytest.mark.parametrize("values", [16, 8])
+def test_windows_reach_the_operator_under_the_flash_kernel(values: int) -> None:
+    qkv = [x.to("meta", torch.bfloat16).requires_grad_() for x in operands(size=16, values=values)]
+    form = Form(kernel="flash", repeats=True, pads=values < 16)
+    out = form.compute(*qkv, AttentionCall(heads=4, scale=0.3, window=(2, 0), dropout=0.1))
+    assert out.shape == (6, 2, 4 * values)
+    out.sum().backward()
+    assert all(x.grad is not None and x.grad.shape == x.shape for x in qkv)
 
 
 def broken(part: str) -> Any:

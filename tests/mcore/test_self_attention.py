@@ -124,8 +124,10 @@ def _seed() -> None:
     model_parallel_cuda_manual_seed(3)
 
 
-def test_twin_and_recomputation_change_no_bit(run_ranks: Ranks) -> None:
-    for runs in run_ranks(2, variants, sizes=Case().sizes):
+@pytest.mark.parametrize("asked", ["megatron", pytest.param("torch", marks=pytest.mark.host)])
+def test_twin_and_recomputation_change_no_bit(asked: str, run_ranks: Ranks) -> None:
+    """By Megatron's products or a fused kernel, which a CPU takes when it is asked to; dropout is drawn again too."""
+    for runs in run_ranks(2, variants, sizes=Case().sizes, env={"FLUID_ATTENTION": asked}):
         assert equal(runs["plain"], runs["twin"])
         assert equal(runs["plain"], runs["again"])
         assert equal(runs["ring"], runs["ring's twin"])
