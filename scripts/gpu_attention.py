@@ -7,7 +7,8 @@
 Parts, each a process tree of its own with a time limit:
 
     tests             attention of the GPU, and layers under context parallelism, against float64 (once)
-    kernels           cuDNN's, flash and the efficient attention alone, at the models' sizes (once)
+    kernels           cuDNN's, flash and the efficient attention alone, at the models' sizes, sliding windows, dropout,
+                      and a ring's blocks beside plain products (once)
     MODEL             ``bench block`` of mixtral-8x7b, deepseek-v2-lite, olmoe-1b-7b, dbrx: a layer, 4,096 tokens a rank
     fluidmoe-block    FluidMoE's: two Mixtral layers, sequences of 4,096, micro-batch 2, experts with GELU without gate
 
@@ -47,6 +48,7 @@ MODELS = ("mixtral-8x7b", "deepseek-v2-lite", "olmoe-1b-7b", "dbrx")
 BLOCK = "fluidmoe-block"
 ONCE = ("tests", "kernels")
 TOKENS = 4096  # of a rank
+WINDOW = (1024, 0)  # of part kernels
 TINY = {"hidden": 64, "ffn": 48, "moe_ffn": 48, "heads": 8, "experts": 8, "topk": 2, "seq_length": 64}
 #: Milliseconds of an iteration of that block on two H200, measured on 2026-11-20 with FluidMoE's own script.
 QUOTED = {
@@ -211,38 +213,80 @@ def _write(a: argparse.Namespace, parts: list[Part]) -> None:
 
 
 def _time_kernels(a: argparse.Namespace) -> None:
-    """Each kernel that torch has for the heads of one of two ranks, forward with backward, causal: median of ten."""
+    """What torch has for the heads of one of two ranks, forward with backward: median of ten."""
     import torch
 
     from fluid_npu.device import get_device
-    from fluid_npu.device.kernels.fused import AttentionCall
-    from fluid_npu.device.kernels.torch_attention import TORCH, TorchAttention
 
     device = get_device(a.device).value
     device.set_current(0)
     place = device.torch_device(0)
     dtype, rows = (torch.float32, 64) if a.tiny else (torch.bfloat16, 2 * TOKENS)
-    print(f"{device.describe()}, torch {torch.__version__}, {dtype}, {rows} rows, causal, forward and backward")
+    print(f"{device.describe()}, torch {torch.__version__}, {dtype}, {rows} rows, forward and backward")
     for model, (heads, shared, size, values) in HEADS.items():
         sizes = ((heads // 2, size), (shared // 2, size), (shared // 2, values))
         qkv = [torch.randn(rows, 1, *shape, device=place).to(dtype).requires_grad_() for shape in sizes]
-        call = AttentionCall(heads=heads // 2, scale=size**-0.5, causal=True)
-        for kernel in ("cudnn", "flash", "efficient", TORCH) if a.device == "cuda" else (TORCH,):
-            chosen = TorchAttention(kernel)
-            accepted, reason = chosen.accepts(*qkv, call)
-            figure = _median_ms(lambda: chosen.compute(*qkv, call), device) if accepted else None  # noqa: B023
-            print(f"{model:18} {kernel:10} {'none' if figure is None else f'{figure:.3f} ms'}  ({reason})", flush=True)
+        for row in (*_whole_attention(qkv, a.device), *_ring_blocks(qkv, a.device)):
+            kernel, kind, attend, reason = row
+            figure = "none" if attend is None else f"{_median_ms(attend, device):.3f} ms"
+            print(f"{model:18} {kernel:10} {kind:14} {figure}  ({reason})", flush=True)
+
+
+def _whole_attention(qkv: list[Any], device: str) -> Iterator[tuple[str, str, Any, str]]:
+    """(kernel, kind, what to time or None, reason): each kernel causal, and windows and dropout by what auto takes."""
+    from fluid_npu.device.kernels.fused import AttentionCall
+    from fluid_npu.device.kernels.torch_attention import TORCH, TorchAttention
+
+    gpu = device == "cuda"
+    kinds = [
+        (word, "causal", {"causal": True}) for word in (("cudnn", "flash", "efficient", TORCH) if gpu else (TORCH,))
+    ]
+    auto = "auto" if gpu else TORCH
+    kinds += [
+        (auto, f"window {WINDOW[0]}", {"window": WINDOW}),
+        (auto, "dropout 0.1", {"causal": True, "dropout": 0.1}),
+    ]
+    for kernel, kind, changes in kinds:
+        chosen = TorchAttention(kernel)
+        call = AttentionCall(heads=qkv[0].shape[2], scale=qkv[0].shape[3] ** -0.5, **changes)
+        accepted, reason = chosen.accepts(*qkv, call)
+
+        def attend(chosen: Any = chosen, call: Any = call) -> None:
+            out = chosen.compute(*qkv, call)
+            out.backward(out.detach())
+
+        yield kernel, kind, attend if accepted else None, reason
+
+
+def _ring_blocks(qkv: list[Any], device: str) -> Iterator[tuple[str, str, Any, str]]:
+    """The same of a ring of one rank, which is its first step; by plain products too."""
+    from fluid_npu.device.kernels.torch_attention import TORCH
+    from fluid_npu.device.kernels.torch_attention_blocks import TorchBlocks
+    from fluid_npu.ops.ring_attention import RingCall, ring_attention
+
+    half = [x.detach()[: len(x) // 2].requires_grad_() for x in qkv]
+    for kernel in ("plain", *(("cudnn", "flash") if device == "cuda" else (TORCH,))):
+        scale = qkv[0].shape[3] ** -0.5
+        block, reason = (None, "") if kernel == "plain" else TorchBlocks(kernel).choose(*half, scale)
+        call = RingCall(scale=scale, ranks=1, rank=0, pass_on=lambda rows, back: lambda: rows, right=0, block=block)
+
+        def attend(call: Any = call) -> None:
+            out = ring_attention(*half, call)
+            out.backward(out.detach())
+
+        timed = kernel == "plain" or block is not None
+        yield kernel, "ring's block", attend if timed else None, reason or f"{len(half[0])} rows, causal"
 
 
 def _median_ms(attend: Any, device: Any) -> float:
+    """Of forward and backward; three to warm up."""
     from statistics import median
 
     found = []
     for number in range(13):
         start, end = device.event(), device.event()
         start.record()
-        out = attend()
-        out.backward(out.detach())
+        attend()
         end.record()
         device.synchronize()
         if number > 2:

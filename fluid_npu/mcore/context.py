@@ -18,6 +18,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from math import lcm
 from typing import Any
 
@@ -34,7 +35,7 @@ from fluid_npu.comm.sink import DirectSink, OverlapSink
 from fluid_npu.comm.ulysses import start_hp2sp, start_sp2hp
 from fluid_npu.device import device_of
 from fluid_npu.device.choice import Choice
-from fluid_npu.ops.ring_attention import RingCall, ring_attention
+from fluid_npu.ops.ring_attention import RingCall, ring_attention, ring_block
 
 _FIX = "use --context-parallel-size"
 #: What ``cp_comm_type`` may ask for, and what it means here.
@@ -133,7 +134,7 @@ class ContextParallelCore:
         packed = kwargs.pop("packed_seq_params", None)
         if context.algorithm == "ring":
             _check_ring(attention_mask, packed)
-            return ring_attention(query, key, value, self._ring(context))
+            return ring_attention(query, key, value, _with_block(query, key, value, self._ring(context)))
         shards, bounds = context.shards(query.shape[0], packed_bounds(packed), query.device)
         check_mask(attention_mask, shards.total, packed)
         how: dict[str, Any] = {"label": context.label, "sink": context.sink}
@@ -216,14 +217,20 @@ class RankDropout(torch.nn.Dropout):
         """The shape of ``input``."""
         if not self.training or self.p == 0:
             return input
-        device = device_of(input)
+        with self.own_numbers(input):
+            return super().forward(input)
+
+    @contextmanager
+    def own_numbers(self, like: Tensor) -> Iterator[None]:
+        """In the body the device of ``like`` draws this rank's numbers."""
+        device = device_of(like)
         state = device.get_rng_state()
-        torch.rand(1, device=input.device)  # the next call finds another state
+        torch.rand(1, device=like.device)  # the next call finds another state
         outer, host = device.get_rng_state(), torch.get_rng_state()
         digest = hashlib.blake2b(state.numpy().tobytes(), digest_size=7, salt=self._rank.to_bytes(8, "little"))
         device.manual_seed(int.from_bytes(digest.digest(), "little"))
         try:
-            return super().forward(input)
+            yield
         finally:
             torch.set_rng_state(host)
             device.set_rng_state(outer)
@@ -260,6 +267,13 @@ def choose_algorithm(asked: str | None, heads: int, ranks: int) -> Choice[str]:
     if fits:
         return Choice("ulysses", f"each of {ranks} ranks takes {heads // ranks} of {heads} heads{note}")
     return Choice("ring", f"{ranks} ranks cannot share {heads} heads{note}")
+
+
+def _with_block(query: Tensor, key: Tensor, value: Tensor, call: RingCall) -> RingCall:
+    """With the device's fused operator for its blocks, where there is one; said once."""
+    block, reason = ring_block(query, key, value, call)
+    Choice("plain products" if block is None else "fused blocks", reason).announce("ring attention")
+    return replace(call, block=block)
 
 
 def _check_ring(mask: Tensor | None, packed: Any) -> None:

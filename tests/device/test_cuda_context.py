@@ -40,6 +40,8 @@ ALONE = {
     "chunks": Case(rows=ROWS, key_heads=4, chunks=2, config=BF16),
     "recomputed": Case(rows=ROWS, key_heads=4, recompute=True, config=BF16),
     "ring": Case(rows=ROWS, key_heads=4, config={**BF16, **RING}),
+    "ring, one key head": Case(rows=ROWS, key_heads=1, config={**BF16, **RING}),
+    "window": Case(rows=ROWS, key_heads=4, window=(100, 0), config=BF16),
 }
 
 
@@ -127,7 +129,9 @@ def whole(case: Case) -> dict[str, torch.Tensor]:
     q, k = (torch.stack([turn(head) for head in x.unbind(2)], 2) for x in (q, k))
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
     k, v = (x.repeat_interleave(shared, 1) for x in (k, v))
-    heads = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    shown = torch.ones(ROWS, ROWS, dtype=torch.bool).tril()
+    shown = shown if case.window is None else shown.triu(-case.window[0])
+    heads = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=shown)
     out = heads.permute(2, 0, 1, 3).flatten(2) @ leaves["proj"].t()
     out.backward(leaves["g"])
     return {"out": out.detach(), "dx": leaves["x"].grad, "qkv": leaves["qkv"].grad, "proj": leaves["proj"].grad}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate
 
 import pytest
@@ -16,8 +17,9 @@ from fluid_npu.ops import reference
 from fluid_npu.ops.attention import fused_attention, fuses_attention
 from fluid_npu.ops.permute import PermuteLayout
 from fluid_npu.ops.reference import relative_error
+from fluid_npu.ops.ring_attention import RingCall, ring_attention, ring_block
 from fluid_npu.ops.rotary import fused_rotary
-from tests.support.fake_torch_npu import FakeTorchNpu
+from tests.support.fake_torch_npu import FakeTorchNpu, plain_attention
 
 
 @pytest.fixture
@@ -244,3 +246,30 @@ def test_rotary_outside_the_contract_is_refused_by_rule(npu_is_the_cpu, fake, ru
     with pytest.raises(ValueError, match=f"fused_rotary: .*{rule}"):
         fused_rotary(x, cos, cos, interleaved)
     assert fake.calls == []
+
+
+def test_a_ring_s_blocks_pass_the_log_sum_exp_of_all_keys_as_largest_score_with_a_sum_of_one(npu_is_the_cpu, fake):
+    heads, shared, keys = 4, 2, 6
+    q, k, v = (torch.randn(6, 2, n, 8) for n in (heads, shared, shared))
+    more = [torch.randn(keys, 2, shared, 8) for _ in range(2)]
+    call = RingCall(scale=0.3, ranks=2, rank=1, pass_on=lambda rows, back: lambda: travelling(rows), right=0)
+
+    def travelling(rows):
+        """What the other rank sends: its keys and values; of what was for home, nothing more."""
+        return torch.cat([x.flatten(2) for x in more], -1) if rows.dtype == q.dtype and len(fake.calls) != 4 else rows
+
+    block = ring_block(q, k, v, call)
+    assert block.value is not None and block.reason == "npu_fusion_attention takes it"
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = ring_attention(*leaves, replace(call, block=block.value))
+    out.square().sum().backward()
+    # The second rank of two sees its own keys by causality, and the first half of the other's.
+    hidden = torch.cat([torch.ones(6, 6, dtype=torch.bool).triu(1), torch.zeros(6, 3, dtype=torch.bool)], 1)
+    doubles = [x.double().requires_grad_() for x in (q, k, v)]
+    whole = [doubles[0], *(torch.cat([x, y[:3].double()]) for x, y in zip(doubles[1:], more, strict=True))]
+    wanted = plain_attention(*(x.flatten(2) for x in whole), heads, 0.3, {"atten_mask": hidden, "sparse_mode": 1})
+    wanted.square().sum().backward()
+    assert relative_error(out.detach(), wanted.detach()) <= 1e-6
+    assert relative_error(leaves[0].grad, doubles[0].grad) <= 1e-6
+    assert fake.names() == ["npu_fusion_attention"] * 2 + ["npu_fusion_attention_grad"] * 2
+    assert [options.get("sparse_mode") for _, options in fake.calls] == [2, None, 2, None]

@@ -60,12 +60,14 @@ def test_gradients_of_whole_layers_against_one_process(cases: list[Case], run_ra
 
 @pytest.mark.host
 def test_torch_s_fused_attention_under_context_parallelism(run_ranks: Ranks) -> None:
-    """What a GPU takes by itself: here FLUID_ATTENTION=torch asks for it; windows stay Megatron's."""
-    cases = [*SAMPLE[0][:3], Case(cp=2, ep=2, chunks=2, key_heads=4, recompute=True)]
+    """What a GPU takes by itself: here FLUID_ATTENTION=torch asks for it; windows are computed by plain products."""
+    ring = Case(cp=2, ep=2, layers=2, micro_batches=2, config=RING)
+    cases = [*SAMPLE[0], ring, replace(ring, twin=True), Case(cp=2, ep=2, chunks=2, key_heads=4, recompute=True)]
     ranks = run_ranks(2, run_cases, cases, sizes=cases[0].sizes, env={"FLUID_ATTENTION": "torch"})
     for index, case in enumerate(cases):
         errors = worst_error(case, [rank[index] for rank in ranks])
         assert max(errors.values()) <= FP32, f"{case}: {errors}"
+    assert all(equal(rank[cases.index(ring)], rank[cases.index(ring) + 1]) for rank in ranks)
 
 
 def grid(cp: int, ep: int) -> list[Case]:
@@ -122,8 +124,10 @@ def _seed() -> None:
     model_parallel_cuda_manual_seed(3)
 
 
-def test_twin_and_recomputation_change_no_bit(run_ranks: Ranks) -> None:
-    for runs in run_ranks(2, variants, sizes=Case().sizes):
+@pytest.mark.parametrize("asked", ["megatron", pytest.param("torch", marks=pytest.mark.host)])
+def test_twin_and_recomputation_change_no_bit(asked: str, run_ranks: Ranks) -> None:
+    """By Megatron's products or a fused kernel, which a CPU takes when it is asked to; dropout is drawn again too."""
+    for runs in run_ranks(2, variants, sizes=Case().sizes, env={"FLUID_ATTENTION": asked}):
         assert equal(runs["plain"], runs["twin"])
         assert equal(runs["plain"], runs["again"])
         assert equal(runs["ring"], runs["ring's twin"])

@@ -98,33 +98,64 @@ class FakeTorchNpu:
     def npu_fusion_attention(self, q, k, v, heads, layout, *, scale, **options):
         self.calls.append(("npu_fusion_attention", options))
         assert layout == "SBH" and all(x.is_contiguous() for x in (q, k, v))
-        return plain_attention(q, k, v, heads, scale, options), torch.zeros(1), torch.zeros(1), None, 0, 0, 0
+        scores, _, values = scores_of(q, k, v, heads, scale, options)
+        largest = scores.amax(-1, True)
+        total = (scores - largest).exp().sum(-1, True)
+        rows = (x.expand(*x.shape[:-1], 8).contiguous() for x in (largest, total))
+        return heads_last(scores.softmax(-1) @ values).to(q.dtype), *rows, None, 0, 0, 0
 
     def npu_fusion_attention_grad(
         self, q, k, v, dy, heads, layout, *, softmax_max, softmax_sum, attention_in, scale_value, **options
     ):
+        """Reads the softmax from its largest scores and sums, and the output, as the real one: not from the keys."""
         self.calls.append(("npu_fusion_attention_grad", options))
+        assert layout == "SBH" and all(x.is_contiguous() for x in (q, k, v, dy, attention_in, softmax_max, softmax_sum))
+        assert softmax_max.shape[-1] == softmax_sum.shape[-1] == 8 and softmax_max.dtype == torch.float32
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         with torch.enable_grad():
-            out = plain_attention(*leaves, heads, scale_value, options)
-        assert torch.equal(out, attention_in)
-        return *torch.autograd.grad(out, leaves, dy), None, None
+            scores, _, values = scores_of(*leaves, heads, scale_value, options)
+            weights = ((scores - softmax_max[..., :1]).exp() / softmax_sum[..., :1]).detach()
+            gradient, out = (x.float().unflatten(2, (heads, -1)).permute(1, 2, 0, 3) for x in (dy, attention_in))
+            dscores = weights * (gradient @ values.mT - (gradient * out).sum(-1, True)).detach()
+            total = (scores.masked_fill(weights == 0, 0) * dscores).sum() + ((weights @ values) * gradient).sum()
+        return *torch.autograd.grad(total, leaves), None, None
+
+
+def scores_of(q, k, v, heads, scale, options):
+    """[B, N, S, T] what the softmax reads, and keys and values of each query head: at least in fp32.
+
+    In a mask 1 hides; modes 2 and 4 want the compressed mask and mean causal and a band, 1 means any mask.
+    """
+    queries, batch, width = q.shape
+    keys, size = k.shape[0], width // heads
+    shared = k.shape[2] // size
+    q, k, v = (
+        wide(x).view(len(x), batch, n, -1).permute(1, 2, 0, 3) for x, n in ((q, heads), (k, shared), (v, shared))
+    )
+    k, v = (x.repeat_interleave(heads // shared, 1) for x in (k, v))
+    scores = scale * q @ k.transpose(-1, -2)
+    mask = options.get("atten_mask")
+    if options.get("sparse_mode") in (2, 4):
+        assert torch.equal(mask, torch.ones(2048, 2048, dtype=torch.bool).triu(1))
+        behind = torch.arange(queries)[:, None] - torch.arange(keys)[None] + keys - queries
+        mask = behind < 0
+        if options["sparse_mode"] == 4:
+            mask = (behind > options["pre_tockens"]) | (behind < -options["next_tockens"])
+    return scores if mask is None else scores.masked_fill(mask.bool(), -torch.inf), k, v
 
 
 def plain_attention(q, k, v, heads, scale, options):
-    """What the real operator computes: 1 hides; mode 2 wants the compressed mask and means causal, 1 any mask."""
-    queries, batch, width = q.shape
-    keys, size = k.shape[0], width // heads
-    q, k, v = (x.view(len(x), batch, -1, size).permute(1, 2, 0, 3) for x in (q, k, v))
-    k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
-    scores = scale * q @ k.transpose(-1, -2)
-    mask = options.get("atten_mask")
-    if options.get("sparse_mode") == 2:
-        assert torch.equal(mask, torch.ones(2048, 2048, dtype=torch.bool).triu(1))
-        mask = torch.ones(queries, keys, dtype=torch.bool).triu(1)
-    if mask is not None:
-        scores = scores.masked_fill(mask.bool(), -torch.inf)
-    return (scores.softmax(-1) @ v).permute(2, 0, 1, 3).flatten(2)
+    """What the real operator computes, ``[S, B, N * V]``."""
+    scores, _, values = scores_of(q, k, v, heads, scale, options)
+    return heads_last(scores.softmax(-1) @ values).to(q.dtype)
+
+
+def wide(x):
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def heads_last(x_BNSV):
+    return x_BNSV.permute(2, 0, 1, 3).flatten(2)
 
 
 def counts_of_ends(ends: torch.Tensor) -> list[int]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fluid_npu.device.choice import Choice
 from fluid_npu.device.kernels import e4m3_rows
+from fluid_npu.device.kernels.attention_blocks import AttentionBlocks
 from fluid_npu.device.kernels.fused import AttentionKernels, DifferentiableAttention, RotaryKernels
 from fluid_npu.device.kernels.groups import Groups
 from fluid_npu.device.kernels.routed import ChunkOrder, RoutedRows, RowIndices, Slots
@@ -86,6 +87,8 @@ class Kernels(ABC):
     """Operators of experts take ``DeviceRows``; where not, ``known_rows`` reads the counts for them."""
     attention: AttentionKernels | DifferentiableAttention | None = None
     """The device's fused attention; None: Megatron's own, in plain torch, is all there is."""
+    attention_blocks: AttentionBlocks | None = None
+    """The device's fused attention to blocks of keys, for rings; None as above."""
     rotary: RotaryKernels | None = None
     """The device's fused rotary embedding; None as above."""
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from fluid_npu.device.choice import Choice
 from fluid_npu.device.kernels.base import RowLayout
 from fluid_npu.device.kernels.torch_attention import MEGATRON, TORCH, torch_attention
+from fluid_npu.device.kernels.torch_attention_blocks import torch_attention_blocks
 from fluid_npu.device.kernels.torch_kernels import TorchKernels, sum_widened
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -22,6 +23,7 @@ class CpuKernels(TorchKernels):
     def __init__(self) -> None:
         self._widen = widens_dw()
         self.attention = torch_attention((MEGATRON, TORCH))
+        self.attention_blocks = torch_attention_blocks((MEGATRON, TORCH))
 
     def grouped_dw_add_(self, main_grad_LKN: Tensor, x_RK: Tensor, dy_RN: Tensor, counts_L: Sequence[int]) -> None:
         if x_RK.dtype in _HALVES and self._widen.value:

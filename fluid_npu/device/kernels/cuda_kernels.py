@@ -15,6 +15,7 @@ from fluid_npu.device.kernels.known_rows import ExpertKernels, KnownRows
 from fluid_npu.device.kernels.routed import ChunkOrder, RoutedRows, Slots
 from fluid_npu.device.kernels.row_kernels import RowKernels, gather, gathered_sum, summed_payload
 from fluid_npu.device.kernels.torch_attention import MEGATRON, TORCH, torch_attention
+from fluid_npu.device.kernels.torch_attention_blocks import torch_attention_blocks
 from fluid_npu.device.kernels.torch_kernels import TorchKernels
 from fluid_npu.device.kernels.triton_support import load
 
@@ -31,7 +32,8 @@ class CudaKernels(TorchKernels):
         self.chooser = chooser if chooser is not None else GemmChooser()
         self._torch = TorchKernels()
         self._rows = rows if rows is not None else RowKernels(self._torch)
-        self.attention = torch_attention(("auto", MEGATRON, "cudnn", "flash", "efficient", TORCH))
+        attentions = ("auto", MEGATRON, "cudnn", "flash", "efficient", TORCH)
+        self.attention, self.attention_blocks = torch_attention(attentions), torch_attention_blocks(attentions)
 
     def grouped_mm(self, x_RK: Tensor, w_LKN: Tensor, counts_L: Groups, trans_w: bool = False) -> Tensor:
         call = GemmCall(op="mm_t" if trans_w else "mm", a=x_RK, b=w_LKN, counts=counts_L)

@@ -26,6 +26,10 @@ class AttentionCall:
     """Key t is hidden from query s where t > s; S equals T."""
     mask: Tensor | None = None
     """Bool, True where a key is hidden: [B, 1, S, T], [1, 1, S, T] or [S, T]. None with ``causal``."""
+    window: tuple[int, int] | None = None
+    """A query sees the keys from so many behind it to so many ahead; S equals T, without ``causal`` and mask."""
+    dropout: float = 0.0
+    """Share of the probabilities that is dropped, by the device's current random state, and again in backward."""
 
 
 class AttentionKernels(ABC):

@@ -3,8 +3,11 @@
 Rules that shape this file (op-plugin documents of ``npu_fusion_attention`` and ``npu_rotary_mul``):
 
 * attention: fp16, bf16 or fp32, one dtype; at most 256 query heads, a multiple of the key heads; head sizes to 768,
-  the value's no larger; in a mask 1 means hidden, the opposite of torch's attention; ``sparse_mode`` 2 (causal) wants a
-  compressed mask of 2048 x 2048 whatever the lengths; without a mask the sparse mode is ignored.
+  the value's no larger; in a mask 1 means hidden, the opposite of torch's attention; ``sparse_mode`` 2 (causal) and 4
+  (a band of ``pre_tockens`` behind and ``next_tockens`` ahead) want a compressed mask of 2048 x 2048 whatever the
+  lengths; without a mask the sparse mode is ignored. Its dropout makes masks of its own on another stream: not used.
+* largest score and sum of a row come as fp32 ``[B, N, S, 8]``, eight times the same; the gradient divides exp(score -
+  largest) by the sum, so that (log-sum-exp, 1) mean what they do; a ring passes those of all blocks.
 * rotary: even head size below 896; sizes along which cos is broadcast below 1000, together below 1000 when
   interleaved.
 """
@@ -18,12 +21,14 @@ import torch
 from torch import Tensor
 
 from fluid_npu.device.choice import Choice
+from fluid_npu.device.kernels.attention_blocks import AttentionBlock, AttentionBlocks
 from fluid_npu.device.kernels.fused import AttentionCall, AttentionKernels, RotaryKernels
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_HEADS, _MAX_HEAD_SIZE, _MAX_LENGTH, _MAX_BATCH = 256, 768, 2**20, 2**21
 _COMPRESSED = 2048
-_ALL_GIVEN, _LEFT_UP_CAUSAL = 1, 2  # sparse_mode
+_SAME = 8  # columns of a row's largest score and sum
+_ALL_GIVEN, _LEFT_UP_CAUSAL, _BAND = 1, 2, 4  # sparse_mode
 _ROTARY_SIZE, _ROTARY_BROADCAST = 896, 1000
 
 
@@ -71,6 +76,10 @@ class NpuAttention(AttentionKernels):
         return dq.view(q_SBND.shape), dk.view(k_TBMD.shape), dv.view(v_TBMV.shape)
 
     def _mask_options(self, call: AttentionCall, device: torch.device) -> dict[str, Any]:
+        if call.window is not None:
+            left, right = call.window
+            band = {"sparse_mode": _BAND, "pre_tockens": left, "next_tockens": right}
+            return {"atten_mask": self._compressed_mask(device), **band}
         if call.causal:
             return {"atten_mask": self._compressed_mask(device), "sparse_mode": _LEFT_UP_CAUSAL}
         return {} if call.mask is None else {"atten_mask": call.mask, "sparse_mode": _ALL_GIVEN}
@@ -81,6 +90,52 @@ class NpuAttention(AttentionKernels):
             hidden = torch.ones(_COMPRESSED, _COMPRESSED, dtype=torch.bool, device=device)
             self._causal_masks[device] = hidden.triu_(1)
         return self._causal_masks[device]
+
+
+class NpuBlock(AttentionBlock):
+    """``npu_fusion_attention`` and its gradient, as ``NpuAttention`` calls them."""
+
+    def __init__(self, attention: NpuAttention) -> None:
+        self._attention = attention
+
+    def __str__(self) -> str:
+        return "npu_fusion_attention"
+
+    def forward(
+        self, q_SBND: Tensor, k_TBMD: Tensor, v_TBMV: Tensor, scale: float, causal: bool
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        call = AttentionCall(heads=q_SBND.shape[2], scale=scale, causal=causal)
+        out, (largest, total) = self._attention.forward(q_SBND, k_TBMD, v_TBMV, call)
+        return out.view(*q_SBND.shape[:3], -1), largest[..., 0] + total[..., 0].log(), ()
+
+    def backward(
+        self,
+        dy_SBNV: Tensor,
+        q_SBND: Tensor,
+        k_TBMD: Tensor,
+        v_TBMV: Tensor,
+        out_SBNV: Tensor,
+        lse_BNS: Tensor,
+        kept: tuple[Tensor, ...],
+        scale: float,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        call = AttentionCall(heads=q_SBND.shape[2], scale=scale, causal=causal)
+        largest = lse_BNS[..., None].expand(*lse_BNS.shape, _SAME).contiguous()
+        rows = (largest, torch.ones_like(largest))
+        out_SBO = out_SBNV.flatten(2).contiguous()
+        return self._attention.backward(dy_SBNV.flatten(2), q_SBND, k_TBMD, v_TBMV, out_SBO, rows, call)
+
+
+class NpuBlocks(AttentionBlocks):
+    """The one form, where the operator's contract allows it."""
+
+    def __init__(self, attention: NpuAttention) -> None:
+        self._block = NpuBlock(attention)
+
+    def choose(self, q_SBND: Tensor, k_TBMD: Tensor, v_TBMV: Tensor, scale: float) -> Choice[AttentionBlock | None]:
+        broken = attention_rule_broken(q_SBND, k_TBMD, v_TBMV, AttentionCall(heads=q_SBND.shape[2], scale=scale))
+        return Choice(self._block, "npu_fusion_attention takes it") if broken is None else Choice(None, broken)
 
 
 class NpuRotary(RotaryKernels):
@@ -116,6 +171,11 @@ def attention_rule_broken(q_SBND: Tensor, k_TBMD: Tensor, v_TBMV: Tensor, call: 
         (v_TBMV.shape[-1] <= size <= _MAX_HEAD_SIZE, "npu_fusion_attention wants head sizes to 768, v's no larger"),
         (max(queries, keys) <= _MAX_LENGTH and batch <= _MAX_BATCH, "npu_fusion_attention wants S to 1M and B to 2M"),
         (not call.causal or (call.mask is None and queries == keys), "causal attention wants S = T and no other mask"),
+        (
+            call.window is None or (call.mask is None and not call.causal and queries == keys),
+            "a window wants S = T and no other mask",
+        ),
+        (call.dropout == 0, "attention dropout draws from Megatron's random states"),
         (_mask_fits(call.mask, batch, queries, keys), "npu_fusion_attention wants a bool mask [B or 1, 1, S, T]"),
     )
     return next((rule for kept, rule in rules if not kept), None)

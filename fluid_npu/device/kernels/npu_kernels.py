@@ -24,7 +24,7 @@ from fluid_npu.device.base import DeviceUnavailable
 from fluid_npu.device.choice import Choice
 from fluid_npu.device.kernels.base import RowLayout
 from fluid_npu.device.kernels.groups import Groups, ends_of
-from fluid_npu.device.kernels.npu_attention import NpuAttention, NpuRotary
+from fluid_npu.device.kernels.npu_attention import NpuAttention, NpuBlocks, NpuRotary
 from fluid_npu.device.kernels.torch_kernels import TorchKernels, _loop_grouped_dw, _loop_grouped_mm, sum_widened
 from fluid_npu.device.npu import load_torch_npu
 
@@ -45,6 +45,7 @@ class NpuKernels(TorchKernels):
     def __init__(self, torch_npu: Any = None) -> None:
         self._npu = load_torch_npu() if torch_npu is None else torch_npu
         self.attention = NpuAttention(self._npu)
+        self.attention_blocks = NpuBlocks(self.attention)
         self.rotary = NpuRotary(self._npu)
 
     def grouped_mm(self, x_RK: Tensor, w_LKN: Tensor, counts_L: Sequence[int], trans_w: bool = False) -> Tensor:

@@ -1,10 +1,11 @@
 """Attention through torch's ``scaled_dot_product_attention``: cuDNN's or the flash kernel of an NVIDIA GPU.
 
 Which of its kernels computes is decided once for each class of call (heads, head sizes, dtype, kind of mask): the first
-of cudnn, flash, efficient that torch has for it and that agrees with plain products in fp32 on a small case. Each is
-tried with the key heads as they are and repeated, with values as they are and padded to the size of queries. A decision
-does not look at lengths, so packed sequences of many lengths make no new ones. ``FLUID_ATTENTION`` asks for one kernel,
-for 'torch' (torch decides; the only one on a CPU), or for 'megatron' (its own products and softmax).
+of cudnn, flash, efficient that torch has for it and that agrees with plain products in fp32 on a small case
+(``attention_check``). Sliding windows are the flash kernel's alone. Each is tried with the key heads as they are and
+repeated, with values as they are and padded to the size of queries. A decision does not look at lengths, so packed
+sequences of many lengths make no new ones. ``FLUID_ATTENTION`` asks for one kernel, for 'torch' (torch decides; the
+only one on a CPU), or for 'megatron' (its own products and softmax).
 
 torch's autograd has the backwards. On a GPU they add up in changing order, so two runs differ in the last bits, except
 within ``repeatable_attention``. S queries, T keys, B batch, N query heads, M key heads, D head size of queries and
@@ -13,7 +14,6 @@ keys, V of values.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fluid_npu.device.choice import Choice
+from fluid_npu.device.kernels.attention_check import LARGEST_ERROR, error_of
 from fluid_npu.device.kernels.fused import AttentionCall, DifferentiableAttention
 from fluid_npu.device.kernels.triton_support import setting
 
@@ -39,9 +40,8 @@ _BACKENDS = {
 #: Whose gradients are added up in the same order each time, when torch is asked for that.
 _REPEATABLE = ("flash", TORCH)
 _HALVES = (torch.bfloat16, torch.float16)
-_ROWS = 64  # of the small case
-#: Largest relative error in the small case. Halves are rounded three times on the way.
-_LARGEST_ERROR = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-4}
+#: The only kernel that takes a window by its sizes.
+_WINDOWS = ("flash",)
 
 
 _repeatable = False
@@ -57,6 +57,11 @@ def repeatable_attention() -> Iterator[None]:
         yield
     finally:
         _repeatable = before
+
+
+def repeats_bits() -> bool:
+    """Whether gradients are to be added up in the same order each time: ``repeatable_attention``, or torch's flag."""
+    return _repeatable or torch.are_deterministic_algorithms_enabled()
 
 
 @contextmanager
@@ -96,9 +101,11 @@ class Form:
             v = F.pad(v, (0, q.shape[-1] - size))
         options: dict[str, Any] = {"enable_gqa": True} if shared > 1 and not self.repeats else {}
         shown = None if call.mask is None else call.mask.logical_not()
+        if call.window is not None:
+            return _windowed(q, k, v, call)[..., :size].flatten(2)
         backend = _BACKENDS[self.kernel]
         with nullcontext() if backend is None else sdpa_kernel(backend):
-            out = F.scaled_dot_product_attention(q, k, v, shown, is_causal=call.causal, scale=call.scale, **options)
+            out = F.scaled_dot_product_attention(q, k, v, shown, call.dropout, call.causal, scale=call.scale, **options)
         return out[..., :size].permute(2, 0, 1, 3).flatten(2).contiguous()
 
 
@@ -111,7 +118,7 @@ class TorchAttention(DifferentiableAttention):
         self._chosen: dict[Any, Choice[Form | None]] = {}
 
     def accepts(self, q_SBND: Tensor, k_TBMD: Tensor, v_TBMV: Tensor, call: AttentionCall) -> Choice[bool]:
-        broken = "a comparison asks for them" if _plain_only else _rule_broken(q_SBND, k_TBMD, v_TBMV, call)
+        broken = rule_broken(q_SBND, k_TBMD, v_TBMV, call)
         if broken is not None:
             return Choice(False, broken)
         form, reason = self._form(q_SBND, k_TBMD, v_TBMV, call)
@@ -128,8 +135,9 @@ class TorchAttention(DifferentiableAttention):
 
     def _form(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Choice[Form | None]:
         sizes = (q.shape[2], k.shape[2], q.shape[3], v.shape[3])
-        repeats = _repeatable or torch.are_deterministic_algorithms_enabled()
-        key = (q.device, q.dtype, sizes, call.causal, call.mask is None, repeats)
+        repeats = repeats_bits()
+        kind = (call.causal, call.mask is None, call.window is not None, call.dropout > 0)
+        key = (q.device, q.dtype, sizes, *kind, repeats)
         if key not in self._chosen:
             self._chosen[key] = self._choose(q, sizes, call, repeats)
         return self._chosen[key]
@@ -139,14 +147,18 @@ class TorchAttention(DifferentiableAttention):
     ) -> Choice[Form | None]:
         refused: list[str] = []
         kernels = [name for name in self._kernels if not repeats or name in _REPEATABLE]
+        if call.window is not None:
+            kernels = [name for name in _WINDOWS if name in kernels or self._asked == TORCH]
         for form in _forms(kernels, *sizes):
-            error = _error(form, q, sizes, call)
-            if isinstance(error, float) and error <= _LARGEST_ERROR[q.dtype]:
+            error = error_of(form.compute, q, sizes, call)
+            if isinstance(error, float) and error <= LARGEST_ERROR[q.dtype]:
                 why = f"{form}; off by {error:.0e} in its check"
                 return Choice(form, f"{why}; refused: {'; '.join(refused)}" if refused else why)
             refused.append(f"{form}: {error if isinstance(error, str) else f'off by {error:.0e}'}")
         return Choice(
-            None, f"torch has no fused attention for {sizes}, {ATTENTION}={self._asked}: {'; '.join(refused)}"
+            None,
+            f"torch has no fused attention for {sizes}, {ATTENTION}={self._asked}: "
+            f"{'; '.join(refused) or 'its flash kernel alone takes windows'}",
         )
 
 
@@ -174,15 +186,21 @@ def torch_attention(allowed: tuple[str, ...]) -> TorchAttention | None:
     return None if asked == MEGATRON else TorchAttention(asked)
 
 
-def _rule_broken(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> str | None:
+def rule_broken(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> str | None:
     """Why a fused kernel is not taken, or None."""
     rules = (
+        (not _plain_only, "a comparison asks for them"),
         (q.dtype in _HALVES or q.device.type == "cpu", "fused kernels of a GPU take bf16 and fp16"),
-        (q.dtype in _LARGEST_ERROR and q.dtype == k.dtype == v.dtype, "fused attention wants one floating dtype"),
+        (q.dtype in LARGEST_ERROR and q.dtype == k.dtype == v.dtype, "fused attention wants one floating dtype"),
         (min(q.shape[0], k.shape[0]) > 1 and q.shape[1] > 0, "fused attention wants more than one row"),
         (q.shape[2] % k.shape[2] == 0 and k.shape[:3] == v.shape[:3], "fused attention wants heads that share keys"),
         (v.shape[3] <= q.shape[3], "fused attention wants values no wider than queries"),
         (not call.causal or (call.mask is None and q.shape[0] == k.shape[0]), "causal attention wants S = T, no mask"),
+        (
+            call.window is None or q.device.type != "cpu",
+            "the layer has a sliding window: no kernel of a CPU",
+        ),
+        (call.window is None or (call.mask is None and q.shape[0] == k.shape[0]), "a window wants S = T, no mask"),
     )
     return next((rule for kept, rule in rules if not kept), None)
 
@@ -194,44 +212,15 @@ def _forms(kernels: Sequence[str], heads: int, shared: int, size: int, values: i
                 yield Form(kernel=kernel, repeats=repeats, pads=pads)
 
 
-def _error(form: Form, like: Tensor, sizes: tuple[int, int, int, int], call: AttentionCall) -> float | str:
-    """The largest relative error of output and gradients in a small case, or why there are none."""
-    heads, shared, size, values = sizes
-    generator = torch.Generator(device=like.device).manual_seed(0)
-    shapes = ((heads, size), (shared, size), (shared, values))
-    with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says why each kernel cannot be
-        qkv = [
-            torch.randn(_ROWS, 2, *shape, device=like.device, generator=generator).to(like.dtype) for shape in shapes
-        ]
-        dy = torch.randn(_ROWS, 2, heads * values, device=like.device, generator=generator).to(like.dtype)
-        small = AttentionCall(heads=heads, scale=call.scale, causal=call.causal, mask=_small_mask(call, like.device))
-        try:
-            found = _with_gradients(form.compute, qkv, dy, small)
-        except RuntimeError as error:
-            return str(error).partition("\n")[0].strip()[:80] or type(error).__name__
-        wanted = _with_gradients(_plain, [x.float() for x in qkv], dy.float(), small)
-    return max(float((a.float() - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True))
-
-
-def _small_mask(call: AttentionCall, device: torch.device) -> Tensor | None:
-    """Hides some keys, never a query's own, if the call hides some by a mask."""
-    if call.mask is None:
-        return None
-    return torch.ones(1, 1, _ROWS, _ROWS, dtype=torch.bool, device=device).triu_(1)
-
-
-def _with_gradients(attend: Any, qkv: list[Tensor], dy: Tensor, call: AttentionCall) -> tuple[Tensor, ...]:
-    leaves = [x.detach().requires_grad_() for x in qkv]
-    out = attend(*leaves, call)
-    return (out.detach(), *torch.autograd.grad(out, leaves, dy))
-
-
-def _plain(q_SBND: Tensor, k_TBMD: Tensor, v_TBMV: Tensor, call: AttentionCall) -> Tensor:
-    """The same by products and a softmax."""
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBND, k_TBMD, v_TBMV))
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = q @ k.transpose(-1, -2) * call.scale
-    hidden = torch.ones_like(scores[0, 0], dtype=torch.bool).triu_(1) if call.causal else call.mask
-    scores = scores if hidden is None else scores.masked_fill(hidden, float("-inf"))
-    return (scores.softmax(-1) @ v).permute(2, 0, 1, 3).flatten(2)
+def _windowed(q_BNSD: Tensor, k_BMTD: Tensor, v_BMTV: Tensor, call: AttentionCall) -> Tensor:
+    """``[S, B, N, V]``: the operator under the flash kernel, which takes how far a query sees back and ahead."""
+    assert call.window is not None
+    q, k, v = (x.transpose(1, 2) for x in (q_BNSD, k_BMTD, v_BMTV))
+    left, right = call.window
+    out, *_ = torch.ops.aten._flash_attention_forward(
+        *(q, k, v, None, None, q.shape[1], k.shape[1], call.dropout, False, False),
+        scale=call.scale,
+        window_size_left=left,
+        window_size_right=right,
+    )
+    return out.transpose(0, 1)
