@@ -290,6 +290,7 @@ class FluidMoELayer(MoELayerInSteps):
         if isinstance(sent, _InChunks):
             return _Combined(sent.pending.run(), shared_output), None
         plan = sent.plan
+        self.backward_scheduler.fill_again(f"moe_dispatch AllToAll of {self.label}", gaps=3)
         x_RH, p_R = self.token_dispatcher.receive(sent.handle, plan, wire_dtype(tokens.dtype, probs_TE.dtype))
         if sent.deferred is not None:
             out_RH, _ = self.experts(x_RH, plan.tokens_per_expert, p_R, deferred=sent.deferred)
@@ -310,6 +311,8 @@ class FluidMoELayer(MoELayerInSteps):
             return whole
         combined: _Combined = output
         handle = combined.handle
+        if not isinstance(handle, Tensor):
+            self.backward_scheduler.fill_again(f"moe_combine AllToAll of {self.label}", gaps=2)
         merged = handle if isinstance(handle, Tensor) else handle.wait()
         return merged if combined.shared_output is None else merged + combined.shared_output
 

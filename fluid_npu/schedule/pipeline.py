@@ -214,6 +214,7 @@ def _forward(pipeline: Pipeline, flights: _Flights, keep: bool) -> tuple[Tensor,
     combines: list[_OnTheWay] = []
     kept: list[Sequence[Tensor]] = []
     rows_NH: Tensor | None = None
+    pipeline.sink.fill_again(f"moe_dispatch AllToAlls of {pipeline.name}", gaps=3)
     for chunk in pipeline.chunks:
         flight = flights.forward.pop(0)
         received = pipeline.land(flight)
@@ -227,6 +228,7 @@ def _forward(pipeline: Pipeline, flights: _Flights, keep: bool) -> tuple[Tensor,
             rows_NH = y_RH.new_empty(pipeline.num_rows, y_RH.shape[1])
         combines.append(pipeline.fly(back, chunk.combine, into=rows_NH[chunk.rows]))
         del flight, received, x_RH, p_R, y_RH, needed, back
+    pipeline.sink.fill_again(f"moe_combine AllToAlls of {pipeline.name}", gaps=2)
     for flight in combines:
         pipeline.land(flight)
     assert rows_NH is not None, "a layer has at least one chunk"
