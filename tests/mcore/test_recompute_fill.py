@@ -206,6 +206,11 @@ def test_two_exchanges_of_a_recomputed_layer_are_hidden(granularity: dict[str, A
 
 @pytest.mark.host
 @pytest.mark.nightly
-def test_one_is_hidden_where_the_combines_backward_takes_both_tasks(run_ranks: Ranks) -> None:
-    for rank in run_ranks(2, planted_times, FULL, False, sizes={"expert_model_parallel_size": 2}, timeout=280):
-        check_exposed(rank, 7)
+@pytest.mark.parametrize(("granularity", "exposed"), [(FULL, 8), (MOE, 7)], ids=["full", "moe"])
+def test_what_is_hidden_where_repeated_exchanges_are_left_alone(
+    granularity: dict[str, Any], exposed: int, run_ranks: Ranks
+) -> None:
+    """One, by the combine's backward; none where the upper layer's tasks belong to a backward of its own that ends."""
+    sizes = {"expert_model_parallel_size": 2}
+    for rank in run_ranks(2, planted_times, granularity, False, sizes=sizes, timeout=280):
+        check_exposed(rank, exposed)
