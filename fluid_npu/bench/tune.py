@@ -24,24 +24,40 @@ from fluid_npu.bench.rig import STOCK, Kind, MockData, Variant, build_variants, 
 from fluid_npu.bench.rounds import run_rounds
 from fluid_npu.bench.stats import Times, paired_ratio, percentiles, quiet_halves
 from fluid_npu.train.config import TrainConfig
+from fluid_npu.train.halves import halves_are_the_same
 from fluid_npu.train.parallel import Place
 from fluid_npu.train.profile import Profile, key_of
 
 _WARM_UP = 2
 _BATCHES = 4
 
+_PLAIN: dict[str, Any] = {
+    "overlap": "off",
+    "carry_over": False,
+    "dispatch": "plain",
+    "moe_chunks": "auto",
+    "local_first": False,
+    "interleave_batches": False,
+}
+_DW: dict[str, Any] = {"overlap": "dw"}
+_BOTH: dict[str, Any] = {"overlap": "dw", "carry_over": True}
+_CHUNKS: dict[str, Any] = {"overlap": "full", "carry_over": True}
+_ONCE: dict[str, Any] = {"dispatch": "once-per-rank"}
+
 #: Name and settings; the first is the reference.
 CANDIDATES: tuple[tuple[str, dict[str, Any]], ...] = tuple(
-    (name, {"overlap": overlap, "carry_over": carry_over, "dispatch": dispatch, "moe_chunks": chunks})
-    for name, overlap, carry_over, dispatch, chunks in (
-        ("plain", "off", False, "plain", "auto"),
-        ("dW beside the dispatch's backward", "dw", False, "plain", "auto"),
-        ("dW beside dispatch and combine", "dw", True, "plain", "auto"),
-        ("2 chunks of experts, dW beside both", "full", True, "plain", 2),
-        ("4 chunks of experts, dW beside both", "full", True, "plain", 4),
-        ("tokens once per rank", "off", False, "once-per-rank", "auto"),
-        ("tokens once per rank in 2 chunks of them, dW beside both", "full", True, "once-per-rank", 2),
-        ("tokens once per rank, dW beside both", "dw", True, "once-per-rank", "auto"),
+    (name, {**_PLAIN, **changes})
+    for name, changes in (
+        ("plain", {}),
+        ("dW beside the dispatch's backward", _DW),
+        ("dW beside dispatch and combine", _BOTH),
+        ("2 chunks of experts, dW beside both", {**_CHUNKS, "moe_chunks": 2}),
+        ("4 chunks of experts, dW beside both", {**_CHUNKS, "moe_chunks": 4}),
+        ("local rows first, then others, dW beside both", {**_CHUNKS, "moe_chunks": 1, "local_first": True}),
+        ("two halves of a micro-batch interleaved", {**_DW, "interleave_batches": True}),
+        ("tokens once per rank", _ONCE),
+        ("tokens once per rank in 2 chunks of them, dW beside both", {**_CHUNKS, **_ONCE, "moe_chunks": 2}),
+        ("tokens once per rank, dW beside both", {**_BOTH, **_ONCE}),
     )
 )
 
@@ -114,6 +130,11 @@ def _impossible(settings: dict[str, Any], config: TrainConfig) -> str | None:
     local, chunks = config.model().experts // config.ep, settings["moe_chunks"]
     if chunks != "auto" and local % chunks and settings["dispatch"] == "plain":
         return f"the {local} experts of a rank make no {chunks} chunks of equally many"
+    if settings["local_first"] and config.ep == 1:
+        return "with --ep 1 all rows are local"
+    if settings["interleave_batches"]:
+        same, reason = halves_are_the_same(config)
+        return None if same else reason
     return None
 
 

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from fluid_npu.comm.transports import Transport
-from fluid_npu.mcore.chunk_choice import AUTO, check_chunks
+from fluid_npu.mcore.chunk_choice import AUTO, check_chunks, check_local_first
 from fluid_npu.mcore.dispatch_choice import check_dispatch
 from fluid_npu.ops.payload_fp8 import payload_of
 from fluid_npu.schedule.live import register
@@ -34,6 +34,7 @@ class SchedulerBinder:
     ``gemm_fusion``: the experts' weight gradients go straight into ``main_grad``, whatever the configuration says.
     ``dispatch``: how often a token is sent to a rank, as ``FluidTokenDispatcher``.
     ``chunks``: with overlap 'full', in how many groups of local experts a layer is pipelined; 'auto' decides.
+    ``local_first``: with overlap 'full', rows that stay on their rank are a chunk before those; False by default.
     ``cuda_graph``: each MoE layer's forward and backward are recorded and replayed (``graph_choice``).
     ``attention_chunks``: of the heads of each attention under context parallelism, as ``FluidSelfAttention``.
     ``interleave_batches``: layers with experts train in two halves of a micro-batch (``mcore.interleave``).
@@ -53,6 +54,7 @@ class SchedulerBinder:
         interleave_batches: bool = False,
         payload_dtype: str = "same",
         cuda_graph: bool = False,
+        local_first: bool = False,
     ) -> None:
         if attention_chunks < 1:
             raise ValueError(f"attention_chunks={attention_chunks}: at least 1 is needed, which cuts nothing")
@@ -68,6 +70,7 @@ class SchedulerBinder:
         # Checked here so that a wrong value is refused where it was written.
         BackwardScheduler(**self._settings)
         self.chunks = check_chunks(chunks, overlap)
+        self.local_first = check_local_first(local_first, overlap)
         #: By kind and number: MoE layers, attentions, and whole layers whose linears were bound.
         self._layers: dict[tuple[str, int], weakref.ref[Any]] = {}
         self._config: Any = None

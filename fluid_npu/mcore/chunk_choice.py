@@ -63,5 +63,28 @@ def choose_chunks(
     return Choice(int(chunks), "as asked")
 
 
+def check_local_first(local_first: bool, overlap: str) -> bool:
+    """The value itself. Raises ValueError for what is no bool, or asks for it without a pipeline."""
+    if not isinstance(local_first, bool):
+        raise ValueError(f"local_first={local_first!r}: allowed are True and False")
+    if local_first and overlap != "full":
+        raise ValueError(f"local_first=True: overlap={overlap!r} has no chunks; use overlap='full', or leave it out")
+    return local_first
+
+
+def choose_local_first(asked: bool, ranks: int, obstacle: str | None) -> Choice[bool]:
+    """Whether rows that stay on their rank are a chunk before all others, and why.
+
+    ``ranks``: P; ``obstacle`` as ``choose_chunks``, which raises ValueError here too where it was asked for.
+    """
+    if not asked:
+        return Choice(False, "not asked for")
+    if obstacle is not None:
+        raise ValueError(f"local_first=True: {obstacle}; or use local_first=False")
+    if ranks == 1:
+        return Choice(False, "one rank has all experts: no row leaves it")
+    return Choice(True, "as asked")
+
+
 def _words(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))

@@ -1,13 +1,14 @@
 """The plan of a dispatch in chunks of experts: chunk c moves the rows of the c-th group of every rank's local experts.
 
-Plain rows only; ``token_chunk_plan`` says why. All splits come from the one exchange of counts. T tokens, N rows of
-this rank before dispatch, R rows of its experts, E experts, L local experts, P expert-parallel ranks; no expert tensor
-parallelism.
+Plain rows only; ``token_chunk_plan`` says why. All splits come from the one exchange of counts. With local rows first
+the rows of this rank's own experts are a chunk before these, which nothing is exchanged for, and dW joins its rows with
+the others'. T tokens, N rows of this rank before dispatch, R rows of its experts, E experts, L local experts, P
+expert-parallel ranks; no expert tensor parallelism.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from fluid_npu.device import kernels_of
 from fluid_npu.device.kernels.groups import GroupRows
 from fluid_npu.mcore.dispatch_plan import ExpertGroups, PlainCounts
 from fluid_npu.mcore.dispatch_rows import PlainRows, RowForm
-from fluid_npu.ops.chunk_rows import chunk_of, experts_by_chunk, in_chunk_order
+from fluid_npu.ops.chunk_rows import chunk_of, experts_by_chunk, experts_own_first, in_chunk_order
 from fluid_npu.ops.payload import Merge, Pack
 from fluid_npu.ops.permute import PermuteLayout
 from fluid_npu.schedule.joined_rows import JoinedRows
@@ -47,6 +48,8 @@ class ChunkPlan:
     """What the plain form would move; None when this is the plain form."""
     tokens: slice | None = None
     """Of the T tokens; None: its rows are of all."""
+    here: bool = False
+    """Its rows stay on this rank: nothing is exchanged."""
 
     def route(self, groups: ExpertGroups, label: str, row_bytes: int, back: bool = False) -> Route:
         """Of its dispatch, or of its combine; ``row_bytes`` of a row in plain form."""
@@ -87,11 +90,11 @@ class ChunkedPlan:
         """From the gradients of all N payload rows to those of tokens and probabilities."""
         if self.layout is not None:
             return Pack(self.layout, hidden, wire).unload_grad
-        each = [(part.rows, part.sends.pack(hidden, wire)) for part in self.chunks]
+        each = [(part, part.sends.pack(hidden, wire)) for part in self.chunks]
 
         def gather(rows: Tensor) -> tuple[Tensor | None, ...]:
-            grads = [pack.unload_grad(rows[mine]) for mine, pack in each]
-            return tuple(torch.cat(parts) for parts in zip(*grads, strict=True))
+            grads = [pack.unload_grad(rows[part.rows]) for part, pack in each]
+            return tuple(self._of_tokens(parts) for parts in zip(*grads, strict=True))
 
         return gather
 
@@ -102,7 +105,13 @@ class ChunkedPlan:
             whole = Merge(self.layout, shape)
             return lambda rows: whole.unload(rows)[0]
         each = [(part.rows, part.sends.merge(torch.Size((-1, shape[-1])))) for part in self.chunks]
-        return lambda rows: torch.cat([merge.unload(rows[mine])[0] for mine, merge in each]).view(shape)
+        return lambda rows: self._of_tokens([merge.unload(rows[mine])[0] for mine, merge in each]).view(shape)
+
+    def _of_tokens(self, parts: Sequence[Tensor]) -> Tensor:
+        """``[T, ...]`` from what each chunk gives for its tokens; what stayed here is of all tokens and is added."""
+        ranges = [part for chunk, part in zip(self.chunks, parts, strict=True) if not chunk.here]
+        whole = torch.cat(ranges)
+        return whole if len(ranges) == len(parts) else whole.add_(parts[0])
 
 
 def make_chunked_plan(
@@ -113,6 +122,7 @@ def make_chunked_plan(
     on_device: tuple[Tensor, Tensor],
     chunks: int,
     table: Callable[[slice], Table | None] = lambda experts: None,
+    own: int | None = None,
 ) -> ChunkedPlan:
     """The plan for these counts.
 
@@ -124,18 +134,100 @@ def make_chunked_plan(
         on_device: both counts on the tokens' device.
         chunks: a divisor of L.
         table: rows from each rank to each for some of its local experts, where every rank was told them; else None.
+        own: this rank's place, if its own rows shall be a chunk before the others; None if not.
     """
+    if own is not None:
+        return _own_rows_first(layout, tokens_shape, counts_E, counts_PL, on_device, chunks, table, own)
     ranks, local = counts_PL.shape
     by_chunk_E = experts_by_chunk(len(counts_E), ranks, chunks, layout.token_of_row.device)
     whole = in_chunk_order(layout, on_device[0], by_chunk_E)
-    sent, rows_L = counts_E.view(ranks, local), on_device[1].sum(0)
-    size, start, plans = local // chunks, 0, []
+    plans = _chunks_of_experts(whole, 0, counts_E.view(ranks, local), counts_PL, on_device[1], chunks, table)
+    return ChunkedPlan(tokens_shape=tokens_shape, layout=whole, chunks=plans)
+
+
+def _own_rows_first(
+    layout: PermuteLayout,
+    tokens_shape: torch.Size,
+    counts_E: Tensor,
+    counts_PL: Tensor,
+    on_device: tuple[Tensor, Tensor],
+    chunks: int,
+    table: Callable[[slice], Table | None],
+    own: int,
+) -> ChunkedPlan:
+    """As ``make_chunked_plan``, where the chunks of experts have the rows of other ranks alone."""
+    ranks, local = counts_PL.shape
+    order_E = experts_own_first(len(counts_E), ranks, chunks, own, layout.token_of_row.device)
+    whole = in_chunk_order(layout, on_device[0], order_E)
+    first = _own_chunk(whole, GroupRows(counts_PL[own].tolist(), on_device[1][own]))
+    sent, received, received_there = (
+        _without(counts, own) for counts in (counts_E.view(ranks, local), counts_PL, on_device[1])
+    )
+    start, table = first.rows.stop, _between_ranks(table)
+    plans = [first, *_chunks_of_experts(whole, start, sent, received, received_there, chunks, table)]
+    counts = [_among_all(plan.tokens_per_expert, plan.experts, local) for plan in plans]
+    # Of each chunk its own experts, of all others 0: [size, C, C] -> [C, C * size].
+    by_chunk = torch.diag_embed(received_there.sum(0).view(chunks, -1).t()).permute(1, 2, 0).reshape(chunks, local)
+    joined = JoinedRows(counts, torch.cat([on_device[1][own : own + 1], by_chunk]))
+    return ChunkedPlan(tokens_shape=tokens_shape, layout=whole, chunks=plans, joined=joined)
+
+
+def _own_chunk(whole: PermuteLayout, rows_L: GroupRows) -> ChunkPlan:
+    """The first rows of a layout, which stay here; they are by expert already."""
+    rows = slice(0, sum(rows_L))
+    return ChunkPlan(
+        rows=rows,
+        experts=slice(0, len(rows_L)),
+        sends=PlainRows(layout=chunk_of(whole, rows), order=None),
+        input_splits=[],
+        output_splits=[],
+        tokens_per_expert=rows_L,
+        table=None,
+        here=True,
+    )
+
+
+def _without(counts_PL: Tensor, own: int) -> Tensor:
+    counts_PL = counts_PL.clone()
+    counts_PL[own].zero_()
+    return counts_PL
+
+
+def _among_all(rows: Sequence[int], experts: slice, local: int) -> list[int]:
+    """Rows of each of L experts, 0 for those that are not of these."""
+    return [0] * experts.start + list(rows) + [0] * (local - experts.stop)
+
+
+def _between_ranks(table: Callable[[slice], Table | None]) -> Callable[[slice], Table | None]:
+    """The same without the rows that stay on their rank."""
+
+    def between(experts: slice) -> Table | None:
+        whole = table(experts)
+        if whole is None:
+            return None
+        return [[0 if source == target else n for target, n in enumerate(row)] for source, row in enumerate(whole)]
+
+    return between
+
+
+def _chunks_of_experts(
+    whole: PermuteLayout,
+    start: int,
+    sent_PL: Tensor,
+    counts_PL: Tensor,
+    on_device_PL: Tensor,
+    chunks: int,
+    table: Callable[[slice], Table | None],
+) -> list[ChunkPlan]:
+    """The chunks whose rows begin at ``start``. Rows sent and received are on the host, received ones there too."""
+    rows_L = on_device_PL.sum(0)
+    size, plans = counts_PL.shape[1] // chunks, []
     for number in range(chunks):
         experts = slice(number * size, (number + 1) * size)
-        input_splits = sent[:, experts].sum(1).tolist()
+        input_splits = sent_PL[:, experts].sum(1).tolist()
         rows = slice(start, start + sum(input_splits))
         received = counts_PL[:, experts]
-        order, ends = _order(received, on_device[1][:, experts])
+        order, ends = _order(received, on_device_PL[:, experts])
         plans.append(
             ChunkPlan(
                 rows=rows,
@@ -148,12 +240,12 @@ def make_chunked_plan(
             )
         )
         start = rows.stop
-    return ChunkedPlan(tokens_shape=tokens_shape, layout=whole, chunks=plans)
+    return plans
 
 
 def _order(received_PL: Tensor, on_device_PL: Tensor) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
     """Of a chunk's received rows, by expert, None where they come so; and where each expert's end, if known."""
-    if 1 in received_PL.shape:
+    if 1 in received_PL.shape or int(received_PL.any(1).sum()) == 1:  # of one rank alone they do
         return None, None
     rows, inverse, ends = kernels_of(on_device_PL).chunk_order(on_device_PL, received_PL)
     return (rows, inverse), ends

@@ -71,15 +71,24 @@ def _chunk(
     part: ChunkPlan = plan.chunks[number]
     hidden = x_TH.shape[1]
     row_bytes = hidden * x_TH.element_size()
-    label = f"{dispatcher.label} chunk {number + 1} of {len(plan.chunks)}".strip()
+    stay = int(plan.chunks[0].here)
+    which = "local rows" if part.here else f"chunk {number + 1 - stay} of {len(plan.chunks) - stay}"
+    label = f"{dispatcher.label} {which}".strip()
+    there = None if part.here else part.route(dispatcher.groups, label, _payload_bytes(x_TH))
     return Chunk(
+        label=label,
         rows=part.rows,
         experts=part.experts,
-        dispatch=part.route(dispatcher.groups, label, payload_width(hidden, x_TH.dtype) * x_TH.element_size()),
-        combine=part.route(dispatcher.groups, label, row_bytes, back=True),
+        dispatch=there,
+        combine=None if part.here else part.route(dispatcher.groups, label, row_bytes, back=True),
         pack=part.pack(hidden, wire),
         unpack=part.sends.unpack(hidden, wire),
         collect=part.sends.collect(),
         spread=part.spread(plan.tokens_shape),
         mlp=experts.chunk(part.tokens_per_expert),
     )
+
+
+def _payload_bytes(x_TH: Tensor) -> int:
+    """Of one payload row."""
+    return payload_width(x_TH.shape[1], x_TH.dtype) * x_TH.element_size()

@@ -47,7 +47,9 @@ def _role(modules: dict[str, torch.nn.Module], path: str) -> str:
     module = modules[path]
     if isinstance(module, FluidMoELayer):
         kind = "tokens" if module.chunks_of_tokens else "experts"
-        return f" (in {module.chunks.value} chunks of {kind})" if module.chunks.value > 1 else ""
+        in_chunks = [f"in {module.chunks.value} chunks of {kind}"] if module.chunks.value > 1 else []
+        told = ", ".join(in_chunks + ["local rows first"] * module.local_first.value)
+        return f" ({told})" if told else ""
     if isinstance(module, FluidLinear):
         return f" (dW {module.dw_runs})"
     core = getattr(module, "core_attention", None)

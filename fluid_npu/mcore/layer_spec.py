@@ -55,6 +55,7 @@ def get_fluid_moe_layer_spec(
     interleave_batches: bool = False,
     payload_dtype: str = "same",
     cuda_graph: bool = False,
+    local_first: bool = False,
 ) -> ModuleSpec:
     """The spec of a transformer layer with a FluidMoELayer, for ``GPTModel(transformer_layer_spec=...)``.
 
@@ -78,6 +79,8 @@ def get_fluid_moe_layer_spec(
             and gradients keep their dtype. 'same' changes nothing.
         cuda_graph: each MoE layer's forward and backward are recorded after a few calls and replayed by one call of the
             host each; CUDA and dispatch='static' alone.
+        local_first: with overlap 'full', rows that stay on their rank are a chunk before the others, computed while the
+            first of those travels (``schedule.pipeline``); their dW joins the rows of all chunks.
 
     For Megatron's multi-token prediction take ``get_fluid_moe_block_spec``: its helper accepts Megatron's own
     TransformerLayer alone as a layer's spec.
@@ -95,6 +98,7 @@ def get_fluid_moe_layer_spec(
         interleave_batches=interleave_batches,
         payload_dtype=payload_dtype,
         cuda_graph=cuda_graph,
+        local_first=local_first,
     )
     return with_fluid_moe(_layer_spec(config, choose_backend(backend).value), binder)
 
@@ -112,6 +116,7 @@ def get_fluid_moe_block_spec(
     interleave_batches: bool = False,
     payload_dtype: str = "same",
     cuda_graph: bool = False,
+    local_first: bool = False,
     vp_stage: int | None = None,
     binder: SchedulerBinder | None = None,
 ) -> TransformerBlockSubmodules:
@@ -119,14 +124,15 @@ def get_fluid_moe_block_spec(
 
     Arguments as ``get_fluid_moe_layer_spec``; ``vp_stage`` is the chunk of an interleaved pipeline. Chunks whose specs
     are made with one ``binder`` share a scheduler; it then stands for overlap, carry_over, transport, dispatch,
-    chunks, attention_chunks, interleave_batches, payload_dtype and cuda_graph, none of which may be given beside it
-    (ValueError).
+    chunks, attention_chunks, interleave_batches, payload_dtype, cuda_graph and local_first, none of which may be given
+    beside it (ValueError).
     """
     given = (overlap, carry_over, transport, dispatch, chunks, attention_chunks, interleave_batches, payload_dtype)
-    if binder is not None and (*given, cuda_graph) != ("dw", False, None, "plain", AUTO, 1, False, "same", False):
+    defaults = ("dw", False, None, "plain", AUTO, 1, False, "same", False, False)
+    if binder is not None and (*given, cuda_graph, local_first) != defaults:
         raise ValueError(
             "binder: overlap, carry_over, transport, dispatch, chunks, attention_chunks, interleave_batches, "
-            "payload_dtype and cuda_graph are its own; give them to SchedulerBinder"
+            "payload_dtype, cuda_graph and local_first are its own; give them to SchedulerBinder"
         )
     if binder is None:
         binder = SchedulerBinder(
@@ -139,6 +145,7 @@ def get_fluid_moe_block_spec(
             interleave_batches=interleave_batches,
             payload_dtype=payload_dtype,
             cuda_graph=cuda_graph,
+            local_first=local_first,
         )
     use_te = choose_backend(backend).value == "te"
     block = get_gpt_decoder_block_spec(config, use_te, normalization=config.normalization, **_chunk(vp_stage))

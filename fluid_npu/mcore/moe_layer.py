@@ -25,7 +25,7 @@ from fluid_npu.device.choice import Choice
 from fluid_npu.device.kernels.groups import DeviceRows
 from fluid_npu.mcore import chunks as in_chunks
 from fluid_npu.mcore.binding import SchedulerBinder
-from fluid_npu.mcore.chunk_choice import choose_chunks
+from fluid_npu.mcore.chunk_choice import choose_chunks, choose_local_first
 from fluid_npu.mcore.chunk_plan import ChunkedPlan
 from fluid_npu.mcore.dispatch_plan import DispatchPlan
 from fluid_npu.mcore.experts import FluidGroupedMLP
@@ -121,7 +121,11 @@ class FluidMoELayer(MoELayerInSteps):
             self.router: Any = FluidRouter.taking_over(self.router)
         pipeline = getattr(groups, "pp", None)
         self._pp_rank = None if pipeline is None else pipeline.rank()
-        self.chunks = self._choose_chunks()
+        obstacle = self._chunk_obstacle()
+        self.chunks = self._choose_chunks(obstacle)
+        self.local_first = choose_local_first(self._binder.local_first, groups.ep.size(), obstacle)
+        if self._binder.local_first:
+            self.local_first.announce("local rows first")
         if self._binder.gemm_fusion and isinstance(self.experts, FluidGroupedMLP):
             self.experts.fuse_dw = True
         self._bind(layer_number)
@@ -153,13 +157,14 @@ class FluidMoELayer(MoELayerInSteps):
         # Megatron's overlap of shared experts needs its own dispatcher and CUDA streams; ours is in the steps below.
         self.shared_expert_overlap = False
 
-    def _choose_chunks(self) -> Choice[int]:
+    def _chunk_obstacle(self) -> str | None:
+        """What keeps this layer in one piece; None for nothing."""
+        if self.steps:
+            return in_chunks.obstacle(self.config, self.token_dispatcher, self.experts)
+        return f"moe_token_dispatcher_type={self.config.moe_token_dispatcher_type!r} overlaps nothing"
+
+    def _choose_chunks(self, blocked: str | None) -> Choice[int]:
         """In how many chunks this layer is pipelined."""
-        blocked = (
-            in_chunks.obstacle(self.config, self.token_dispatcher, self.experts)
-            if self.steps
-            else f"moe_token_dispatcher_type={self.config.moe_token_dispatcher_type!r} overlaps nothing"
-        )
         chosen = choose_chunks(
             self._binder.chunks, self._binder.overlap, self.num_local_experts, blocked, self.chunks_of_tokens
         )
@@ -243,11 +248,10 @@ class FluidMoELayer(MoELayerInSteps):
         if not self.steps:
             prepared: tuple[Any, Any] = super().preprocess(hidden_states, probs, routing_map)
             return prepared
-        plan = (
-            self.token_dispatcher.plan(routing_map, hidden_states.shape)
-            if self.chunks.value == 1
-            else self.token_dispatcher.plan_chunks(routing_map, hidden_states.shape, self.chunks.value)
-        )
+        dispatcher, shape, local_first = self.token_dispatcher, hidden_states.shape, self.local_first.value
+        if self.chunks.value == 1 and not local_first:
+            return _Prepared(dispatcher.plan(routing_map, shape), hidden_states, probs), None
+        plan = dispatcher.plan_chunks(routing_map, shape, self.chunks.value, local_first)
         return _Prepared(plan, hidden_states, probs), None
 
     def dispatch(self, hidden_states: Any, probs: Any) -> tuple[Any, Any]:
@@ -286,6 +290,7 @@ class FluidMoELayer(MoELayerInSteps):
         if isinstance(sent, _InChunks):
             return _Combined(sent.pending.run(), shared_output), None
         plan = sent.plan
+        self.backward_scheduler.fill_again(f"moe_dispatch AllToAll of {self.label}", gaps=3)
         x_RH, p_R = self.token_dispatcher.receive(sent.handle, plan, wire_dtype(tokens.dtype, probs_TE.dtype))
         if sent.deferred is not None:
             out_RH, _ = self.experts(x_RH, plan.tokens_per_expert, p_R, deferred=sent.deferred)
@@ -306,6 +311,8 @@ class FluidMoELayer(MoELayerInSteps):
             return whole
         combined: _Combined = output
         handle = combined.handle
+        if not isinstance(handle, Tensor):
+            self.backward_scheduler.fill_again(f"moe_combine AllToAll of {self.label}", gaps=2)
         merged = handle if isinstance(handle, Tensor) else handle.wait()
         return merged if combined.shared_output is None else merged + combined.shared_output
 

@@ -8,6 +8,8 @@ put together for dW (``schedule.joined_rows``): both are traffic of the device's
 fast as NVLink and more than fifty times as fast as a network. A plain dispatch gains nothing from it, and keeps chunks
 of experts.
 
+With local rows first, rows for the rank itself, of all tokens, are a chunk before these and are not exchanged.
+
 C chunks, L local experts, N numbers that a rank is told of a chunk: its rows, then the rows of each local expert.
 """
 
@@ -32,6 +34,7 @@ def make_token_chunked_plan(
     sent_PCN: Tensor,
     told: ToldCounts,
     groups: ExpertGroups,
+    own_first: bool = False,
 ) -> ChunkedPlan:
     """The plan for these counts.
 
@@ -42,20 +45,21 @@ def make_token_chunked_plan(
         sent_PCN: of this rank to each, on the host.
         told: of each to this rank; C * N numbers each.
         groups: without expert tensor parallelism.
+        own_first: the first chunk's rows are those that stay on this rank, and no other's do.
     """
     chunks: list[ChunkPlan] = []
     start = 0
     for number, (layout, mine) in enumerate(zip(layouts, tokens, strict=True)):
         plan = make_once_plan(layout, tokens_shape, sent_PCN[:, number], _of_chunk(told, number, len(tokens)), groups)
         rows = slice(start, start + sum(plan.input_splits))
-        chunks.append(_chunk(plan, rows, mine))
+        chunks.append(_chunk(plan, rows, mine, here=own_first and number == 0))
         start = rows.stop
     counts_CL = _of_all(told.on_device, len(tokens))[:, :, :, 1:].sum((0, 1))
     joined = JoinedRows([chunk.tokens_per_expert for chunk in chunks], counts_CL)
     return ChunkedPlan(tokens_shape=tokens_shape, layout=None, chunks=chunks, joined=joined)
 
 
-def _chunk(plan: DispatchPlan, rows: slice, tokens: slice) -> ChunkPlan:
+def _chunk(plan: DispatchPlan, rows: slice, tokens: slice, here: bool) -> ChunkPlan:
     assert isinstance(plan.tokens_per_expert, GroupRows), "only dispatch='static' leaves them on the device"
     return ChunkPlan(
         rows=rows,
@@ -66,7 +70,8 @@ def _chunk(plan: DispatchPlan, rows: slice, tokens: slice) -> ChunkPlan:
         tokens_per_expert=plan.tokens_per_expert,
         table=plan.table,
         plain=plan.plain,
-        tokens=tokens,
+        tokens=None if here else tokens,
+        here=here,
     )
 
 

@@ -120,15 +120,18 @@ class FluidTokenDispatcher(MoETokenDispatcher):
             counts.table(slice(None)),
         )
 
-    def plan_chunks(self, routing_map_TE: Tensor, tokens_shape: torch.Size, chunks: int) -> ChunkedPlan:
+    def plan_chunks(
+        self, routing_map_TE: Tensor, tokens_shape: torch.Size, chunks: int, local_first: bool = False
+    ) -> ChunkedPlan:
         """As ``plan``, in ``chunks``: plain rows of groups of local experts, whose number they divide, or rows of some
-        tokens each, sent once per rank."""
+        tokens each, sent once per rank. With ``local_first`` rows that stay on this rank are one more, the first."""
         if self.dispatch_form.value == "once-per-rank":
-            return self._plan_once_chunks(routing_map_TE, tokens_shape, chunks)
+            return self._plan_once_chunks(routing_map_TE, tokens_shape, chunks, local_first)
         layout, counts = self._rows(routing_map_TE)
         on_device = counts.sent_on_device, counts.received_on_device[0]
+        own = self.groups.ep_rank if local_first else None
         return make_chunked_plan(
-            layout, tokens_shape, counts.sent_E, counts.received_QPL[0], on_device, chunks, counts.table
+            layout, tokens_shape, counts.sent_E, counts.received_QPL[0], on_device, chunks, counts.table, own
         )
 
     def _rows(self, routing_map_TE: Tensor) -> tuple[PermuteLayout, RowCounts]:
@@ -182,11 +185,19 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         layout = every_group(routing_map_TE, self.config.moe_router_topk, self.groups.ep_size)
         return make_static_plan(layout, tokens_shape, self.groups)
 
-    def _plan_once_chunks(self, routing_map_TE: Tensor, tokens_shape: torch.Size, chunks: int) -> ChunkedPlan:
+    def _plan_once_chunks(
+        self, routing_map_TE: Tensor, tokens_shape: torch.Size, chunks: int, local_first: bool
+    ) -> ChunkedPlan:
         """As ``_plan_once`` for each of some ranges of tokens, with one exchange of counts."""
         tokens = token_chunks(routing_map_TE.shape[0], chunks)
+        maps = [routing_map_TE[mine] for mine in tokens]
+        if local_first:
+            own_E = torch.zeros_like(routing_map_TE[0])
+            own_E[self.local_expert_indices[0] : self.local_expert_indices[-1] + 1] = True
+            maps = [routing_map_TE & own_E, *(part & ~own_E for part in maps)]
+            tokens = [slice(0, routing_map_TE.shape[0]), *tokens]
         topk, ranks = self.config.moe_router_topk, self.groups.ep_size
-        made = [once_counts(routing_map_TE[mine], topk, ranks) for mine in tokens]
+        made = [once_counts(part, topk, ranks) for part in maps]
         counts_PCN = torch.stack([counts for counts, _ in made], dim=1)
         one_wait = kernels_of(counts_PCN).one_wait_for_counts
         pending = exchange_counts(counts_PCN.view(-1), self.groups, self._everyone_counts or one_wait)
@@ -195,7 +206,7 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         if host_PCN is None:
             host_PCN = counts_PCN.cpu() if told.own is None else told.own.view(counts_PCN.shape)
         layouts = [layout_of(int(host_PCN[:, n, 0].sum())) for n, (_, layout_of) in enumerate(made)]
-        return make_token_chunked_plan(layouts, tokens, tokens_shape, host_PCN, told, self.groups)
+        return make_token_chunked_plan(layouts, tokens, tokens_shape, host_PCN, told, self.groups, local_first)
 
     @property
     def _everyone_counts(self) -> bool:

@@ -4,6 +4,7 @@ Chunks of experts: ``PermuteLayout`` orders rows by expert, so the rows of a chu
 whole experts are moved so that a chunk's rows are one piece altogether; the sum over a token's rows still runs in
 ascending expert order.
 Chunks of tokens: each has rows of every expert, and the rows of all chunks are brought together for dW.
+Rows that stay on their rank may be a chunk before all others, whose rows are then those of other ranks alone.
 T tokens, E experts, N rows, P ranks, L local experts, C chunks.
 """
 
@@ -21,6 +22,13 @@ def experts_by_chunk(experts: int, ranks: int, chunks: int, device: torch.device
     """int64 [E]: all experts, by (chunk, rank, local expert)."""
     numbers = torch.arange(experts, device=device)
     return numbers.view(ranks, chunks, -1).transpose(0, 1).reshape(-1)
+
+
+def experts_own_first(experts: int, ranks: int, chunks: int, own: int, device: torch.device) -> Tensor:
+    """int64 [E]: the local experts of rank ``own``, then those of all others, by (chunk, rank, local expert)."""
+    by_rank = torch.arange(experts, device=device).view(ranks, chunks, -1)
+    others = torch.cat([by_rank[:own], by_rank[own + 1 :]]).transpose(0, 1)
+    return torch.cat([by_rank[own].reshape(-1), others.reshape(-1)])
 
 
 def in_chunk_order(layout: PermuteLayout, counts_E: Tensor, order_E: Tensor) -> PermuteLayout:

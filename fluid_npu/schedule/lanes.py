@@ -100,25 +100,29 @@ class Lanes:
 
     def __enter__(self) -> Lanes:
         scheduler, transport = self._scheduler, self._scheduler.transport
-        submit, fill = scheduler.submit, scheduler.fill
+        submit, fill, again = scheduler.submit, scheduler.fill, scheduler.fill_again
 
         def timed_submit(task: DWTask) -> None:
             submit(dataclasses.replace(task, run=lambda: self._run(task)))
 
-        def timed_fill(*args: Any, **kwargs: Any) -> None:
-            self._filling = True
-            try:
-                fill(*args, **kwargs)
-            finally:
-                self._filling = False
+        def timed(filling: Callable[..., None]) -> Callable[..., None]:
+            def timed_fill(*args: Any, **kwargs: Any) -> None:
+                self._filling = True
+                try:
+                    filling(*args, **kwargs)
+                finally:
+                    self._filling = False
 
-        scheduler.submit, scheduler.fill = timed_submit, timed_fill  # type: ignore[method-assign]
+            return timed_fill
+
+        scheduler.submit = timed_submit  # type: ignore[method-assign]
+        scheduler.fill, scheduler.fill_again = timed(fill), timed(again)  # type: ignore[method-assign]
         scheduler.computing = self._computing  # type: ignore[method-assign]
         scheduler.transport = _ClockedTransport(transport, self)
 
         def restore() -> None:
             scheduler.transport = transport
-            del scheduler.submit, scheduler.fill, scheduler.computing
+            del scheduler.submit, scheduler.fill, scheduler.fill_again, scheduler.computing
 
         self._undo = [restore]
         for module in self._modules:

@@ -10,10 +10,16 @@ Backward, mirrored:
     communication   C0 C1 C2 D0 D1 D2            the reverses of both
     compute         carried   E0 E1 E2 dW        dX of each chunk; dW of all chunks beside the last dispatches
 
+With local rows first a chunk before the others, L, holds what stays on this rank. No exchange is of it, so it is
+computed while the first dispatch flies, and in backward while the first combine's reverse does:
+
+    communication   D0 D1 C0 C1          backward   C0 C1 D0 D1
+    compute         L  E0 E1                        L  E0 E1 dW
+
 Two autograd nodes: the launch, whose backward lands the dispatches' gradients, and the run. What a caller records
 between the two (shared experts) runs between them in the backward too. The order inside a node is written out here, so
 it is the same on all ranks. No dW is split along tokens: a chunk holds whole experts, whose rows and their order are
-those of the layer in one piece, or chunks share their experts and dW joins the rows of all (``joined_rows``).
+those of the layer in one piece, or chunks share their experts, as with L, and dW joins all rows (``joined_rows``).
 
 T tokens, N rows of this rank before the dispatch, R rows of its experts, H hidden, W payload width, E experts.
 """
@@ -22,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -38,14 +44,17 @@ from fluid_npu.schedule.scheduler import BackwardScheduler
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Some local experts of every rank with their rows, or the rows of some tokens of every rank."""
+    """Some local experts of every rank with their rows, or the rows of some tokens, or the rows that stay here."""
 
+    label: str
+    """For records: "layer 3 chunk 1 of 2"."""
     rows: slice
     """Of the N rows."""
     experts: slice
     """Of the local experts."""
-    dispatch: Route
-    combine: Route
+    dispatch: Route | None
+    """None with that of the combine: its rows stay on this rank."""
+    combine: Route | None
     pack: Callable[[Tensor, Tensor], Tensor]
     """From tokens and probabilities to the payload rows that are sent."""
     unpack: Unloading
@@ -85,13 +94,22 @@ class Pipeline:
         """FC1 and FC2 of a chunk's experts."""
         return self.w1_LHF[chunk.experts], self.w2_LFH[chunk.experts]
 
-    def fly(self, rows: Tensor, route: Route, *, back: bool = False, into: Tensor | None = None) -> Flight:
-        """Starts an exchange or, ``back``, the reverse of one for the gradient."""
+    def fly(self, rows: Tensor, route: Route | None, *, back: bool = False, into: Tensor | None = None) -> _OnTheWay:
+        """Starts an exchange or, ``back``, the reverse of one for the gradient; without a route rows stay here."""
+        if route is None:
+            return _Here(rows, into)
         name = f"backward of {route.name}" if back else route.name
         self.sink.pipelined[name] = f"{'backward of ' if back else ''}AllToAlls of {self.name}"
         return Flight(rows, route.reversed() if back else route, name, self.sink, into=into)
 
-    def land(self, flight: Flight) -> Tensor:
+    def start(self, fly: Callable[[Chunk], _OnTheWay]) -> list[_OnTheWay]:
+        """``fly`` of each chunk, in their order; what is exchanged goes first, so that what stays is made meanwhile."""
+        started: dict[int, _OnTheWay] = {}
+        for number in sorted(range(len(self.chunks)), key=lambda number: self.chunks[number].dispatch is None):
+            started[number] = fly(self.chunks[number])
+        return [started[number] for number in range(len(self.chunks))]
+
+    def land(self, flight: _OnTheWay) -> Tensor:
         """The rows of an exchange, which are used from here on."""
         self.sink.pipelined.pop(flight.name, None)
         return flight.land()
@@ -119,12 +137,32 @@ class PendingExperts:
         return _Run.apply(self._token, self._pipeline, self._flights)
 
 
+class _Here:
+    """Rows that stay on this rank, in the place of a flight."""
+
+    name = ""
+
+    def __init__(self, rows: Tensor, into: Tensor | None) -> None:
+        self._rows = rows if into is None else into.copy_(rows)
+
+    def land(self) -> Tensor:
+        """The rows."""
+        return self._rows
+
+    def give_back(self, made: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What was made of them: their memory is nobody else's."""
+        return made
+
+
+_OnTheWay: TypeAlias = "Flight | _Here"
+
+
 class _Flights:
     """What the two nodes share: the dispatches in flight and, in the backward, the buffer that they land in."""
 
     def __init__(self) -> None:
-        self.forward: list[Flight] = []
-        self.backward: list[Flight] = []
+        self.forward: list[_OnTheWay] = []
+        self.backward: list[_OnTheWay] = []
         self.payload_NW: Tensor | None = None
 
 
@@ -136,8 +174,7 @@ class _Launch(torch.autograd.Function):
         ctx: Any, pipeline: Pipeline, flights: _Flights, x_TH: Tensor, probs_TE: Tensor, *weights: Tensor
     ) -> Tensor:
         ctx.pipeline, ctx.flights = pipeline, flights
-        for chunk in pipeline.chunks:
-            flights.forward.append(pipeline.fly(chunk.pack(x_TH, probs_TE), chunk.dispatch))
+        flights.forward = pipeline.start(lambda chunk: pipeline.fly(chunk.pack(x_TH, probs_TE), chunk.dispatch))
         return x_TH.new_empty(0)
 
     @staticmethod
@@ -174,13 +211,14 @@ class _Run(torch.autograd.Function):
 
 def _forward(pipeline: Pipeline, flights: _Flights, keep: bool) -> tuple[Tensor, list[Sequence[Tensor]]]:
     """The merged tokens, and for each chunk what its backward needs."""
-    combines: list[Flight] = []
+    combines: list[_OnTheWay] = []
     kept: list[Sequence[Tensor]] = []
     rows_NH: Tensor | None = None
+    pipeline.sink.fill_again(f"moe_dispatch AllToAlls of {pipeline.name}", gaps=3)
     for chunk in pipeline.chunks:
         flight = flights.forward.pop(0)
         received = pipeline.land(flight)
-        with pipeline.sink.computing(f"{chunk.dispatch.label} forward"):
+        with pipeline.sink.computing(f"{chunk.label} forward"):
             x_RH, p_R = flight.give_back(chunk.unpack.unload(received))
             y_RH, needed = mlp_forward(x_RH, p_R, *pipeline.weights_of(chunk), chunk.mlp)
             back = chunk.collect.load(y_RH)
@@ -190,6 +228,7 @@ def _forward(pipeline: Pipeline, flights: _Flights, keep: bool) -> tuple[Tensor,
             rows_NH = y_RH.new_empty(pipeline.num_rows, y_RH.shape[1])
         combines.append(pipeline.fly(back, chunk.combine, into=rows_NH[chunk.rows]))
         del flight, received, x_RH, p_R, y_RH, needed, back
+    pipeline.sink.fill_again(f"moe_combine AllToAlls of {pipeline.name}", gaps=2)
     for flight in combines:
         pipeline.land(flight)
     assert rows_NH is not None, "a layer has at least one chunk"
@@ -199,13 +238,13 @@ def _forward(pipeline: Pipeline, flights: _Flights, keep: bool) -> tuple[Tensor,
 def _backward(pipeline: Pipeline, flights: _Flights, dout: Tensor, kept: list[Sequence[Tensor]]) -> None:
     """Leaves the dispatches' gradients in flight and the dW of all chunks queued."""
     assert pipeline.deferred is not None, "without gradients there is no backward"
-    combines = [pipeline.fly(chunk.spread(dout), chunk.combine, back=True) for chunk in pipeline.chunks]
+    combines = pipeline.start(lambda chunk: pipeline.fly(chunk.spread(dout), chunk.combine, back=True))
     pipeline.sink.fill("moe_combine", f"moe_combine AllToAlls of {pipeline.name}")
     weight_grads = _WeightGrads(pipeline.deferred, pipeline.joined)
     for chunk in pipeline.chunks:
         flight = combines.pop(0)
         received = pipeline.land(flight)
-        with pipeline.sink.computing(f"{chunk.dispatch.label} backward"):
+        with pipeline.sink.computing(f"{chunk.label} backward"):
             (dy,) = flight.give_back(chunk.collect.unload_grad(received))
             assert dy is not None
             dx, dp, _, _ = mlp_backward(dy, kept.pop(0), weight_grads.taken_from(chunk.mlp))

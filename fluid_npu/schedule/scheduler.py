@@ -10,6 +10,16 @@
     sp2hp-backward AllToAll      ||  the other half; the rest of what the MLP left
     dX of qkv: hands its dW here with carry_over
 
+Where a layer is recomputed in the backward, its forward's AllToAlls come once more before all that, and what the layers
+above left over is shared out among the three that follow each other:
+
+    dispatch AllToAll            ||  a third of the tasks
+    combine AllToAll             ||  half of the rest
+    combine-backward AllToAll    ||  the rest
+
+That backward is one inside another (Megatron's checkpoint), and its end must not run what is carried: the outer one's
+end does.
+
 Which task runs in which flight follows from configuration and the graph alone, so every rank takes the same order,
 whatever its load or clock. One scheduler serves one model; it is found through the model's layers and holds no
 state outside itself. Backward runs on other threads than forward, so nothing here is thread-local.
@@ -18,7 +28,7 @@ state outside itself. Backward runs on other threads than forward, so nothing he
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -31,6 +41,9 @@ from fluid_npu.schedule.tally import Tally
 from fluid_npu.schedule.task import DWTask
 
 _FOLD_AT = 2048
+
+#: The autograd node that is being run, also by the backward inside which another one was started.
+_current_node: Callable[[], object] = getattr(torch._C, "_current_autograd_node", lambda: None)
 
 #: A layer's carried tasks are at most ten (FC2, router, shared experts, five linears of latent attention), and between
 #: two MoE layers there may be one dense layer, of up to seven.
@@ -94,6 +107,8 @@ class BackwardScheduler:
         self._twin = False
         self._queue: deque[DWTask] = deque()
         self._held_bytes = 0
+        #: The backward in which layers are recomputed, whose end runs what is left.
+        self._outer: int | None = None
         self.reset_stats()
 
     @property
@@ -195,6 +210,22 @@ class BackwardScheduler:
                 kept.append(self._queue.popleft())
         self._queue = kept
 
+    def fill_again(self, name: str, gaps: int) -> None:
+        """Runs a share of what is queued beside an exchange of a forward that is repeated in a backward (recompute).
+
+        ``gaps``: this exchange and those that follow up to the backward of the layer's combine, which takes the rest.
+        Tasks are counted and not weighed, since their rows differ between ranks. In any other forward nothing is run.
+        """
+        graph = torch._C._current_graph_task_id()
+        if graph < 0:
+            self._outer = None  # what a failed backward left open
+            return
+        if self._outer != graph:
+            self._outer = graph
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_outer)
+        for _ in range(-(-len(self._queue) // gaps)):
+            self._run(self._take(), f"recompute of {name}")
+
     def _run(self, task: DWTask, region: str) -> None:
         self.recorder.add("dw", task.name, region=region)
         start, end = task.device.event(), task.device.event()
@@ -222,6 +253,11 @@ class BackwardScheduler:
             self._run(self._take(), region)
 
     def _end_of_backward(self) -> None:
+        if self._outer is None or _current_node() is None:
+            self.run_queue("end of backward")
+
+    def _end_of_outer(self) -> None:
+        self._outer = None
         self.run_queue("end of backward")
 
     def get_stats(self) -> dict[str, float]:

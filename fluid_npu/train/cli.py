@@ -109,6 +109,8 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dispatch", default=_DEFAULTS.dispatch, metavar="NAME", help=text)
     text = "with --overlap full: chunks of experts, or of tokens sent once per rank, of an MoE layer, or auto (auto)"
     group.add_argument("--moe-chunks", default="auto", metavar="N", type=_number_or_auto, help=text)
+    text = "with --overlap full: rows that stay on their rank are a chunk before the others"
+    group.add_argument("--local-first", action="store_true", help=text)
     text = "with --dispatch static on CUDA: record each MoE layer and replay it by one call of the host"
     group.add_argument("--moe-cuda-graph", action="store_true", help=text)
     text = "with --cp: parts of a rank's heads, each part's AllToAlls beside the computation of others (1)"

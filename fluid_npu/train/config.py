@@ -32,6 +32,7 @@ RESUME_MAY_DIFFER = frozenset(
         "profile",
         "dispatch",
         "moe_chunks",
+        "local_first",
         "attention_chunks",
         "moe_cuda_graph",
         "a2a_transport",
@@ -56,7 +57,8 @@ class TrainConfig:
     ``a2a_node_size`` ranks, where 0 asks the launcher. ``a2a_payload_dtype`` 'fp8' codes the tokens of a
     dispatch. ``vpp`` is the number of model chunks
     per pipeline stage. ``moe_chunks`` is in how many groups of its experts, or of tokens where they are sent once per
-    rank, ``overlap`` 'full' pipelines an MoE layer: a number, or 'auto'. ``attention_chunks`` are the parts in which a
+    rank, ``overlap`` 'full' pipelines an MoE layer: a number, or 'auto'; with ``local_first`` rows that stay on their
+    rank are a chunk before those. ``attention_chunks`` are the parts in which a
     context-parallel rank computes its heads. ``interleave_batches`` trains MoE layers in two halves of a micro-batch.
     ``moe_cuda_graph`` replays each MoE layer as a CUDA graph.
     """
@@ -94,6 +96,7 @@ class TrainConfig:
     profile: str | None = None
     dispatch: str = "plain"
     moe_chunks: int | str = "auto"
+    local_first: bool = False
     attention_chunks: int = 1
     interleave_batches: bool = False
     moe_cuda_graph: bool = False
@@ -195,6 +198,7 @@ def _check_choices(c: TrainConfig) -> None:
     if c.carry_over and c.overlap == "off":
         raise ConfigError("--carry-over: with --overlap off no AllToAll is in flight; use --overlap dw or auto")
     _check_moe_chunks(c)
+    _check_local_first(c)
     _check_node_size(c)
     _check_interleave(c)
     _check_payload(c)
@@ -231,6 +235,20 @@ def _check_moe_chunks(c: TrainConfig) -> None:
         )
 
 
+def _check_local_first(c: TrainConfig) -> None:
+    if not c.local_first:
+        return
+    if c.overlap != "full":
+        raise ConfigError(f"--local-first: --overlap {c.overlap} has no chunks; use --overlap full, or leave it out")
+    if c.ep == 1:
+        raise ConfigError("--local-first: with --ep 1 all rows are local; leave it out")
+    if c.dispatch == "static":
+        raise ConfigError(
+            "--local-first: --dispatch static sends all tokens in one piece; use --dispatch once-per-rank, or leave it "
+            "out"
+        )
+
+
 def _check_payload(c: TrainConfig) -> None:
     if c.a2a_payload_dtype == "fp8" and c.device == "npu":
         raise ConfigError("--a2a-payload-dtype fp8: torch_npu has no e4m3 numbers; use --a2a-payload-dtype same")
@@ -238,6 +256,8 @@ def _check_payload(c: TrainConfig) -> None:
         raise ConfigError(
             f"--a2a-payload-dtype fp8: --profile {c.profile} was measured without it; drop one of the two"
         )
+    if c.a2a_payload_dtype == "fp8" and c.local_first:
+        raise ConfigError("--a2a-payload-dtype fp8: it is not coded in chunks (--local-first); leave one of them out")
     if c.a2a_payload_dtype == "fp8" and c.moe_chunks not in ("auto", 1):
         raise ConfigError(
             f"--a2a-payload-dtype fp8: it is not coded in chunks (--moe-chunks {c.moe_chunks}); use --moe-chunks 1"
@@ -333,6 +353,7 @@ def _check_profile(c: TrainConfig, path: str) -> None:
         (c.carry_over, "--carry-over"),
         (c.dispatch != "plain", f"--dispatch {c.dispatch}"),
         (c.moe_chunks != "auto", f"--moe-chunks {c.moe_chunks}"),
+        (c.interleave_batches, "--interleave-batches"),
     )
     for given, text in decided:
         if given:

@@ -1,8 +1,9 @@
 """What one MoE layer of a run costs here: a short measurement before the model is built, for ``schedule.planner``.
 
 Even routing, weights of the layer's shapes, the collective AllToAll on the job's group, with the rows of the dispatch's
-form. Each figure is the median of a few rounds on the slowest rank, so the table is the same on all ranks. T tokens of
-a rank, R rows of its experts, H hidden, F ffn, L local experts.
+form; and attention, as two products and the device's fused operator where it has one. Each figure is the median of a
+few rounds on the slowest rank, so the table is the same on all ranks. T tokens of a rank, R rows of its experts,
+H hidden, F ffn, L local experts.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from megatron.core import parallel_state
 
 from fluid_npu.comm.transports import CollectiveTransport, Transport
 from fluid_npu.device import Choice, kernels_of
+from fluid_npu.device.kernels.fused import AttentionCall
 from fluid_npu.device.kernels.groups import GroupRows
 from fluid_npu.mcore.dispatch_choice import expected_factor, form_by_rows
+from fluid_npu.ops.attention import fused_attention, fuses_attention
 from fluid_npu.ops.expert_mlp import ExpertMLP, mlp_backward, mlp_forward
 from fluid_npu.schedule.planner import Costs
 from fluid_npu.train.config import TrainConfig
+from fluid_npu.train.halves import halves_are_the_same
 from fluid_npu.train.model import TORCH_DTYPES
 from fluid_npu.train.parallel import Place
 
@@ -44,18 +48,20 @@ def dispatch_form(config: TrainConfig, place: Place) -> str:
 def measure_costs(config: TrainConfig, place: Place, transport: Transport | None = None) -> Choice[Costs | None]:
     """The costs, the same on all ranks; None with the reason where a rank had no memory for it. Collective."""
     layer: _Layer | None = None
+    around = 0.0, 0.0
     try:
         made = _Layer(config, place)
         compute, layer = made.compute_ms(), made
+        around = attention_ms(config, place) if halves_are_the_same(config).value else (0.0, 0.0)
     except torch.OutOfMemoryError:
-        compute = []
+        compute, layer = [], None
     ready: list[Any] = [None] * place.world
     dist.all_gather_object(ready, layer is not None)
     if not all(ready):
         return Choice(None, "a rank had no memory for a measurement of the layer")
     assert layer is not None
     exchange = layer.exchange_ms(transport if transport is not None else CollectiveTransport())
-    return Choice(_costs(layer, *_slowest(place, [*compute, *exchange])), "measured")
+    return Choice(_costs(layer, *_slowest(place, [*compute, *exchange, *around])), "measured")
 
 
 def _slowest(place: Place, figures: list[float]) -> list[float]:
@@ -75,6 +81,8 @@ def _costs(
     small: float,
     beside: float,
     spread: float,
+    around_forward: float,
+    around_backward: float,
 ) -> Costs:
     beta = max(0.0, (whole - small) / (layer.mib - layer.mib / _FEWER))
     saved = (whole + dw - beside) / max(min(whole, dw), 1e-6)
@@ -89,7 +97,11 @@ def _costs(
         chunk_ms=max(0.0, layer.parts * part - forward) / max(layer.parts - 1, 1),
         hiding=min(max(saved, 0.0), 1.0),
         spread_ms=spread,
-        join_ms=join,
+        join_ms=join if layer.once else 0.0,
+        local_share=1.0 / layer.ranks,
+        local_join_ms=join,
+        around_forward_ms=around_forward,
+        around_backward_ms=around_backward,
     )
 
 
@@ -103,9 +115,9 @@ class _Layer:
         tokens = preset.micro_batch_size * preset.seq_length // (config.tp * config.cp)
         each = max(config.ep * _FEWER, tokens * preset.topk // local // (config.ep * _FEWER) * config.ep * _FEWER)
         self._counts, rows = [each] * local, each * local
-        self._once = dispatch_form(config, place) == "once-per-rank"
+        self.once, self.ranks = dispatch_form(config, place) == "once-per-rank", config.ep
         #: Chunks of one layer: two, or one where a rank has a single expert, which is not split.
-        self.parts = 2 if self._once or local % 2 == 0 else 1
+        self.parts = 2 if self.once or local % 2 == 0 else 1
         made: dict[str, Any] = {
             "dtype": TORCH_DTYPES[config.dtype or "fp32"],
             "device": place.device.torch_device(place.local_rank),
@@ -114,7 +126,7 @@ class _Layer:
         self._p = torch.full((rows,), 0.5, **made)
         self._w1 = torch.full((local, hidden, 2 * preset.moe_ffn), 0.01, **made)
         self._w2 = torch.full((local, preset.moe_ffn, hidden), 0.01, **made)
-        fewer = expected_factor(preset.experts, preset.topk, config.ep) if self._once else 1.0
+        fewer = expected_factor(preset.experts, preset.topk, config.ep) if self.once else 1.0
         unit = config.ep * _FEWER
         self._sent = self._x[: max(unit, int(rows / fewer) // unit * unit)]
         self.mib = self._sent.nbytes * (config.ep - 1) / config.ep / _MIB
@@ -127,8 +139,8 @@ class _Layer:
         h, a = kept[4], kept[5]
 
         def run_part() -> None:
-            experts = slice(0, len(self._counts) if self._once else len(self._counts) // self.parts)
-            own = GroupRows([rows // self.parts if self._once else rows for rows in self._counts[experts]])
+            experts = slice(0, len(self._counts) if self.once else len(self._counts) // self.parts)
+            own = GroupRows([rows // self.parts if self.once else rows for rows in self._counts[experts]])
             rows = slice(0, sum(own))
             some = ExpertMLP(counts=own, activation=None)
             mlp_forward(self._x[rows], self._p[rows], self._w1[experts], self._w2[experts], some)
@@ -142,11 +154,11 @@ class _Layer:
             self._ms(run_part)[0],
             self._ms(lambda: mlp_backward(self._x, kept, mlp))[0],
             self._ms(self._dw)[0],
-            self._ms(lambda: self._join(a, h))[0] if self._once else 0.0,
+            self._ms(lambda: self._join(a, h))[0],
         ]
 
     def _join(self, a: torch.Tensor, h: torch.Tensor) -> None:
-        """The copies that chunks of tokens need before dW: each operand's rows, by expert."""
+        """The copies that chunks of tokens and local rows first need before dW: each operand's rows, by expert."""
         places = torch.arange(self._x.shape[0], device=self._x.device)
         for rows in (a, self._x, self._x, h):
             torch.empty_like(rows).index_copy_(0, places, rows)
@@ -169,16 +181,50 @@ class _Layer:
         return [*(ms for ms, _ in found), max(spread for _, spread in found)]
 
     def _ms(self, call: Callable[[], Any], together: bool = False) -> tuple[float, float]:
-        """Median and spread (between the quartiles) of a call; ``together``: ranks start each round at once."""
-        times = []
-        for _ in range(_WARM_UP + _ROUNDS):
-            self._place.device.synchronize()
-            if together:
-                dist.barrier(group=self._group)
-            start, end = self._place.device.event(), self._place.device.event()
-            start.record()
-            call()
-            end.record()
-            times.append(end.elapsed_ms(start))
-        kept = sorted(times[_WARM_UP:])
-        return median(kept), kept[3 * len(kept) // 4] - kept[len(kept) // 4]
+        """As ``_timed``; ``together``: ranks start each round at once."""
+        return _timed(self._place, call, (lambda: dist.barrier(group=self._group)) if together else lambda: None)
+
+
+def _timed(
+    place: Place, call: Callable[[], Any], before: Callable[[], Any] = lambda: None, rounds: int = _ROUNDS
+) -> tuple[float, float]:
+    """Median and spread (between the quartiles) of a call, ``before`` each of which something else is done."""
+    times = []
+    for _ in range(_WARM_UP + rounds):
+        place.device.synchronize()
+        before()
+        start, end = place.device.event(), place.device.event()
+        start.record()
+        call()
+        end.record()
+        times.append(end.elapsed_ms(start))
+    kept = sorted(times[_WARM_UP:])
+    return median(kept), kept[3 * len(kept) // 4] - kept[len(kept) // 4]
+
+
+def attention_ms(config: TrainConfig, place: Place) -> tuple[float, float]:
+    """Forward and backward of what a layer has besides its experts, about: two products and attention.
+
+    For the planner's halves. Queries and keys of equal number, whatever the model has; without attention itself where
+    the device has no fused one.
+    """
+    preset = config.model()
+    heads, size = preset.heads // config.tp, preset.channels
+    made: dict[str, Any] = {
+        "dtype": TORCH_DTYPES[config.dtype or "fp32"],
+        "device": place.device.torch_device(place.local_rank),
+        "requires_grad": True,
+    }
+    x_SBH = torch.full((preset.seq_length // config.cp, preset.micro_batch_size, preset.hidden), 0.01, **made)
+    qkv = torch.full((3 * heads * size, preset.hidden), 0.01, **made)
+    proj = torch.full((preset.hidden, heads * size), 0.01, **made)
+    call = AttentionCall(heads=heads, scale=size**-0.5, causal=True)
+
+    def forward() -> torch.Tensor:
+        q, k, v = (x_SBH @ qkv.t()).unflatten(-1, (3, heads, size)).unbind(2)
+        attended = fused_attention(q, k, v, call) if fuses_attention(q, k, v, call).value else v.flatten(2)
+        return attended @ proj.t()
+
+    alone = _timed(place, forward, rounds=3)[0]
+    both = _timed(place, lambda: torch.autograd.grad(forward().sum(), (x_SBH, qkv, proj)), rounds=3)[0]
+    return alone, max(both - alone, 0.0)

@@ -109,6 +109,7 @@ def _fluid_spec(config: TrainConfig, overlap: str) -> Callable[..., Any]:
         transport=_transport(config),
         dispatch=config.dispatch,
         chunks=config.moe_chunks if overlap == "full" else "auto",
+        local_first=config.local_first and overlap == "full",
         attention_chunks=config.attention_chunks,
         interleave_batches=config.interleave_batches,
         payload_dtype=config.a2a_payload_dtype,

@@ -13,8 +13,9 @@ from fluid_npu.mcore.chunk_choice import divisors
 from fluid_npu.schedule.planner import choose_plan
 from fluid_npu.train.config import ConfigError, TrainConfig
 from fluid_npu.train.costs import dispatch_form, measure_costs
+from fluid_npu.train.halves import halves_are_the_same
 from fluid_npu.train.parallel import Place
-from fluid_npu.train.profile import Profile, key_of
+from fluid_npu.train.profile import SETTINGS, Profile, key_of
 
 #: What the planner tries where tokens are sent once per rank, which could be in any number of chunks.
 _CHUNKS_OF_TOKENS = (1, 2, 4, 8)
@@ -54,10 +55,15 @@ def plan_overlap(config: TrainConfig, place: Place) -> tuple[TrainConfig, Choice
         return config, Choice(ruled.value, f"{ruled.reason}; not planned from costs: {why_not}")
     of_experts = divisors(config.model().experts // config.ep)
     numbers = of_experts if form == "plain" else _CHUNKS_OF_TOKENS
-    plan, reason = choose_plan(costs, numbers, carry_over=has_layer_below(config))
+    halves = halves_are_the_same(config)
+    plan, reason = choose_plan(costs, numbers, carry_over=has_layer_below(config), halves=halves.value)
+    if not halves.value:
+        reason = f"{reason}; two halves interleaved were not considered: {halves.reason}"
     own: dict[str, Any] = {"carry_over": plan.carry_over or (config.carry_over and plan.overlap != "off")}
     if plan.overlap == "full":
-        own["moe_chunks"] = plan.chunks
+        own.update(moe_chunks=plan.chunks, local_first=plan.local_first)
+    if plan.interleave_batches:
+        own["interleave_batches"] = True
     return replace(config, **own), Choice(plan.overlap, reason)
 
 
@@ -80,7 +86,7 @@ def settle(config: TrainConfig, place: Place) -> tuple[TrainConfig, Choice[str]]
         return config, Choice(value, f"{reason}; --profile {config.profile} is not used: {differs}")
     settings = profile.settings
     reason = f"--profile {config.profile}: {profile.reason}"
-    own = {name: settings[name] for name in ("carry_over", "dispatch", "moe_chunks")}
+    own = {name: settings[name] for name in SETTINGS if name != "overlap"}
     return replace(config, **own), Choice(settings["overlap"], reason)
 
 

@@ -18,10 +18,10 @@ from fluid_npu.train.summary import versions
 if TYPE_CHECKING:
     from fluid_npu.train.parallel import Place
 
-SCHEMA = 2
+SCHEMA = 3
 #: Fields of TrainConfig that a profile may set.
-SETTINGS = ("overlap", "carry_over", "dispatch", "moe_chunks")
-_SIZES = ("hidden", "moe_ffn", "experts", "topk", "seq_length", "micro_batch_size")
+SETTINGS = ("overlap", "carry_over", "dispatch", "moe_chunks", "local_first", "interleave_batches")
+_SIZES = ("hidden", "moe_ffn", "experts", "topk", "seq_length", "micro_batch_size", "aux_loss_coeff")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ RUNS = {
     ),
     "static": Run(config={"moe_router_topk": 3}, spec={"dispatch": "static"}),
     "chunks of experts": Run(config={"moe_router_topk": 3}, spec={"overlap": "full", "chunks": 2}),
+    "local rows first": Run(config={"moe_router_topk": 3}, spec={"overlap": "full", "chunks": 2, "local_first": True}),
     "chunks of tokens": Run(
         config={"moe_router_topk": 3}, spec={"overlap": "full", "chunks": 2, "dispatch": "once-per-rank"}
     ),

@@ -73,6 +73,47 @@ def test_carry_over_is_taken_only_where_it_may_be() -> None:
     assert choose_plan(COSTS, (1,)).value == Plan(overlap="dw", carry_over=True)
 
 
+def test_local_rows_first_fill_the_first_exchange_of_each_direction() -> None:
+    local = replace(COSTS, local_share=0.5, local_join_ms=2.0)
+    # One chunk of 4 ms there and back; two pieces of 3.25. Forward: local rows by 3.25, there at 4, computed at 7.25.
+    one = expected_ms(local, Plan(overlap="full", chunks=1, local_first=True))
+    assert one == (4 + 3.25 + 4) + max(4 + 3.25 + 6 + 2, 4 + 3.25 + 4)
+    # Two chunks of 2.5 ms; local rows by 3 + 1/3, then 1.5 + 1/3 each: computed at 31/6 and 7, back at 31/6 + 5.
+    two = expected_ms(local, Plan(overlap="full", chunks=2, local_first=True))
+    assert two == pytest.approx((31 / 6 + 2.5 + 2.5) + max(7 + 8, 31 / 6 + 5))
+
+
+def test_local_rows_first_are_taken_where_they_pay_and_never_where_none_stays() -> None:
+    slow = replace(COSTS, beta_ms_per_mib=3.0, dispatch_mib=1.0, combine_mib=1.0, chunk_ms=0.1)
+    assert not choose_plan(slow, (1, 2), carry_over=False).value.local_first
+    cheap = choose_plan(replace(slow, local_share=0.5), (1, 2), carry_over=False)
+    assert cheap.value.local_first and ", local rows first " in cheap.reason
+    dear = choose_plan(replace(slow, local_share=0.5, local_join_ms=20.0), (1, 2), carry_over=False)
+    assert not dear.value.local_first
+
+
+HALVES = Plan(overlap="dw", interleave_batches=True)
+
+
+def test_halves_compute_attention_and_the_other_half_beside_exchanges() -> None:
+    costs = replace(COSTS, around_forward_ms=8.0, around_backward_ms=10.0)
+    # Exchanges of 2.5 ms, experts of 3.25. Forward: attention to 8, dispatch B lands at 10.5, experts A to 11.25 and B
+    # to 14.5, combine B at 17: 9 beside attention's 8.
+    # Backward: experts B to 5.75, dW to 8.75, experts A to 12, dW to 15, attention B to 20 and A to 25: 15 beside 10.
+    assert expected_ms(costs, HALVES) == 9 + 15
+    alone = expected_ms(COSTS, HALVES)
+    # Without attention: experts A 2.5 to 5.75, B to 9, back at 11.5; backward to 15 by dW.
+    assert alone == 11.5 + 15
+
+
+def test_halves_are_considered_only_where_they_may_run_and_win_beside_long_attention() -> None:
+    costs = replace(COSTS, around_forward_ms=20.0, around_backward_ms=40.0, chunk_ms=0.1)
+    assert not choose_plan(costs, (1,)).value.interleave_batches
+    plan, reason = choose_plan(costs, (1,), halves=True)
+    assert plan == HALVES and "two halves interleaved" in reason
+    assert choose_plan(replace(costs, chunk_ms=5.0), (1,), halves=True).value != HALVES
+
+
 @pytest.mark.parametrize("chunks", [1, 2, 4, 8])
 def test_no_plan_is_faster_than_its_longer_resource(chunks: int) -> None:
     plan = Plan(overlap="full" if chunks > 1 else "dw", chunks=chunks)

@@ -32,6 +32,7 @@ class Case:
     etp: int = 1
     dispatch: str = "plain"
     chunks: int | str = "auto"
+    local_first: bool = False
     transport: Any = None
     config: dict[str, Any] = field(default_factory=dict)
     seed: int = 5
@@ -79,7 +80,12 @@ def fluid_layer(case: Case) -> Any:
 
     config = make_config(case)
     spec = get_fluid_moe_layer_spec(
-        config, overlap=case.overlap, dispatch=case.dispatch, chunks=case.chunks, transport=case.transport
+        config,
+        overlap=case.overlap,
+        dispatch=case.dispatch,
+        chunks=case.chunks,
+        local_first=case.local_first,
+        transport=case.transport,
     )
     layer = here(_built(spec.submodules.mlp, config))
     layer.set_layer_number(1)

@@ -38,6 +38,16 @@ REFUSED = [
         r"--moe-chunks 3: a rank has 4 experts .*allowed are 1, 2, 4 and auto",
     ),
     (["--overlap", "full", "--impl", "stock"], r"--overlap full: stock Megatron"),
+    (["--local-first"], r"--local-first: --overlap auto has no chunks; use --overlap full, or leave it out"),
+    (["--local-first", "--overlap", "full", "--ep", "1"], r"--local-first: with --ep 1 all rows are local; leave it"),
+    (
+        ["--local-first", "--overlap", "full", "--dispatch", "static"],
+        r"--local-first: --dispatch static sends all tokens in one piece; use --dispatch once-per-rank",
+    ),
+    (
+        ["--local-first", "--overlap", "full", "--a2a-payload-dtype", "fp8"],
+        r"--a2a-payload-dtype fp8: it is not coded in chunks \(--local-first\); leave one of them out",
+    ),
     (["--interleave-batches", "--overlap", "off"], r"--interleave-batches: --overlap off waits .*; leave it out"),
     (["--interleave-batches", "--ep", "1"], r"--interleave-batches: with --ep 1 there is no AllToAll; leave it out"),
     (

@@ -32,16 +32,23 @@ def planned(config_text: str) -> dict[str, Any]:
     found: dict[str, Any] = {"costs": dataclasses.asdict(measured)}
     overlap._host_names = lambda place: ["one", "two"]  # a network lies between them
     slow = dataclasses.replace(measured, alpha_ms=0.1, beta_ms_per_mib=1e4, hiding=1.0, spread_ms=0.0, chunk_ms=0.0)
+    odd = dataclasses.replace(config, cut={**config.cut, "micro_batch_size": 3})  # has no halves
     for name, costs in {"slow": slow, "nothing hides": dataclasses.replace(slow, hiding=0.0), "none": None}.items():
         overlap.measure_costs = lambda config, place, costs=costs: (costs, "no memory")
-        settled, (value, reason) = overlap.settle(config, place)
-        found[name] = (value, settled.carry_over, settled.moe_chunks, reason)
+        settled, (value, reason) = overlap.settle(odd, place)
+        found[name] = (value, settled.carry_over, settled.moe_chunks, reason, settled.local_first)
     once = dataclasses.replace(config, dispatch="once-per-rank")
     found["once"] = dataclasses.asdict(costs_module.measure_costs(once, place).value)
     overlap.measure_costs = lambda config, place: (slow, "")
-    settled, (value, _) = overlap.settle(once, place)
+    settled, (value, _) = overlap.settle(dataclasses.replace(odd, dispatch="once-per-rank"), place)
     found["slow once"] = (value, settled.moe_chunks, settled.dispatch)
     overlap.measure_costs = lambda config, place: pytest.fail("asked for: nothing is measured")
+    halves = dataclasses.replace(slow, around_forward_ms=1e7, around_backward_ms=1e7, local_share=0.0)
+    overlap.measure_costs = lambda config, place: (halves, "")
+    settled, (value, reason) = overlap.settle(config, place)
+    found["halves"] = (value, settled.interleave_batches)
+    settled, (value, reason) = overlap.settle(dataclasses.replace(config, preset="mixtral-tiny"), place)
+    found["halves with aux loss"] = (settled.interleave_batches, reason)
     found["static"] = overlap.settle(dataclasses.replace(config, dispatch="static"), place)[1].value
     found["asked"] = overlap.settle(dataclasses.replace(config, overlap="dw"), place)[1].value
     return found
@@ -55,15 +62,20 @@ def test_costs_are_equal_on_all_ranks_and_decide_what_auto_does(
     costs = Costs(**first["costs"])
     assert costs.transfer_ms(costs.dispatch_mib) >= 0.99 * DELAY_MS
     assert min(costs.forward_ms, costs.dx_ms, costs.dw_ms) > 0 and 0 <= costs.hiding <= 1
-    value, _, chunks, reason = first["slow"]
-    assert value == "full" and chunks in (2, 4) and "expected of a layer: plain" in reason
+    value, _, chunks, reason, local_first = first["slow"]
+    assert (
+        value == "full" and chunks in (1, 2, 4) and local_first + chunks > 1 and "expected of a layer: plain" in reason
+    )
     assert first["nothing hides"][:3] == ("off", False, "auto")
     assert first["none"][0] == "dw" and first["none"][3].endswith("not planned from costs: no memory")
     assert first["asked"] == "dw"
     # 8 experts, top-2: 1.27 times fewer rows; what chunks of tokens add to dW was measured.
     assert 0.6 < first["once"]["dispatch_mib"] / costs.dispatch_mib < 0.8
-    assert costs.join_ms == 0 < first["once"]["join_ms"]
-    assert first["slow once"][0] == "full" and first["slow once"][1] in (2, 4, 8)
+    assert costs.join_ms == 0 < first["once"]["join_ms"] and costs.local_join_ms > 0 and costs.local_share == 0.5
+    assert costs.around_forward_ms > 0 and first["halves"] == ("dw", True)
+    interleaved, reason = first["halves with aux loss"]
+    assert not interleaved and "halves interleaved were not considered: each half would have an auxiliary" in reason
+    assert first["slow once"][0] == "full" and first["slow once"][1] in (1, 2, 4, 8)
     assert first["slow once"][2] == "once-per-rank"
     assert first["static"] == "dw", "it has no chunks, and its costs are not those of the measurement"
 

@@ -1,0 +1,174 @@
+"""Rows that stay on their rank as the first chunk, on real ranks: against float64, one piece, the twin and stock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.device import here
+from tests.support.gpt import Run, check_trained, train_all
+from tests.support.moe import Case, fluid_layer, inputs, run_layer, worst_error
+from tests.support.order_of_steps import exchanges_of_clean_steps, recorded_steps
+from tests.support.refusals import value_errors
+
+Ranks = Callable[..., list[Any]]
+FP32 = 1e-5
+MOE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+SHARED = {"moe_shared_expert_intermediate_size": 24}
+PADDED = {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}
+DROPS = {"moe_expert_capacity_factor": 0.5, "moe_token_drop_policy": "probs"}
+ONCE = {"dispatch": "once-per-rank"}
+
+TWO = [
+    Case(chunks=1, micro_batches=2),
+    Case(chunks=2, topk=3, micro_batches=2, fuse=False),
+    Case(chunks=4, experts=64, topk=6, tokens=40),
+    Case(chunks=1, topk=1, experts=2, micro_batches=2),
+    # A rank whose experts get no token, then one token in all: nothing stays, or nothing leaves.
+    Case(chunks=2, topk=3, empty_experts=4, micro_batches=2),
+    Case(chunks=2, tokens=1, topk=1),
+    Case(chunks=2, topk=3, config=MOE),
+    Case(chunks=2, config={**PADDED, **SHARED}, micro_batches=2),
+    Case(chunks=2, topk=4, dtype=torch.bfloat16, config={"moe_router_dtype": "fp32"}),
+    Case(chunks=1, topk=3, micro_batches=2, **ONCE),
+    Case(chunks=3, topk=3, empty_experts=4, fuse=False, micro_batches=2, **ONCE),
+    Case(chunks=2, tokens=1, topk=1, **ONCE),
+    Case(chunks=2, topk=4, config={**DROPS, **SHARED}, **ONCE),
+]
+FOUR = [
+    Case(ep=4, chunks=2, topk=3, micro_batches=2),
+    Case(ep=4, chunks=1, experts=16, topk=6, empty_experts=9, micro_batches=2),
+    Case(ep=4, chunks=2, experts=16, topk=6, empty_experts=9, micro_batches=2, **ONCE),
+]
+
+
+def modes(cases: list[Case]) -> list[dict[str, dict[str, Any]]]:
+    """Each case with local rows first, as the twin of that, and in one piece."""
+    first = [replace(case, overlap="full", local_first=True) for case in cases]
+    return [
+        {
+            "first": run_layer(case),
+            "twin": run_layer(replace(case, twin=True)),
+            "whole": run_layer(replace(case, overlap="dw", chunks="auto", local_first=False)),
+        }
+        for case in first
+    ]
+
+
+def compare(case: Case, run: dict[str, dict[str, Any]]) -> None:
+    """One rank: bitwise its twin; the bytes, exchanges and tasks of one piece, and its rows within rounding."""
+    for key in ("router", "fc1", "fc2"):
+        assert torch.equal(run["first"][key], run["twin"][key]), f"{case} {key}"
+    for key in ("out", "dx"):
+        assert all(map(torch.equal, run["first"][key], run["twin"][key])), f"{case} {key}"
+        if case.dtype == torch.float32:
+            for mine, whole in zip(run["first"][key], run["whole"][key], strict=True):
+                torch.testing.assert_close(mine, whole, rtol=1e-4, atol=1e-5)
+    ours, whole = (run[name]["stats"] for name in ("first", "whole"))
+    for name in ("a2a_bytes", "a2a_plain_bytes"):
+        assert ours[name] == whole[name], f"{case} {name}"
+    assert ours["a2a_count"] == case.chunks * whole["a2a_count"]
+    assert ours["total_dw_tasks"] == ours["completed_dw_tasks"] == whole["total_dw_tasks"]
+
+
+@pytest.mark.parametrize("cases", [TWO, FOUR], ids=["two_ranks", "four_ranks"])
+def test_local_rows_first_is_right_and_equal_to_its_twin(cases: list[Case], run_ranks: Ranks) -> None:
+    ep = cases[0].ep
+    ranks = run_ranks(ep, modes, cases, sizes={"expert_model_parallel_size": ep}, timeout=200)
+    for index, case in enumerate(cases):
+        runs = [rank[index] for rank in ranks]
+        if not case.config.keys() & {*SHARED, *DROPS} and case.dtype == torch.float32:  # the loop has neither
+            errors = worst_error(case, [run["first"] for run in runs])
+            assert max(errors.values()) <= FP32, f"{case}: {errors}"
+        for run in runs:
+            compare(case, run)
+
+
+LATE: dict[str, Any] = {"delay_wgrad_compute": True, "overlap_grad_reduce": True, "bucket_size": 2000}
+FIRST = {"overlap": "full", "chunks": 2, "carry_over": True, "local_first": True}
+MODEL = Run(micro_batches=2, ddp=LATE, config={"moe_router_topk": 3, **SHARED}, spec=FIRST)
+
+
+def test_a_model_with_carry_over_trains_as_stock_and_as_its_twin(run_ranks: Ranks) -> None:
+    """Under Megatron's DDP with late gradients and a bucket for each weight."""
+    runs = [replace(MODEL, impl="stock", ddp={}, spec={}), MODEL, replace(MODEL, impl="twin")]
+    for stock, ours, twin in run_ranks(2, train_all, runs, sizes={"expert_model_parallel_size": 2}):
+        check_trained(ours, stock, twin, FP32)
+        assert ours["regions"]["layer 2 fc2"] == "backward of moe_combine AllToAlls of layer 1"
+        assert ours["regions"]["layer 2 fc1"] == "backward of moe_dispatch AllToAlls of layer 2"
+
+
+def test_the_order_of_a_training_step_is_clean(run_ranks: Ranks) -> None:
+    results = run_ranks(2, recorded_steps, MODEL, sizes={"expert_model_parallel_size": 2})
+    # Steps x micro-batches x layers x ranks: counts, and four exchanges of each of two chunks; none of local rows.
+    assert exchanges_of_clean_steps(results) == 2 * 2 * 2 * 2 * 9
+
+
+def order_of_a_step() -> list[str]:
+    """What a layer does in which order; a computation is noted by its begin."""
+    import contextlib
+
+    import torch.distributed as dist
+
+    layer = fluid_layer(Case(overlap="full", chunks=2, local_first=True, fuse=False))
+    scheduler = layer.backward_scheduler
+    note = scheduler.recorder
+    scheduler.computing = lambda name: (note.add("compute", name), contextlib.nullcontext())[1]
+    note.enabled = True
+    x, _ = inputs(Case(), dist.get_rank(), 0)
+    layer(here(x).requires_grad_())[0].sum().backward()
+    return [f"{record.kind} {record.name}" for record in note.take()]
+
+
+def test_local_rows_are_computed_while_the_first_exchange_flies(run_ranks: Ranks) -> None:
+    d1, d2, c1, c2 = (
+        f"moe_{kind} AllToAll of layer 1 chunk {n} of 2" for kind in ("dispatch", "combine") for n in (1, 2)
+    )
+    f0, f1, f2 = (f"compute layer 1 {which} forward" for which in ("local rows", "chunk 1 of 2", "chunk 2 of 2"))
+    forward = [f"launch {d1}", f"launch {d2}", f0, f"wait {d1}", f1, f"launch {c1}", f"wait {d2}", f2, f"launch {c2}"]
+    forward += [f"wait {c1}", f"wait {c2}"]
+    e1, e2, h1, h2 = (f"backward of {name}" for name in (c1, c2, d1, d2))
+    b0, b1, b2 = (name.replace("forward", "backward") for name in (f0, f1, f2))
+    backward = [f"launch {e1}", f"launch {e2}", b0, f"wait {e1}", b1, f"launch {h1}", f"wait {e2}", b2, f"launch {h2}"]
+    backward += ["dw layer 1 fc2", "dw layer 1 fc1", f"wait {h1}", f"wait {h2}"]
+    for order in run_ranks(2, order_of_a_step, sizes={"expert_model_parallel_size": 2}):
+        assert order == forward + backward
+
+
+def choices() -> dict[str, str]:
+    """Messages of what cannot be had, and the reasons of what was chosen."""
+    from fluid_npu.mcore.layer_spec import get_fluid_moe_layer_spec
+
+    first = Case(overlap="full", local_first=True)
+    calls: dict[str, Callable[[], Any]] = {
+        "dw": lambda: get_fluid_moe_layer_spec(local_first=True),
+        "word": lambda: get_fluid_moe_layer_spec(overlap="full", local_first="yes"),  # type: ignore[arg-type]
+        "static": lambda: fluid_layer(replace(first, dispatch="static")),
+        "allgather": lambda: fluid_layer(replace(first, config={"moe_token_dispatcher_type": "allgather"})),
+    }
+    found = value_errors(calls)
+    for name, case in {"asked": first, "not_asked": Case(overlap="full")}.items():
+        value, reason = fluid_layer(case).local_first
+        found[name] = f"{value}: {reason}"
+    return found
+
+
+def test_what_is_not_there_is_refused_by_name(run_ranks: Ranks) -> None:
+    found = run_ranks(2, choices, sizes={"expert_model_parallel_size": 2})[0]
+    assert found["dw"] == "local_first=True: overlap='dw' has no chunks; use overlap='full', or leave it out"
+    assert found["word"] == "local_first='yes': allowed are True and False"
+    assert found["static"].startswith("local_first=True: dispatch='static' sends all tokens in one piece")
+    assert found["allgather"].startswith("local_first=True: moe_token_dispatcher_type='allgather' overlaps nothing")
+    assert found["asked"] == "True: as asked" and found["not_asked"] == "False: not asked for"
+
+
+def alone() -> tuple[bool, str]:
+    return tuple(fluid_layer(Case(ep=1, overlap="full", local_first=True)).local_first)
+
+
+def test_one_rank_has_nothing_to_wait_for(run_ranks: Ranks) -> None:
+    assert run_ranks(1, alone, sizes={}) == [(False, "one rank has all experts: no row leaves it")]
