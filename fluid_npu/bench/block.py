@@ -271,5 +271,5 @@ def _of_impl(row: dict[str, Any], variant: BlockVariant) -> dict[str, Any]:
     hides is not told apart: what is exposed of its transfer is, and the step's gain.
     """
     named = {"impl": row["workload"], **{name: value for name, value in row.items() if name != "workload"}}
-    chunked = variant.config.attention_chunks > 1 and ("sp2hp" in row["a2a"] or "hp2sp" in row["a2a"])
+    chunked = variant.config.attention_chunks != 1 and ("sp2hp" in row["a2a"] or "hp2sp" in row["a2a"])
     return {**named, "hidden_ms": None, "hidden_spread_ms": None} if chunked else named

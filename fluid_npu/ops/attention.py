@@ -42,8 +42,8 @@ class _FusedAttention(torch.autograd.Function):
         attention = kernels_of(q).attention
         assert isinstance(attention, AttentionKernels)
         out, kept = attention.forward(q, k, v, call)
-        ctx.save_for_backward(q, k, v, out, *kept)
-        ctx.call = call
+        ctx.save_for_backward(q, k, v, out, *(x for x in kept if isinstance(x, Tensor)))
+        ctx.call, ctx.numbers = call, [x for x in kept if not isinstance(x, Tensor)]
         return out
 
     @staticmethod
@@ -52,4 +52,4 @@ class _FusedAttention(torch.autograd.Function):
         q, k, v, out, *kept = ctx.saved_tensors
         attention = kernels_of(q).attention
         assert isinstance(attention, AttentionKernels)
-        return *attention.backward(dy_SBO, q, k, v, out, tuple(kept), ctx.call), None
+        return *attention.backward(dy_SBO, q, k, v, out, (*kept, *ctx.numbers), ctx.call), None

@@ -113,8 +113,8 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--local-first", action="store_true", help=text)
     text = "with --dispatch static on CUDA: record each MoE layer and replay it by one call of the host"
     group.add_argument("--moe-cuda-graph", action="store_true", help=text)
-    text = "with --cp: parts of a rank's heads, each part's AllToAlls beside the computation of others (1)"
-    group.add_argument("--attention-chunks", type=int, default=_DEFAULTS.attention_chunks, metavar="N", help=text)
+    text = "with --cp: parts of a rank's heads, each part's AllToAlls beside the computation of others, or auto (1)"
+    group.add_argument("--attention-chunks", type=_number_or_auto, default=1, metavar="N", help=text)
     text = "train MoE layers in two halves of a micro-batch, the AllToAlls of each beside the other's computation"
     group.add_argument("--interleave-batches", action="store_true", help=text)
     text = f"what moves the bytes of AllToAlls: {', '.join(A2A_TRANSPORTS)} ({_DEFAULTS.a2a_transport})"

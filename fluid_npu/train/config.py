@@ -58,8 +58,8 @@ class TrainConfig:
     dispatch. ``vpp`` is the number of model chunks
     per pipeline stage. ``moe_chunks`` is in how many groups of its experts, or of tokens where they are sent once per
     rank, ``overlap`` 'full' pipelines an MoE layer: a number, or 'auto'; with ``local_first`` rows that stay on their
-    rank are a chunk before those. ``attention_chunks`` are the parts in which a
-    context-parallel rank computes its heads. ``interleave_batches`` trains MoE layers in two halves of a micro-batch.
+    rank are a chunk before those. ``attention_chunks`` are the parts in which a context-parallel rank computes its
+    heads, or 'auto', which decides from costs. ``interleave_batches`` trains MoE layers in two halves of a micro-batch.
     ``moe_cuda_graph`` replays each MoE layer as a CUDA graph.
     """
 
@@ -97,7 +97,7 @@ class TrainConfig:
     dispatch: str = "plain"
     moe_chunks: int | str = "auto"
     local_first: bool = False
-    attention_chunks: int = 1
+    attention_chunks: int | str = 1
     interleave_batches: bool = False
     moe_cuda_graph: bool = False
     a2a_transport: str = "collective"
@@ -362,7 +362,7 @@ def _check_profile(c: TrainConfig, path: str) -> None:
 
 def _check_numbers(c: TrainConfig) -> None:
     counts = ("nproc", "ep", "tp", "pp", "vpp", "cp", "steps", "micro_batches", "checkpoint_every", "twin_every")
-    for name in (*counts, "attention_chunks"):
+    for name in counts:
         if getattr(c, name) < 1:
             raise ConfigError(f"{flag_of(name)} {getattr(c, name)}: must be at least 1; use {flag_of(name)} 1")
     for name in ("warmup_steps", "plant_delay_ms", "weight_decay", "min_lr", "clip_grad", "seed"):
@@ -433,7 +433,7 @@ def _check_sizes(c: TrainConfig, p: Preset) -> None:
 
 def _check_context(c: TrainConfig, p: Preset) -> None:
     """With context parallelism each rank holds two chunks of every sequence."""
-    if c.attention_chunks > 1:
+    if c.attention_chunks not in (1, "auto"):
         _check_attention_chunks(c, p)
     if c.cp == 1:
         return
@@ -448,6 +448,10 @@ def _check_context(c: TrainConfig, p: Preset) -> None:
 def _check_attention_chunks(c: TrainConfig, p: Preset) -> None:
     """The model refuses by itself, with more reasons, key heads that the chunks would cut."""
     flag = f"--attention-chunks {c.attention_chunks}"
+    if not isinstance(c.attention_chunks, int):
+        raise ConfigError(f"{flag}: a number, or auto; use --attention-chunks 1")
+    if c.attention_chunks < 1:
+        raise ConfigError(f"{flag}: must be at least 1; use --attention-chunks 1")
     if c.cp == 1:
         raise ConfigError(f"{flag}: with --cp 1 no heads are exchanged; use --cp 2 or leave --attention-chunks out")
     if p.mla is not None:

@@ -15,6 +15,7 @@ from fluid_npu.device import Choice
 from fluid_npu.report.loss_plot import plot_loss
 from fluid_npu.schedule.hidden import OverlapStats, is_twin
 from fluid_npu.train import checkpoint
+from fluid_npu.train.attention_plan import settle_attention
 from fluid_npu.train.config import ConfigError, TrainConfig
 from fluid_npu.train.data.build import info, load_tokenizer
 from fluid_npu.train.data.dataset import BatchIterator, build_datasets
@@ -42,9 +43,9 @@ class Run:
         self.preset = config.model()
         self.dtype = config.dtype or _default_dtype(place)
         self.overlap: Choice[str]
-        self.config, self.overlap = settle(replace(config, dtype=self.dtype), place)
-        config = self.config
+        settled, self.overlap = settle(replace(config, dtype=self.dtype), place)
         self.overlap.announce("overlap")
+        self.config = config = settle_attention(settled, self.overlap.value, place)
         self.optimizer_kind = adam_in_use().announce("Adam")
         self.model_config = build_model_config(config, self.dtype)
         self.chunks = build_chunks(config, self.model_config, self.overlap.value)

@@ -110,7 +110,7 @@ def _fluid_spec(config: TrainConfig, overlap: str) -> Callable[..., Any]:
         dispatch=config.dispatch,
         chunks=config.moe_chunks if overlap == "full" else "auto",
         local_first=config.local_first and overlap == "full",
-        attention_chunks=config.attention_chunks,
+        attention_chunks=int(config.attention_chunks),  # 'auto' was settled before the model is built
         interleave_batches=config.interleave_batches,
         payload_dtype=config.a2a_payload_dtype,
         cuda_graph=config.moe_cuda_graph,

@@ -13,7 +13,7 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 
 from fluid_npu import device
-from fluid_npu.device.kernels.attention_check import error_of
+from fluid_npu.device.kernels.attention_check import error_of, plain_products
 from fluid_npu.device.kernels.cpu_kernels import CpuKernels
 from fluid_npu.device.kernels.fused import AttentionCall
 from fluid_npu.device.kernels.npu_kernels import NpuKernels
@@ -90,11 +90,12 @@ def test_a_window_counts_alone_as_in_megatron_s_softmax(fake: FakeTorchNpu, wind
     assert fake.calls[0][1]["sparse_mode"] == 4 and torch.allclose(out, wanted, atol=1e-6)
 
 
+WITHOUT_SP = SimpleNamespace(sequence_parallel=False)
 REFUSED: dict[str, tuple[dict[str, Any], tuple[Any, ...], dict[str, Any]]] = {
     # reason: (settings of the layer, arguments behind the mask's type, named ones)
     "attention bias or packed": ({}, (None, torch.zeros(1)), {}),
     "attention bias or packed sequences": ({}, (), {"packed_seq_params": object()}),
-    "dropout draws from Megatron's random states": ({"attention_dropout": torch.nn.Dropout(0.1)}, (), {}),
+    "a dropout below 1": ({"attention_dropout": torch.nn.Dropout(1.0), "config": WITHOUT_SP}, (), {}),
     "a sliding window of (-1, 0)": ({"window_size": (-1, 0)}, (), {}),
     "softmax has an offset": ({"softmax_offset": torch.zeros(4)}, (), {}),
 }
@@ -145,6 +146,26 @@ def tracker(monkeypatch: pytest.MonkeyPatch) -> Tracker:
     made = Tracker()
     monkeypatch.setattr("megatron.core.tensor_parallel.get_cuda_rng_tracker", lambda: made)
     return made
+
+
+def test_an_npu_draws_its_dropout_again_in_backward(fake: FakeTorchNpu, tracker: Tracker) -> None:
+    q, k, v = (x.requires_grad_() for x in operands(16))
+    identity = torch.eye(16)[:, None, None].expand(16, 2, 2, 16).contiguous()
+    inside = tracker.state
+    kept = (
+        dropped(p=0.3).forward(torch.cat([q, q], -1), torch.cat([k, 0 * k], -1), identity, None).unflatten(2, (4, -1))
+    )
+    tracker.state = inside
+    out = dropped(p=0.3).forward(q, k, v, None)
+    dy = torch.randn(out.shape)
+    found = torch.autograd.grad(out, (q, k, v), dy)
+    call = AttentionCall(heads=4, scale=0.5, causal=True, dropout=0.3)
+    mask = kept.detach().permute(1, 2, 0, 3) != 0
+    wanted = plain_products(q, k, v, call, mask)
+    assert torch.allclose(out, wanted, atol=1e-6)
+    for one, other in zip(found, torch.autograd.grad(wanted, (q, k, v), dy), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+    assert [options["keep_prob"] for _, options in fake.calls] == [0.7] * 3
 
 
 def dropped(sequence_parallel: bool = False, rank: int | None = None, p: float = 0.4) -> Core:

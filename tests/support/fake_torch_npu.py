@@ -102,10 +102,27 @@ class FakeTorchNpu:
         largest = scores.amax(-1, True)
         total = (scores - largest).exp().sum(-1, True)
         rows = (x.expand(*x.shape[:-1], 8).contiguous() for x in (largest, total))
-        return heads_last(scores.softmax(-1) @ values).to(q.dtype), *rows, None, 0, 0, 0
+        seed = int(torch.randint(2**31, ())) if "keep_prob" in options else 0
+        weights = scores.softmax(-1) * kept_of(scores, seed, options)
+        return heads_last(weights @ values).to(q.dtype), *rows, None, seed, 0, scores.numel()
 
     def npu_fusion_attention_grad(
-        self, q, k, v, dy, heads, layout, *, softmax_max, softmax_sum, attention_in, scale_value, **options
+        self,
+        q,
+        k,
+        v,
+        dy,
+        heads,
+        layout,
+        *,
+        softmax_max,
+        softmax_sum,
+        attention_in,
+        scale_value,
+        seed=0,
+        offset=0,
+        numels=0,
+        **options,
     ):
         """Reads the softmax from its largest scores and sums, and the output, as the real one: not from the keys."""
         self.calls.append(("npu_fusion_attention_grad", options))
@@ -115,9 +132,13 @@ class FakeTorchNpu:
         with torch.enable_grad():
             scores, _, values = scores_of(*leaves, heads, scale_value, options)
             weights = ((scores - softmax_max[..., :1]).exp() / softmax_sum[..., :1]).detach()
+            factors = kept_of(scores, seed, options)
+            assert "keep_prob" not in options or (offset, numels) == (0, scores.numel())
             gradient, out = (x.float().unflatten(2, (heads, -1)).permute(1, 2, 0, 3) for x in (dy, attention_in))
-            dscores = weights * (gradient @ values.mT - (gradient * out).sum(-1, True)).detach()
-            total = (scores.masked_fill(weights == 0, 0) * dscores).sum() + ((weights @ values) * gradient).sum()
+            dscores = weights * (factors * (gradient @ values.mT) - (gradient * out).sum(-1, True)).detach()
+            total = (scores.masked_fill(weights == 0, 0) * dscores).sum() + (
+                (weights * factors @ values) * gradient
+            ).sum()
         return *torch.autograd.grad(total, leaves), None, None
 
 
@@ -148,6 +169,12 @@ def plain_attention(q, k, v, heads, scale, options):
     """What the real operator computes, ``[S, B, N * V]``."""
     scores, _, values = scores_of(q, k, v, heads, scale, options)
     return heads_last(scores.softmax(-1) @ values).to(q.dtype)
+
+
+def kept_of(scores, seed, options):
+    """What the probabilities are multiplied by: the same seed, the same of them."""
+    keep = options.get("keep_prob", 1.0)
+    return torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed)).lt(keep) / keep
 
 
 def wide(x):

@@ -104,6 +104,7 @@ REFUSED = [
     ),
     (["--moe-cuda-graph", "--device", "cpu"], r"--moe-cuda-graph: --device cpu records no graphs"),
     (["--attention-chunks", "0"], r"--attention-chunks 0: must be at least 1"),
+    (["--attention-chunks", "many"], r"--attention-chunks many: a number, or auto"),
     (["--attention-chunks", "2"], r"--attention-chunks 2: with --cp 1 no heads are exchanged; use --cp 2"),
     (
         ["--attention-chunks", "3", "--cp", "2"],

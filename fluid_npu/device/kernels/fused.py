@@ -42,8 +42,8 @@ class AttentionKernels(ABC):
     @abstractmethod
     def forward(
         self, q_SBND: Tensor, k_TBMD: Tensor, v_TBMV: Tensor, call: AttentionCall
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """([S, B, N * V] in the dtype of q, what ``backward`` needs besides inputs and output)."""
+    ) -> tuple[Tensor, tuple[Tensor | int, ...]]:
+        """([S, B, N * V] in the dtype of q, what ``backward`` needs besides: tensors, then numbers)."""
 
     @abstractmethod
     def backward(
@@ -53,7 +53,7 @@ class AttentionKernels(ABC):
         k_TBMD: Tensor,
         v_TBMV: Tensor,
         out_SBO: Tensor,
-        kept: tuple[Tensor, ...],
+        kept: tuple[Tensor | int, ...],
         call: AttentionCall,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v, in their shapes and dtypes; O is N * V."""

@@ -5,7 +5,8 @@ Rules that shape this file (op-plugin documents of ``npu_fusion_attention`` and 
 * attention: fp16, bf16 or fp32, one dtype; at most 256 query heads, a multiple of the key heads; head sizes to 768,
   the value's no larger; in a mask 1 means hidden, the opposite of torch's attention; ``sparse_mode`` 2 (causal) and 4
   (a band of ``pre_tockens`` behind and ``next_tockens`` ahead) want a compressed mask of 2048 x 2048 whatever the
-  lengths; without a mask the sparse mode is ignored. Its dropout makes masks of its own on another stream: not used.
+  lengths; without a mask the sparse mode is ignored. Dropout is drawn from the NPU's generator; the operator returns
+  seed, offset and size of what it drew, by which the gradient draws it again.
 * largest score and sum of a row come as fp32 ``[B, N, S, 8]``, eight times the same; the gradient divides exp(score -
   largest) by the sum, so that (log-sum-exp, 1) mean what they do; a ring passes those of all blocks.
 * rotary: even head size below 896; sizes along which cos is broadcast below 1000, together below 1000 when
@@ -45,13 +46,12 @@ class NpuAttention(AttentionKernels):
 
     def forward(
         self, q_SBND: Tensor, k_TBMD: Tensor, v_TBMV: Tensor, call: AttentionCall
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, tuple[Tensor | int, ...]]:
         q, k, v = (x.flatten(2).contiguous() for x in (q_SBND, k_TBMD, v_TBMV))
-        options = self._mask_options(call, q.device)
-        out, largest, total, *_ = self._npu.npu_fusion_attention(
-            q, k, v, call.heads, "SBH", scale=call.scale, **options
+        out, largest, total, _, *drawn = self._npu.npu_fusion_attention(
+            q, k, v, call.heads, "SBH", scale=call.scale, **self._options(call, q.device)
         )
-        return out, (largest, total)
+        return out, (largest, total, *(drawn if call.dropout else ()))
 
     def backward(
         self,
@@ -60,20 +60,25 @@ class NpuAttention(AttentionKernels):
         k_TBMD: Tensor,
         v_TBMV: Tensor,
         out_SBO: Tensor,
-        kept: tuple[Tensor, ...],
+        kept: tuple[Tensor | int, ...],
         call: AttentionCall,
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (x.flatten(2).contiguous() for x in (q_SBND, k_TBMD, v_TBMV))
-        largest, total = kept
+        largest, total, *drawn = kept
         dq, dk, dv, *_ = self._npu.npu_fusion_attention_grad(
             *(q, k, v, dy_SBO.contiguous(), call.heads, "SBH"),
             softmax_max=largest,
             softmax_sum=total,
             attention_in=out_SBO,
             scale_value=call.scale,
-            **self._mask_options(call, q.device),
+            **self._options(call, q.device),
+            **dict(zip(("seed", "offset", "numels"), drawn, strict=False)),
         )
         return dq.view(q_SBND.shape), dk.view(k_TBMD.shape), dv.view(v_TBMV.shape)
+
+    def _options(self, call: AttentionCall, device: torch.device) -> dict[str, Any]:
+        dropout = {"keep_prob": 1.0 - call.dropout} if call.dropout else {}
+        return {**self._mask_options(call, device), **dropout}
 
     def _mask_options(self, call: AttentionCall, device: torch.device) -> dict[str, Any]:
         if call.window is not None:
@@ -105,7 +110,8 @@ class NpuBlock(AttentionBlock):
         self, q_SBND: Tensor, k_TBMD: Tensor, v_TBMV: Tensor, scale: float, causal: bool
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         call = AttentionCall(heads=q_SBND.shape[2], scale=scale, causal=causal)
-        out, (largest, total) = self._attention.forward(q_SBND, k_TBMD, v_TBMV, call)
+        out, kept = self._attention.forward(q_SBND, k_TBMD, v_TBMV, call)
+        largest, total = (x for x in kept if isinstance(x, Tensor))
         return out.view(*q_SBND.shape[:3], -1), largest[..., 0] + total[..., 0].log(), ()
 
     def backward(
@@ -175,7 +181,7 @@ def attention_rule_broken(q_SBND: Tensor, k_TBMD: Tensor, v_TBMV: Tensor, call: 
             call.window is None or (call.mask is None and not call.causal and queries == keys),
             "a window wants S = T and no other mask",
         ),
-        (call.dropout == 0, "attention dropout draws from Megatron's random states"),
+        (call.dropout < 1, "npu_fusion_attention wants a dropout below 1"),
         (_mask_fits(call.mask, batch, queries, keys), "npu_fusion_attention wants a bool mask [B or 1, 1, S, T]"),
     )
     return next((rule for kept, rule in rules if not kept), None)

@@ -194,6 +194,7 @@ def rule_broken(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> str | N
         (q.dtype in LARGEST_ERROR and q.dtype == k.dtype == v.dtype, "fused attention wants one floating dtype"),
         (min(q.shape[0], k.shape[0]) > 1 and q.shape[1] > 0, "fused attention wants more than one row"),
         (q.shape[2] % k.shape[2] == 0 and k.shape[:3] == v.shape[:3], "fused attention wants heads that share keys"),
+        (call.dropout < 1, "fused attention wants a dropout below 1"),
         (v.shape[3] <= q.shape[3], "fused attention wants values no wider than queries"),
         (not call.causal or (call.mask is None and q.shape[0] == k.shape[0]), "causal attention wants S = T, no mask"),
         (

@@ -270,6 +270,38 @@ def test_fusion_attention(torch_npu, dtype, layout, mask, kv_heads):
         close(x.grad, x64.grad, dtype, times=2)  # the backward reads the rounded output
 
 
+@DTYPES
+@pytest.mark.parametrize("causal", [False, True])
+def test_fusion_attention_with_dropout(torch_npu, dtype, causal):
+    """Values that are the identity show which probabilities are kept; the generator's state says which."""
+    heads, rows, keep = 4, 16, 0.7
+    pairs = [leaf(torch.randn(2, n, rows, rows), dtype) for n in (heads, 2, 2)]
+    options = dict(atten_mask=torch.ones(2048, 2048, dtype=torch.bool).triu(1).npu(), sparse_mode=2) if causal else {}
+    state = torch.npu.get_rng_state()
+
+    def attend(v, share=keep, begin=True):
+        if begin:
+            torch.npu.set_rng_state(state)
+        q, k = (x for x, _ in pairs[:2])
+        return torch_npu.npu_fusion_attention(q, k, v, heads, "BNSD", scale=0.25, keep_prob=share, **options)[0]
+
+    identity = torch.eye(rows, dtype=dtype).expand(2, 2, rows, rows).contiguous().npu()
+    whole, kept = (attend(identity, share).detach().cpu() != 0 for share in (1.0, keep))
+    assert abs(float(kept.sum() / whole.sum()) - keep) < 0.06
+    assert not torch.equal(attend(identity, begin=False).detach().cpu() != 0, kept), "the next call draws others"
+    out = attend(pairs[2][0])
+    q, k, v = (x64.repeat_interleave(heads // x64.shape[1], 1) for _, x64 in pairs)
+    scores = q @ k.mT * 0.25
+    scores = scores.masked_fill(torch.ones(rows, rows, dtype=torch.bool).triu(1), -math.inf) if causal else scores
+    out64 = (scores.softmax(-1) * kept / keep) @ v
+    dy = torch.randn(out64.shape).to(dtype)
+    out.backward(dy.npu())
+    out64.backward(dy.double())
+    close(out, out64, dtype)
+    for x, x64 in pairs:
+        close(x.grad, x64.grad, dtype, times=2)
+
+
 def test_attention_of_torch_reaches_the_fused_operator(torch_npu):
     q, k, v = (torch.randn(2, 3, 6, 8) for _ in range(3))
     out = F.scaled_dot_product_attention(q.half().npu(), k.half().npu(), v.half().npu())
