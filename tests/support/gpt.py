@@ -151,6 +151,10 @@ def batch(rank: int, step: int, micro: int) -> dict[str, torch.Tensor]:
     """Random tokens of one micro-batch of a rank."""
     generator = torch.Generator().manual_seed(1000 * rank + 10 * step + micro)
     tokens = torch.randint(0, VOCAB, (BATCH, SEQUENCE + 1), generator=generator)
+    # Positions that attend to the same token alone have the same hidden state, and which of them an expert with a
+    # capacity drops would be a matter of the processor's last bit.
+    tokens[1, 0] = (tokens[1, 0] + (tokens[1, 0] == tokens[0, 0])) % VOCAB
+    tokens[:, 1] = (tokens[:, 1] + (tokens[:, 1] == tokens[:, 0])) % VOCAB
     made = {
         "input_ids": tokens[:, :-1],
         "labels": tokens[:, 1:],
