@@ -40,7 +40,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Passes the device on, and loads torch_npu: after a first backward without it autograd knows of no NPU."""
+    """Passes the device on, and loads torch_npu: after a first backward without it autograd knows of no NPU.
+
+    hypothesis draws the same examples in every run, new ones at night alone, and does not mind a busy machine.
+    """
+    from hypothesis import HealthCheck, settings
+
+    kept = {"derandomize": "nightly" not in config.option.markexpr, "deadline": None, "database": None}
+    settings.register_profile("fluid", print_blob=True, suppress_health_check=[HealthCheck.too_slow], **kept)
+    settings.load_profile("fluid")
     os.environ["FLUID_TEST_DEVICE"] = config.getoption("--device")
     if config.getoption("--device") == "npu":
         from fluid_npu.device.npu import load_torch_npu

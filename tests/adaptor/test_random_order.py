@@ -86,7 +86,7 @@ def orders(size: int) -> tuple[Any, Any]:
 def search(pool: list[Patch], start: State, examples: int) -> None:
     choice, steps = orders(len(pool))
 
-    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples, suppress_health_check=list(HealthCheck))
     @given(choice=choice, steps=steps)
     def example(choice: list[int], steps: list[str]) -> None:
         run(pool, start, choice, steps)

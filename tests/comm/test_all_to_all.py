@@ -72,7 +72,7 @@ def random_matrices(world: int, examples: int) -> list[list[list[int]]]:
     """Split matrices drawn by hypothesis, so that zeros and extremes come up."""
     drawn: list[list[list[int]]] = []
 
-    @settings(max_examples=examples, deadline=None, database=None, derandomize=True)
+    @settings(max_examples=examples, derandomize=True)
     @given(st.lists(st.lists(st.integers(0, 9), min_size=world, max_size=world), min_size=world, max_size=world))
     def draw(matrix: list[list[int]]) -> None:
         drawn.append(matrix)

@@ -66,7 +66,7 @@ def test_older_torch_without_grouped_mm_gives_the_same(counts, monkeypatch):
     assert relative_error(weight.grad, dw64) <= TOLERANCE
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     counts=st.lists(st.integers(0, 6), min_size=1, max_size=6),
     inner=st.sampled_from([1, 3, 4, 16]),

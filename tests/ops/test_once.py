@@ -98,14 +98,14 @@ def close(got: Any, want: torch.Tensor, dtype: torch.dtype) -> None:
     assert got.dtype == dtype and error <= 4 * torch.finfo(dtype).eps, float(error)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.data())
 def test_rows_arrive_as_in_plain_form_and_gradients_are_sums(data: st.DataObject) -> None:
     draw_and_check(data)
 
 
 @pytest.mark.nightly
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(st.data())
 def test_many_random_routings(data: st.DataObject) -> None:
     draw_and_check(data)

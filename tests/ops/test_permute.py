@@ -67,7 +67,7 @@ def test_dropless_equals_megatron_bit_for_bit(tokens, experts, topk, dtype):
     assert_same_bits_as_megatron(routing_map, PermuteLayout.from_routing_map(routing_map), dtype)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(tokens=st.integers(1, 12), experts=st.integers(1, 6), density=st.floats(0, 1), seed=st.integers(0, 99))
 def test_ragged_maps_equal_megatron_bit_for_bit(tokens, experts, density, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -75,7 +75,7 @@ def test_ragged_maps_equal_megatron_bit_for_bit(tokens, experts, density, seed):
     assert_same_bits_as_megatron(routing_map, PermuteLayout.from_routing_map(routing_map), torch.float32)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(tokens=st.integers(2, 16), experts=st.integers(2, 6), data=st.data())
 def test_capacity_with_padding_equals_megatron_bit_for_bit(tokens, experts, data):
     topk = data.draw(st.integers(1, experts))

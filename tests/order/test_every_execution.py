@@ -45,7 +45,7 @@ def submit(rank: Rank, steps: list, collectives: list[str], places: list[int]) -
             rank.land(issued[-1], on=step[1])
 
 
-@settings(max_examples=120, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+@settings(max_examples=120, derandomize=True, phases=[Phase.generate])
 @given(st.data())
 def test_against_every_execution(data: st.DataObject) -> None:
     job = Job(data.draw(st.integers(1, 2)))
