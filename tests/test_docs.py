@@ -99,7 +99,7 @@ def train_example(*words: str) -> tuple[list[float], str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "scripts/pretrain_moe.py", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200
+        [*command, "scripts/pretrain_moe.py", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stderr
     return [float(loss) for loss in re.findall(r"^step \d+ loss ([\d.]+)", done.stdout, re.M)], done.stdout

@@ -153,7 +153,7 @@ REACHED = [
 
 
 def test_after_a_real_run_the_report_names_what_was_never_reached(run_ranks: Callable[..., list[Any]]) -> None:
-    for counts, report in run_ranks(2, counted_run, REACHED, timeout=200):
+    for counts, report in run_ranks(2, counted_run, REACHED):
         assert all(counts[target] for target in REACHED), counts
         never = report.partition("Applied and never reached:\n")[2].partition("Not reachable")[0].split()
         assert never == [target for target, count in counts.items() if count == 0]

@@ -21,7 +21,7 @@ STEP = TrainConfig(preset="h64", device="cpu", dtype="fp32", overlap="dw")
 def cli(*words: str, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, *prefix, "-m", "fluid_npu", *words]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=280)
 
 
 def on_rank(config_text: str, part: str, rounds: int, plant: float) -> Any:

@@ -107,7 +107,7 @@ def test_a_slow_link_shows_in_every_all_to_all(tmp_path: Path) -> None:
     model = ("--preset", "h64", "--layers", "1", "--seq-length", "256", "--micro-batch-size", "4")
     words = ("--workloads", "W0", "--rounds", "2", "--link", "100mbit", "--json", "--out", str(tmp_path))
     command = [sys.executable, "-m", "fluid_npu", "bench", "overlap", *model, *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["link"]["rate"] == "100mbit" and "veth" in result["link"]["description"]

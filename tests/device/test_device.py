@@ -112,4 +112,4 @@ def test_an_npu_package_without_an_npu_is_reported(monkeypatch):
 
 def test_importing_the_package_does_not_import_torch_npu():
     code = "import sys, fluid_npu.device; assert 'torch_npu' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=280)

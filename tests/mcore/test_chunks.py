@@ -61,7 +61,7 @@ def modes(cases: list[Case]) -> list[dict[str, dict[str, Any]]]:
 @pytest.mark.parametrize("cases", [ONE, TWO, FOUR], ids=["one_rank", "two_ranks", "four_ranks"])
 def test_chunks_equal_the_twin_and_the_layer_in_one_piece_bitwise(cases: list[Case], run_ranks: Ranks) -> None:
     ep = cases[0].ep
-    ranks = run_ranks(ep, modes, cases, sizes={"expert_model_parallel_size": ep}, timeout=200)
+    ranks = run_ranks(ep, modes, cases, sizes={"expert_model_parallel_size": ep})
     for index, case in enumerate(cases):
         runs = [rank[index] for rank in ranks]
         if not case.config.keys() & {*PADDED, *SHARED} and case.dtype == torch.float32:

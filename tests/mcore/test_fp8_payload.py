@@ -50,7 +50,7 @@ def over_both() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def ranks(run_ranks: Ranks) -> list[Any]:
-    return run_ranks(2, over_both, sizes={"expert_model_parallel_size": 2}, timeout=100)
+    return run_ranks(2, over_both, sizes={"expert_model_parallel_size": 2})
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))

@@ -90,7 +90,7 @@ def all_ways() -> dict[str, dict[str, Any]]:
 
 
 def test_halves_are_two_micro_batches_and_equal_their_twin(run_ranks: Ranks) -> None:
-    for rank in run_ranks(2, all_ways, sizes={"expert_model_parallel_size": 2}, timeout=200):
+    for rank in run_ranks(2, all_ways, sizes={"expert_model_parallel_size": 2}):
         for name, ways in rank.items():
             two, halves, twin = (ways[how] for how in ("two", "halves", "twin"))
             assert halves["loss"].item() == pytest.approx(two["loss"].item(), rel=FP32), name

@@ -72,7 +72,7 @@ def compare(case: Case, run: dict[str, dict[str, Any]]) -> None:
 @pytest.mark.parametrize("cases", [TWO, FOUR], ids=["two_ranks", "four_ranks"])
 def test_chunks_of_tokens_are_right_and_equal_to_their_twin(cases: list[Case], run_ranks: Ranks) -> None:
     ep = cases[0].ep
-    ranks = run_ranks(ep, modes, cases, sizes={"expert_model_parallel_size": ep}, timeout=200)
+    ranks = run_ranks(ep, modes, cases, sizes={"expert_model_parallel_size": ep})
     for index, case in enumerate(cases):
         runs = [rank[index] for rank in ranks]
         if not case.config.keys() & {*SHARED, *DROPS} and case.dtype == torch.float32:  # the loop has neither

@@ -40,7 +40,7 @@ def over_both() -> list[dict[str, dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def ranks(run_ranks: Callable[..., list[Any]]) -> list[Any]:
-    return run_ranks(4, over_both, sizes={"expert_model_parallel_size": 4}, timeout=100)
+    return run_ranks(4, over_both, sizes={"expert_model_parallel_size": 4})
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))

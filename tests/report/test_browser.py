@@ -38,7 +38,7 @@ addEventListener("load", () => {
 
 def run_offline(command: list[str]) -> subprocess.CompletedProcess[str]:
     """In a network namespace without even a loopback, where one can be made."""
-    call = lambda: subprocess.run(command, capture_output=True, text=True, timeout=120)
+    call = lambda: subprocess.run(command, capture_output=True, text=True, timeout=280)
     if why_unavailable() is not None:
         return call()
     nowhere = Namespace("offline")

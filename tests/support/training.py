@@ -51,7 +51,7 @@ def tiny(out: str | Path, **changes: Any) -> TrainConfig:
         "warmup_steps": 3,
         "checkpoint_every": 1000,
         "out": str(out),
-        "timeout": 20.0,
+        "timeout": 60.0,  # rank 0 may have to make matplotlib's font cache while the other waits for it
     }
     return validate(TrainConfig(**{**values, **changes}))
 

@@ -475,7 +475,7 @@ def test_two_ranks_share_one_data_set(copy: Path, run_ranks: Callable[..., list[
 
 def test_a_fault_on_rank_0_reaches_every_rank(copy: Path, run_ranks: Callable[..., list[Any]]) -> None:
     os.truncate(f"{copy}.idx", 100)
-    texts = run_ranks(2, first_tokens, str(copy), timeout=60)
+    texts = run_ranks(2, first_tokens, str(copy))
     assert texts[0] == texts[1]
     assert "copy.idx: 100 bytes instead of" in texts[0]
 

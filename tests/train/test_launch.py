@@ -57,7 +57,7 @@ def test_it_runs_under_torchrun(tmp_path: Path) -> None:
         [*command, "-m", "fluid_npu", "train", *words, "--json"],
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=280,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -76,5 +76,5 @@ except KeyboardInterrupt:
     sys.exit(interrupted())
 """
     (tmp_path / "stopped.py").write_text(code)
-    done = subprocess.run([sys.executable, "-m", "stopped"], cwd=tmp_path, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "stopped"], cwd=tmp_path, timeout=250)
     assert done.returncode == 130
