@@ -40,7 +40,7 @@ def namespaces_of(link: SlowLink) -> set[str]:
 
 
 def wait_until_gone(namespaces: set[str]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while left := namespaces & net_namespaces():
         assert time.monotonic() < deadline, f"still there: {left}"
         time.sleep(0.05)
@@ -74,11 +74,14 @@ def _address_of(interface: str) -> str:
 
 
 def _assert_rate(link: SlowLink, rank: int, listener: socket.socket, to: tuple[str, int], count: int = 2**20) -> None:
-    sender = link.in_rank(rank, lambda: socket.create_connection(to, timeout=10))
+    sender = link.in_rank(rank, lambda: socket.create_connection(to, timeout=120))
     receiver, _ = listener.accept()
+    planted, best = link.spec.transfer_ms(count), float("inf")
     with sender, receiver:
-        best = min(_timed(sender, receiver, count) for _ in range(4))
-    planted = link.spec.transfer_ms(count)
+        for _ in range(30):  # other work on the machine makes it longer, never shorter
+            best = min(best, _timed(sender, receiver, count))
+            if best <= 1.1 * planted:
+                break
     assert 0.85 * planted <= best <= 1.15 * planted, f"{best:.1f} ms, planted {planted:.1f}"
 
 
@@ -110,7 +113,7 @@ def test_a_half_built_link_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(LinkError, match=r"'tc qdisc add .* no-such-discipline' failed: .*the kernel needs"):
         SlowLink(2, LINK).__enter__()
     left = {tid for tid in os.listdir("/proc/self/task") if tid not in before}
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while any(Path(f"/proc/self/task/{tid}").exists() for tid in left):  # a thread that was joined ends a little later
         assert time.monotonic() < deadline, "a thread of the link is left, and its namespace with it"
         time.sleep(0.05)
@@ -119,7 +122,7 @@ def test_a_half_built_link_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_killed_rank_does_not_keep_its_namespace() -> None:
     with SlowLink(2, LINK) as link:
         inside = namespaces_of(link)
-        rank = link.in_rank(0, lambda: subprocess.Popen(["sleep", "60"]))
+        rank = link.in_rank(0, lambda: subprocess.Popen(["sleep", "250"]))
         assert os.readlink(f"/proc/{rank.pid}/ns/net") in inside
         rank.kill()
         rank.wait()
@@ -132,7 +135,7 @@ from fluid_npu.link import SlowLink, parse_link
 with SlowLink(2, parse_link("100mbit")) as link:
     read = lambda: os.readlink("/proc/thread-self/ns/net")
     print(link.in_hub(read), link.in_rank(0, read), link.in_rank(1, read), flush=True)
-    time.sleep(60)
+    time.sleep(250)
 """
 
 
@@ -143,6 +146,6 @@ def test_a_killed_launcher_leaves_nothing(number: signal.Signals) -> None:
     inside = set(launcher.stdout.readline().decode().split())
     assert len(inside) == 3 and inside <= net_namespaces()
     launcher.send_signal(number)
-    launcher.wait(timeout=20)
+    launcher.wait(timeout=120)
     launcher.stdout.close()
     wait_until_gone(inside)
