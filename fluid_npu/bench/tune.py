@@ -1,7 +1,8 @@
 """``fluid-npu tune`` on its ranks: forward and backward of a small model under every setting, checked, then timed.
 
 A setting whose gradients differ from stock Megatron's, or which is not bitwise equal to its serialised twin, is never
-timed and never chosen. Plain is the reference: another setting wins only if its paired 95 % interval is faster.
+timed and never chosen; under context parallelism, which stock has with Transformer Engine alone, plain's gradients are
+the measure. Plain is the reference: another setting wins only if its paired 95 % interval is faster.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from fluid_npu.bench.result import envelope
 from fluid_npu.bench.rig import STOCK, Kind, MockData, Variant, build_variants, fuse_weight_gradients
 from fluid_npu.bench.rounds import run_rounds
 from fluid_npu.bench.stats import Times, paired_ratio, percentiles, quiet_halves
+from fluid_npu.comm.shards import balanced_part
+from fluid_npu.train.attention_plan import attention_obstacle
 from fluid_npu.train.config import TrainConfig
 from fluid_npu.train.halves import halves_are_the_same
 from fluid_npu.train.parallel import Place
@@ -38,6 +41,7 @@ _PLAIN: dict[str, Any] = {
     "moe_chunks": "auto",
     "local_first": False,
     "interleave_batches": False,
+    "attention_chunks": 1,
 }
 _DW: dict[str, Any] = {"overlap": "dw"}
 _BOTH: dict[str, Any] = {"overlap": "dw", "carry_over": True}
@@ -55,6 +59,7 @@ CANDIDATES: tuple[tuple[str, dict[str, Any]], ...] = tuple(
         ("4 chunks of experts, dW beside both", {**_CHUNKS, "moe_chunks": 4}),
         ("local rows first, then others, dW beside both", {**_CHUNKS, "moe_chunks": 1, "local_first": True}),
         ("two halves of a micro-batch interleaved", {**_DW, "interleave_batches": True}),
+        ("2 chunks of attention heads, dW beside both", {**_BOTH, "attention_chunks": 2}),
         ("tokens once per rank", _ONCE),
         ("tokens once per rank in 2 chunks of them, dW beside both", {**_CHUNKS, **_ONCE, "moe_chunks": 2}),
         ("tokens once per rank, dW beside both", {**_BOTH, **_ONCE}),
@@ -67,8 +72,8 @@ def measure(config: TrainConfig, options: dict[str, Any], place: Place) -> dict[
     machine = describe_machine(place)
     config = dataclasses.replace(config, device=place.device.name)
     data = MockData(config, place)
-    batches = [data.batch(number) for number in range(_BATCHES)]
-    stock = build_variants((STOCK,), config, place, optimizer="none", reduce=False)[0]
+    batches = [_own_part(data.batch(number), place) for number in range(_BATCHES)]
+    stock = _first(config, place)
     reference = gradients_of(stock, batches[0])
     rows: list[dict[str, Any]] = []
     timed: list[Variant] = []
@@ -93,7 +98,8 @@ def measure(config: TrainConfig, options: dict[str, Any], place: Place) -> dict[
     dist.all_gather_object(hosts, platform.node())
     key = key_of(config, place, hosts=len(set(hosts)), link=options.get("link"))
     profile = Profile(key=key, settings=settings, reason=reason)
-    result = envelope("tune", config, options, place, machine, rows, preset=config.model().name, cut=dict(config.cut))
+    model = {"preset": config.model().name, "cut": dict(config.cut), "compared_with": stock.name}
+    result = envelope("tune", config, options, place, machine, rows, **model)
     return {**result, "profile": profile.as_dict()}
 
 
@@ -117,6 +123,24 @@ def _against_plain(row: dict[str, Any]) -> str:
     return f"{row['median_ms']:.2f} ms, {ratio:.3f} times plain's speed (95 %: {low:.3f} to {high:.3f})"
 
 
+def _first(config: TrainConfig, place: Place) -> Variant:
+    """What all are compared with: stock Megatron, which has no context parallelism here, and plain under it."""
+    if config.cp == 1:
+        return build_variants((STOCK,), config, place, optimizer="none", reduce=False)[0]
+    name, settings = CANDIDATES[0]
+    kind = Kind(name=name, impl="fluid", overlap=settings["overlap"])
+    return Variant(kind, dataclasses.replace(config, **settings), place, optimizer="none", reduce=False)
+
+
+def _own_part(batch: dict[str, Any], place: Place) -> dict[str, Any]:
+    """This rank's rows of the sequences, without a mask: the layers are causal by type."""
+    if place.cp_size == 1:
+        return batch
+    rows = {name: value for name, value in batch.items() if name != "attention_mask"}
+    parts = {name: balanced_part(value, place.cp_size, place.cp_rank, 1) for name, value in rows.items()}
+    return {**parts, "attention_mask": None}
+
+
 def _variant(name: str, settings: dict[str, Any], config: TrainConfig, place: Place, stock: Variant) -> Variant:
     kind = Kind(name=name, impl="fluid", overlap=settings["overlap"])
     own = dataclasses.replace(config, **settings)
@@ -130,6 +154,9 @@ def _impossible(settings: dict[str, Any], config: TrainConfig) -> str | None:
     local, chunks = config.model().experts // config.ep, settings["moe_chunks"]
     if chunks != "auto" and local % chunks and settings["dispatch"] == "plain":
         return f"the {local} experts of a rank make no {chunks} chunks of equally many"
+    attention = attention_obstacle(config, settings["attention_chunks"])
+    if attention is not None:
+        return attention
     if settings["local_first"] and config.ep == 1:
         return "with --ep 1 all rows are local"
     if settings["interleave_batches"]:

@@ -29,6 +29,7 @@ def add_tune_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--plant-delay-ms", type=float, default=0.0, metavar="D", help="delay every AllToAll of ours, on a CPU"
     )
+    parser.add_argument("--cp", type=int, default=1, metavar="N", help="context parallel size (1)")
     parser.add_argument("--link", metavar="RATE", help="put the ranks behind links of this rate, such as 1gbit (root)")
     parser.add_argument("--out", default="profile.json", metavar="FILE", help="where the profile goes (profile.json)")
     add_engine_flags(parser)
@@ -44,7 +45,7 @@ def run_tune(args: argparse.Namespace) -> int:
     if not path.parent.is_dir():
         return fail(_COMMAND, f"--out {args.out}: the folder {path.parent} does not exist; make it or choose another")
     options = {"rounds": args.rounds or 20, "link": args.link}
-    values = {"preset": args.preset, "cut": CUT, "plant_delay_ms": args.plant_delay_ms}
+    values = {"preset": args.preset, "cut": CUT, "plant_delay_ms": args.plant_delay_ms, "cp": args.cp}
     code, result = run_task(args, _COMMAND, "fluid_npu.bench.tune:measure", options, **values)
     if result is None:
         return code
@@ -77,4 +78,6 @@ def tune_text(result: dict[str, Any], path: str) -> str:
     settings = ", ".join(f"{name} {value}" for name, value in profile["settings"].items())
     refused = [f"REFUSED {row['setting']}: {row['refused']}" for row in result["rows"] if row["refused"]]
     chosen = [f"Chosen: {settings} ({profile['reason']}).", f"Written to {path}: fluid-npu train --profile {path}"]
+    stock = "stock Megatron's" if result["compared_with"] == "stock" else f"those of {result['compared_with']}"
+    model += f"; gradients compared with {stock}"
     return "\n".join([table(head, lines), "", machine_text(result), model, *refused, "", *chosen])

@@ -354,6 +354,7 @@ def _check_profile(c: TrainConfig, path: str) -> None:
         (c.dispatch != "plain", f"--dispatch {c.dispatch}"),
         (c.moe_chunks != "auto", f"--moe-chunks {c.moe_chunks}"),
         (c.interleave_batches, "--interleave-batches"),
+        (c.attention_chunks != 1, f"--attention-chunks {c.attention_chunks}"),
     )
     for given, text in decided:
         if given:

@@ -20,8 +20,18 @@ if TYPE_CHECKING:
 
 SCHEMA = 3
 #: Fields of TrainConfig that a profile may set.
-SETTINGS = ("overlap", "carry_over", "dispatch", "moe_chunks", "local_first", "interleave_batches")
-_SIZES = ("hidden", "moe_ffn", "experts", "topk", "seq_length", "micro_batch_size", "aux_loss_coeff")
+SETTINGS = ("overlap", "carry_over", "dispatch", "moe_chunks", "local_first", "interleave_batches", "attention_chunks")
+_SIZES = (
+    "hidden",
+    "heads",
+    "kv_heads",
+    "moe_ffn",
+    "experts",
+    "topk",
+    "seq_length",
+    "micro_batch_size",
+    "aux_loss_coeff",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

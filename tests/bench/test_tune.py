@@ -46,11 +46,11 @@ def test_what_was_refused_is_never_chosen() -> None:
         choose([row(0, 10.0, 1.0, refused="wrong"), row(1, 9.0, 1.1), row(2, 9.0, 1.1)])
 
 
-def tuned(plant: float) -> tuple[dict[str, Any], dict[str, Any]]:
+def tuned(plant: float, **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The result on this rank, and the key of the place."""
     from fluid_npu.train.parallel import join
 
-    config = TrainConfig(preset="h64", cut=CUT, overlap="dw", device="cpu")
+    config = TrainConfig(**{"preset": "h64", "cut": CUT, "overlap": "dw", "device": "cpu", **changes})
     if not _PLACE:
         _PLACE.append(join(config, store()))
     place = _PLACE[0]
@@ -62,11 +62,33 @@ def test_every_setting_is_checked_and_a_wrong_one_is_not_timed(run_ranks: Callab
     (right, key), (other, _) = run_ranks(2, tuned, 0.0)
     assert right["profile"] == other["profile"] and right["profile"]["key"] == key
     assert [one["setting"] for one in right["rows"]] == [name for name, _ in CANDIDATES]
-    assert all(one["error"] <= 1e-5 and one["median_ms"] > 0 and one["peak_memory_mb"] > 0 for one in right["rows"])
+    (no_heads,) = (one for one in right["rows"] if one["settings"]["attention_chunks"] > 1)
+    assert no_heads["refused"] == "with --cp 1 no heads are exchanged"
+    rows = [one for one in right["rows"] if one is not no_heads]
+    assert all(one["error"] <= 1e-5 and one["median_ms"] > 0 and one["peak_memory_mb"] > 0 for one in rows)
     wrong = run_ranks(2, tuned, 0.01)[0][0]
     assert "allowed 1e-05; a wrong result is not timed" in wrong["rows"][-1]["refused"]
     assert "median_ms" not in wrong["rows"][-1] and "median_ms" in wrong["rows"][0]
     assert wrong["profile"]["settings"] != LAST
+
+
+def test_context_parallelism_is_tuned_with_chunks_of_heads(run_ranks: Callable[..., list[Any]]) -> None:
+    """Stock Megatron has none: gradients are compared with plain's, and each setting's bits with its twin's."""
+    first, second = (found for found, _ in run_ranks(2, of_heads))
+    assert first["profile"] == second["profile"] and first["compared_with"] == "plain"
+    plain, heads = first["rows"]
+    assert plain["error"] <= 1e-6 and 0 < heads["error"] <= 1e-5 and heads["settings"]["attention_chunks"] == 2
+    assert plain["median_ms"] > 0 and heads["median_ms"] > 0
+
+
+def of_heads() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Plain and two chunks of attention heads, of two ranks that share each sequence."""
+    from fluid_npu.bench import tune
+
+    tune.CANDIDATES = tuple(
+        one for number, one in enumerate(CANDIDATES) if not number or one[1]["attention_chunks"] > 1
+    )
+    return tuned(0.0, cp=2, cut={**CUT, "layers": 2})
 
 
 def test_the_command_writes_a_profile_that_train_reads(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

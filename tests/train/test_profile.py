@@ -22,6 +22,7 @@ SETTINGS = {
     "moe_chunks": "auto",
     "local_first": False,
     "interleave_batches": True,
+    "attention_chunks": 1,
 }
 
 

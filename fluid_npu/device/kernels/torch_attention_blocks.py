@@ -168,7 +168,7 @@ def _error(block: TorchBlock, q: Tensor, k: Tensor, v: Tensor, scale: float) -> 
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         query, dy, *keys = check.small_case(shapes, q)
-        small = (query, torch.cat(keys[:2]), torch.cat(keys[2:]))
+        small = (query, *_as_they_travel(torch.cat(keys[:2]), torch.cat(keys[2:])))
         try:
             found = _two_blocks(block, *small, dy, scale)
         except check.REFUSALS as error:
@@ -179,6 +179,13 @@ def _error(block: TorchBlock, q: Tensor, k: Tensor, v: Tensor, scale: float) -> 
     with torch.inference_mode(False), torch.enable_grad():
         wanted = check.with_gradients(check.plain_products, [x.float() for x in small], dy.float().flatten(2), call)
     return check.largest_error(found, wanted)
+
+
+def _as_they_travel(k_TBMD: Tensor, v_TBMV: Tensor) -> tuple[Tensor, Tensor]:
+    """The same as views of rows that hold both, as a ring's blocks are."""
+    rows = torch.cat([k_TBMD.flatten(2), v_TBMV.flatten(2)], -1)
+    keys, values = rows.split([k_TBMD[0, 0].numel(), v_TBMV[0, 0].numel()], -1)
+    return keys.unflatten(-1, k_TBMD.shape[2:]), values.unflatten(-1, v_TBMV.shape[2:])
 
 
 def _two_blocks(block: TorchBlock, q: Tensor, k: Tensor, v: Tensor, dy: Tensor, scale: float) -> tuple[Tensor, ...]:
