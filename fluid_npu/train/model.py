@@ -114,6 +114,7 @@ def _fluid_spec(config: TrainConfig, overlap: str) -> Callable[..., Any]:
         interleave_batches=config.interleave_batches,
         payload_dtype=config.a2a_payload_dtype,
         cuda_graph=config.moe_cuda_graph,
+        node_size=_node_size(config),
     )
     return partial(get_fluid_moe_block_spec, backend="local", binder=binder)
 
@@ -141,6 +142,15 @@ def _transport(config: TrainConfig) -> Any:
         node_size=config.a2a_node_size,
     ).value
     return DelayedTransport(chosen, config.plant_delay_ms) if config.plant_delay_ms else chosen
+
+
+def _node_size(config: TrainConfig) -> int:
+    """Ranks of a node for a dispatch by nodes; 0 where the transport alone may know. Collective where it must."""
+    from fluid_npu.comm.transports.nodes import agreed_node_size
+
+    if config.dispatch == "once-per-node":
+        return agreed_node_size(config.a2a_node_size).value
+    return config.a2a_node_size if config.dispatch == "auto" else 0
 
 
 def _exchange_sizes(config: TrainConfig) -> tuple[int, int, int, int]:

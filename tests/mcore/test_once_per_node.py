@@ -78,7 +78,7 @@ def check(case: Case, runs: list[dict[str, dict[str, Any]]]) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(run_ranks: Ranks) -> list[Any]:
-    return run_ranks(4, everything, sizes=SIZES, timeout=300)
+    return run_ranks(4, everything, sizes=SIZES, timeout=450)
 
 
 def everything() -> dict[str, Any]:
