@@ -5,6 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+#: Bytes of the two legs, and in plain form: of a step they are there when its exchanges have legs.
+LEG_COUNTERS = (
+    *("a2a_inside_node_bytes", "a2a_across_nodes_bytes"),
+    *("a2a_plain_inside_node_bytes", "a2a_plain_across_nodes_bytes"),
+)
+
 
 class LegBytes(NamedTuple):
     """Of this rank, to other ranks of its node and to other nodes."""

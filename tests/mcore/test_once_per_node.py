@@ -62,6 +62,8 @@ def check(case: Case, runs: list[dict[str, dict[str, Any]]]) -> None:
         assert max(errors.values()) <= FP32, f"{case}: {errors}"
     for run in runs:
         ours, plain = run["overlapped"], run["plain"]
+        beside = {detail["region"] for kind, _, detail in ours["record"] if kind == "dw"}
+        assert beside == {"backward of moe_dispatch AllToAll of layer 1"}, "the leg between nodes takes longer"
         for key in ("out", "dx"):
             assert max(map(relative, ours[key], plain[key])) <= FP32, f"{case} {key}"
         for key in ("router", "fc1", "fc2"):
