@@ -117,14 +117,22 @@ def _check_nodes(etp: int, nodes: Choice[Nodes | None]) -> None:
             f"dispatch='once-per-node': expert_tensor_parallel_size={etp} sends received rows on too; use "
             "expert_tensor_parallel_size=1 or dispatch='once-per-rank'"
         )
+    missing = lacks_nodes(nodes)
+    if missing:
+        raise ValueError(f"dispatch='once-per-node': {missing}; or use dispatch='once-per-rank'")
+
+
+def lacks_nodes(nodes: Choice[Nodes | None]) -> str:
+    """Why tokens cannot go by these nodes; empty when they can."""
     found = nodes.value
     if found is None:
-        raise ValueError(f"dispatch='once-per-node': {nodes.reason}; or use dispatch='once-per-rank'")
-    if not found.two_levels:
-        raise ValueError(
-            f"dispatch='once-per-node': the expert-parallel group has {found.count} node(s) of {found.size} rank(s) "
-            f"({FLAG}), and there must be ranks inside and across nodes; use dispatch='once-per-rank'"
-        )
+        return nodes.reason
+    if found.two_levels:
+        return ""
+    return (
+        f"the expert-parallel group has {found.count} node(s) of {found.size} rank(s) ({FLAG}), and there must be "
+        "ranks inside and across nodes"
+    )
 
 
 def _check_static(etp: int, device: str) -> None:
