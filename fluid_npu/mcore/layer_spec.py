@@ -130,8 +130,8 @@ def get_fluid_moe_block_spec(
 
     Arguments as ``get_fluid_moe_layer_spec``; ``vp_stage`` is the chunk of an interleaved pipeline. Chunks whose specs
     are made with one ``binder`` share a scheduler; it then stands for overlap, carry_over, transport, dispatch,
-    chunks, attention_chunks, interleave_batches, payload_dtype, cuda_graph, local_first and node_size, none of which may
-    be given beside it (ValueError).
+    chunks, attention_chunks, interleave_batches, payload_dtype, cuda_graph, local_first and node_size, none of which
+    may be given beside it (ValueError).
     """
     given = (overlap, carry_over, transport, dispatch, chunks, attention_chunks, interleave_batches, payload_dtype)
     defaults = ("dw", False, None, "plain", AUTO, 1, False, "same", False, False, 0)

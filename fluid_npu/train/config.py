@@ -242,10 +242,10 @@ def _check_local_first(c: TrainConfig) -> None:
         raise ConfigError(f"--local-first: --overlap {c.overlap} has no chunks; use --overlap full, or leave it out")
     if c.ep == 1:
         raise ConfigError("--local-first: with --ep 1 all rows are local; leave it out")
-    if c.dispatch == "static":
+    if c.dispatch in ("static", "once-per-node"):
         raise ConfigError(
-            "--local-first: --dispatch static sends all tokens in one piece; use --dispatch once-per-rank, or leave it "
-            "out"
+            f"--local-first: --dispatch {c.dispatch} sends all tokens in one piece; use --dispatch once-per-rank, or "
+            "leave it out"
         )
 
 

@@ -45,6 +45,10 @@ REFUSED = [
         r"--local-first: --dispatch static sends all tokens in one piece; use --dispatch once-per-rank",
     ),
     (
+        ["--local-first", "--overlap", "full", "--dispatch", "once-per-node"],
+        r"--local-first: --dispatch once-per-node sends all tokens in one piece; use --dispatch once-per-rank",
+    ),
+    (
         ["--local-first", "--overlap", "full", "--a2a-payload-dtype", "fp8"],
         r"--a2a-payload-dtype fp8: it is not coded in chunks \(--local-first\); leave one of them out",
     ),
