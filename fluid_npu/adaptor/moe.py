@@ -16,7 +16,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from fluid_npu.adaptor.settings import OF_TRANSPORT, Settings, current
-from fluid_npu.adaptor.transport import transport_of
+from fluid_npu.adaptor.transport import node_size_of, transport_of
 from fluid_npu.mcore.binding import SchedulerBinder
 from fluid_npu.mcore.experts import FluidGroupedMLP
 from fluid_npu.mcore.layer_spec import with_fluid_block, with_fluid_moe
@@ -42,7 +42,10 @@ def binder() -> SchedulerBinder:
     settings = current()
     if _bound is None or _bound[0] != settings:
         given = {name: value for name, value in asdict(settings).items() if name not in OF_TRANSPORT}
-        _bound = (settings, SchedulerBinder(**given, transport=transport_of(settings)))
+        _bound = (
+            settings,
+            SchedulerBinder(**given, transport=transport_of(settings), node_size=node_size_of(settings)),
+        )
     return _bound[1]
 
 

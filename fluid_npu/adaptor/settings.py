@@ -13,7 +13,7 @@ from fluid_npu.adaptor.patch import PatchError
 #: As the scheduler's OVERLAP_MODES, the dispatcher's DISPATCHES, the payload's PAYLOAD_DTYPES and the transports'
 #: TRANSPORTS, which cannot be read without torch; a test holds them equal.
 OVERLAPS = ("off", "dw", "full")
-DISPATCHES = ("plain", "once-per-rank", "static", "auto")
+DISPATCHES = ("plain", "once-per-rank", "once-per-node", "static", "auto")
 PAYLOAD_DTYPES = ("same", "fp8")
 TRANSPORTS = ("auto", "collective", "peer-copy", "few-ctas", "aicpu", "pairwise", "two-level")
 #: Settings that say which transport, and of what.
@@ -28,7 +28,7 @@ class Settings:
     ``gemm_fusion``: the experts' weight gradients go straight into ``main_grad``, also where the model's configuration
     has no ``gradient_accumulation_fusion``. ``a2a_transport`` moves the bytes of AllToAlls of tensors on ``device``
     ('auto': the one that is here), ``a2a_bytes`` in a usual exchange of a rank (0: not known); 'two-level' between
-    nodes of ``a2a_node_size`` ranks, 0 for those of the launcher.
+    nodes of ``a2a_node_size`` ranks, 0 for those of the launcher, as ``dispatch`` 'once-per-node' does.
     """
 
     overlap: str = "dw"
@@ -56,10 +56,11 @@ class Settings:
             raise PatchError(f"adapt(payload_dtype={self.payload_dtype!r}): allowed are {', '.join(PAYLOAD_DTYPES)}")
         if self.a2a_transport not in TRANSPORTS:
             raise PatchError(f"adapt(a2a_transport={self.a2a_transport!r}): allowed are {', '.join(TRANSPORTS)}")
-        if self.a2a_node_size < 0 or self.a2a_node_size and self.a2a_transport not in ("auto", "two-level"):
+        by_nodes = self.a2a_transport in ("auto", "two-level") or self.dispatch in ("auto", "once-per-node")
+        if self.a2a_node_size < 0 or self.a2a_node_size and not by_nodes:
             raise PatchError(
                 f"adapt(a2a_node_size={self.a2a_node_size}): ranks of a node for a2a_transport 'two-level' or 'auto', "
-                "or 0 to ask the launcher"
+                "or dispatch 'once-per-node' or 'auto', or 0 to ask the launcher"
             )
         if not _at_least_one(self.attention_chunks):
             raise PatchError(f"adapt(attention_chunks={self.attention_chunks!r}): a number of at least 1")

@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from fluid_npu.adaptor.settings import Settings
 from fluid_npu.comm.transports import Transport
 from fluid_npu.comm.transports.choose import choose_transport
+from fluid_npu.comm.transports.nodes import agreed_node_size
 from fluid_npu.device import get_device
 
 
@@ -20,11 +21,7 @@ def transport_of(settings: Settings) -> Transport | None:
     """
     if settings.a2a_transport == "collective":
         return None
-    if not parallel_state.model_parallel_is_initialized():
-        raise RuntimeError(
-            f"a2a_transport={settings.a2a_transport!r} is chosen with the process groups of the job: call "
-            "parallel_state.initialize_model_parallel() before a layer's spec is made"
-        )
+    _need_groups(f"a2a_transport={settings.a2a_transport!r}")
     groups = [parallel_state.get_expert_model_parallel_group(), parallel_state.get_context_parallel_group()]
     chosen: Transport = choose_transport(
         settings.a2a_transport,
@@ -34,3 +31,22 @@ def transport_of(settings: Settings) -> Transport | None:
         node_size=settings.a2a_node_size,
     ).value
     return chosen
+
+
+def node_size_of(settings: Settings) -> int:
+    """Ranks of a node for a dispatch by nodes; 0 where the transport alone may know. For 'once-per-node' collective.
+
+    Raises RuntimeError before Megatron's process groups exist, ValueError where the ranks do not agree.
+    """
+    if settings.dispatch != "once-per-node":
+        return settings.a2a_node_size if settings.dispatch == "auto" else 0
+    _need_groups(f"dispatch={settings.dispatch!r}")
+    return agreed_node_size(settings.a2a_node_size).value
+
+
+def _need_groups(setting: str) -> None:
+    if not parallel_state.model_parallel_is_initialized():
+        raise RuntimeError(
+            f"{setting} is chosen with the process groups of the job: call "
+            "parallel_state.initialize_model_parallel() before a layer's spec is made"
+        )

@@ -49,7 +49,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dispatch", default=_DEFAULTS.dispatch, metavar="NAME", help=text)
     text = f"what moves the bytes of our AllToAlls: {', '.join(A2A_TRANSPORTS)} ({_DEFAULTS.a2a_transport})"
     parser.add_argument("--a2a-transport", default=_DEFAULTS.a2a_transport, metavar="NAME", help=text)
-    text = "ranks inside which links are fast, for --a2a-transport two-level; 0: those of the launcher (0)"
+    text = "ranks of a node, for --a2a-transport two-level and --dispatch once-per-node; 0: those of the launcher (0)"
     parser.add_argument("--a2a-node-size", type=int, default=0, metavar="N", help=text)
     text = f"of the tokens that our dispatches send: {', '.join(PAYLOAD_DTYPES)} (same)"
     parser.add_argument("--a2a-payload-dtype", default=_DEFAULTS.a2a_payload_dtype, metavar="NAME", help=text)

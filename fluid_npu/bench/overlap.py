@@ -29,6 +29,7 @@ from fluid_npu.bench.rounds import run_rounds
 from fluid_npu.bench.stats import Times
 from fluid_npu.bench.workload_names import DESCRIPTIONS
 from fluid_npu.bench.workloads import Sizes, received, tokens_of
+from fluid_npu.comm.legs import LEG_COUNTERS
 from fluid_npu.schedule.definitions import Exchange
 from fluid_npu.schedule.lanes import Lanes
 from fluid_npu.train.config import TrainConfig
@@ -128,7 +129,7 @@ class Bench:
         alone = alone_ms(clocks[0].cargo(), scheduler.transport, self.place)
         peaks = [self._peak(lambda step=step: step(0)) for step in (steps[0], steps[2])]
         everyone = self._every_rank([*spans["twin"], *spans["overlapped"]])
-        sent, plain = self._bytes(lambda: steps[2](0))
+        sent = self._bytes(lambda: steps[2](0))
         return Run(
             times=times,
             twin=twin,
@@ -140,8 +141,7 @@ class Bench:
                 "peak_memory_mb": peaks[1],
                 "extra_peak_memory_mb": peaks[1] - peaks[0],
                 "rounds": rounds,
-                "a2a_bytes": sent,
-                "a2a_plain_bytes": plain,
+                **sent,
             },
             lanes=[{"workload": name, **span} for rank in everyone for span in rank],
         )
@@ -170,16 +170,17 @@ class Bench:
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return float(most)
 
-    def _bytes(self, call: Callable[[], Any]) -> tuple[float, float]:
-        """Bytes that a rank sends to others in a step, and what a row for every (token, expert) would be: means."""
+    def _bytes(self, call: Callable[[], Any]) -> dict[str, float]:
+        """Bytes that a rank sends to others in a step, what a row for every (token, expert) would be, and those of two
+        legs where there are two: means."""
         scheduler = self.overlapped.scheduler
         assert scheduler is not None
         scheduler.reset_stats()
         call()
         stats = scheduler.get_stats()
-        every = self._every_rank((stats["a2a_bytes"], stats["a2a_plain_bytes"]))
-        sent, plain = (fmean(values) for values in zip(*every, strict=True))
-        return sent, plain
+        every = self._every_rank(stats)
+        names = ("a2a_bytes", "a2a_plain_bytes", *(name for name in LEG_COUNTERS if any(name in one for one in every)))
+        return {name: fmean(one.get(name, 0.0) for one in every) for name in names}
 
     def _every_rank(self, mine: Any) -> list[Any]:
         every: list[Any] = [None] * self.place.world

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fluid_npu.bench.output import machine_text, number, table
+from fluid_npu.report.summary_text import legs_text
 
 Row = dict[str, Any]
 
@@ -54,7 +55,8 @@ def overlap_text(result: Row) -> str:
 def _fewer_bytes(row: Row) -> str:
     sent, plain = row["a2a_bytes"], row["a2a_plain_bytes"]
     text = f"{row['workload']}: {sent / 2**20:.2f} MiB per step and rank to other ranks"
-    return f"{text}; a row for every (token, expert) would be {plain / 2**20:.2f} MiB, {plain / sent:.2f} times as much"
+    text += f"; a row for every (token, expert) would be {plain / 2**20:.2f} MiB, {plain / sent:.2f} times as much"
+    return text + legs_text(row)
 
 
 def overlap_verdict(result: Row) -> list[str]:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from fluid_npu.comm.cargo import AS_IS, Loading, Unloading
 from fluid_npu.comm.guard import collective
+from fluid_npu.comm.legs import NodeLeg
 from fluid_npu.comm.sink import DirectSink, OverlapSink, Passengers
 from fluid_npu.comm.transports import Landing, PendingWork, Table, Transport
 from fluid_npu.comm.transports.base import begin
@@ -55,6 +56,8 @@ class Route:
     """Bytes to other ranks, there and back, if every (token, expert) had a row; None where every one has."""
     table: Table | None = None
     """[source][target] rows of all ranks, where they are known: a transport that has memory of its own needs them."""
+    leg: NodeLeg | None = None
+    """Which leg of a dispatch by nodes it is; None for none."""
 
     @property
     def name(self) -> str:
@@ -71,6 +74,7 @@ class Route:
             label=self.label,
             plain_bytes=None if self.plain_bytes is None else (self.plain_bytes[1], self.plain_bytes[0]),
             table=None if self.table is None else list(zip(*self.table, strict=True)),
+            leg=None if self.leg is None else self.leg.reversed(),
         )
 
 
@@ -96,7 +100,11 @@ class Flight:
         self._launched.record()
         with collective(name, self._ranks):
             self.output, self._work, self._landing = _start(self._source, route, sink.transport, into)
-        sink.comm.count_legs(getattr(self._work, "leg_bytes", None))
+        leg = route.leg
+        if leg is None:
+            sink.comm.count_legs(getattr(self._work, "leg_bytes", None))
+        else:
+            sink.comm.count_legs(leg.sent(sent), leg.plain[0])
         if sink.serialised or torch.is_anomaly_enabled():
             # Anomaly mode reads what a node returns, which must not still be in flight.
             self.land(at_once=True)

@@ -40,6 +40,7 @@ class DeviceSplits:
         row_shape, dtype: of a row; a multiple of 8 bytes.
         programs: of the kernel that moves rows: about as many multiprocessors are taken from what runs beside it.
         timeout_s: about how long a peer is waited for.
+        name, ranks: by which records know the group, and its ranks in the job.
     """
 
     def __init__(
@@ -52,6 +53,8 @@ class DeviceSplits:
         dtype: torch.dtype,
         programs: int = 8,
         timeout_s: float = 60.0,
+        name: str = "device splits",
+        ranks: Sequence[int] = (),
     ) -> None:
         self._kernels: Any = load("triton_device_splits")
         device = windows[index].device
@@ -63,6 +66,8 @@ class DeviceSplits:
             world=len(windows),
             capacity=capacity,
             row_bytes=row_bytes(row_shape, dtype),
+            name=name,
+            ranks=tuple(ranks),
         )
         self._spins = min(int(timeout_s * _LOOKS_A_SECOND), _MOST_LOOKS)
         self._number, self._done = (torch.zeros(1, dtype=torch.int32, device=device) for _ in range(2))
@@ -147,5 +152,6 @@ def open_device_splits(
     windows, reason = symmetric_buffers(group, size(world, capacity, of_row), zeroed=size(world, 0, of_row))
     if windows is None:
         return Choice(None, reason)
-    splits = DeviceSplits(windows, index, capacity=capacity, row_shape=row_shape, dtype=dtype, **more)
+    known: dict[str, Any] = {"name": f"group {group.group_name}", "ranks": dist.get_process_group_ranks(group)}
+    splits = DeviceSplits(windows, index, capacity=capacity, row_shape=row_shape, dtype=dtype, **known, **more)
     return Choice(splits, reason)

@@ -5,7 +5,9 @@ serialised twin otherwise): from launch to completion, so waiting for a late pee
 an exchange that compute ran beside is not observable from the host and is not guessed. ``exposed_ms`` is the
 time between reaching a wait and passing it. ``a2a_plain_bytes`` is what the same exchanges would send with a row for
 every (token, expert): as much as ``a2a_bytes``, unless tokens are sent once per rank. ``a2a_inside_node_bytes`` and
-``a2a_across_nodes_bytes`` are there when exchanges go in two legs: a row that takes both is counted in both.
+``a2a_across_nodes_bytes`` are there when exchanges go in two legs: a row that takes both is counted in both. Where the
+dispatch itself goes by nodes, ``a2a_plain_inside_node_bytes`` and ``a2a_plain_across_nodes_bytes`` are what a row for
+every (token, expert) would send, each straight to its rank.
 """
 
 from __future__ import annotations
@@ -46,11 +48,15 @@ class CommStats:
         self._counts["a2a_plain_bytes"] += bytes_to_peers if plain_bytes is None else plain_bytes
         self._counts[f"{comm_type}_bytes"] += bytes_to_peers
 
-    def count_legs(self, leg_bytes: tuple[int, int] | None) -> None:
-        """Bytes that an exchange in two legs sends inside this node, and to other nodes; None: it has one leg."""
-        if leg_bytes is not None:
-            self._counts["a2a_inside_node_bytes"] += leg_bytes[0]
-            self._counts["a2a_across_nodes_bytes"] += leg_bytes[1]
+    def count_legs(self, leg_bytes: tuple[int, int] | None, plain: tuple[int, int] | None = None) -> None:
+        """Bytes that an exchange in two legs sends inside this node, and to other nodes; None: it has one leg.
+
+        ``plain``: what they would be in plain form, where that is known.
+        """
+        for form, sent in (("", leg_bytes), ("plain_", plain)):
+            if sent is not None:
+                self._counts[f"a2a_{form}inside_node_bytes"] += sent[0]
+                self._counts[f"a2a_{form}across_nodes_bytes"] += sent[1]
 
     def timed(
         self, comm_type: str, launched: TimingEvent, reached: TimingEvent, passed: TimingEvent, serialised: bool

@@ -39,6 +39,7 @@ class SchedulerBinder:
     ``attention_chunks``: of the heads of each attention under context parallelism, as ``FluidSelfAttention``.
     ``interleave_batches``: layers with experts train in two halves of a micro-batch (``mcore.interleave``).
     ``payload_dtype``: of the tokens of a dispatch while they travel, 'same' or 'fp8' (``ops.payload_fp8``).
+    ``node_size``: ranks of the job on each node, for a dispatch by nodes; 0 takes those of a two-level transport.
     """
 
     def __init__(
@@ -55,7 +56,10 @@ class SchedulerBinder:
         payload_dtype: str = "same",
         cuda_graph: bool = False,
         local_first: bool = False,
+        node_size: int = 0,
     ) -> None:
+        if node_size < 0:
+            raise ValueError(f"node_size={node_size}: the ranks of a node, or 0 for those of the transport")
         if attention_chunks < 1:
             raise ValueError(f"attention_chunks={attention_chunks}: at least 1 is needed, which cuts nothing")
         self.attention_chunks = attention_chunks
@@ -64,6 +68,7 @@ class SchedulerBinder:
         self.gemm_fusion = gemm_fusion
         self.cuda_graph = cuda_graph
         self.dispatch = check_dispatch(dispatch)
+        self.node_size = node_size or int(getattr(transport, "node_size", 0))
         self._settings: dict[str, Any] = {"overlap": overlap, "carry_over": carry_over, "transport": transport}
         self.overlap = overlap
         self.carry_over = carry_over and overlap != "off"

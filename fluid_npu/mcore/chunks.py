@@ -21,8 +21,9 @@ def obstacle(config: TransformerConfig, dispatcher: FluidTokenDispatcher, expert
     """What keeps a layer in one piece, with the fix; None for nothing."""
     if not isinstance(experts, FluidGroupedMLP):
         return f"experts are {type(experts).__name__}, and FluidGroupedMLP alone runs in chunks"
-    if dispatcher.dispatch_form.value == "static":
-        return "dispatch='static' sends all tokens in one piece; use dispatch='once-per-rank'"
+    form = dispatcher.dispatch_form.value
+    if form in ("static", "once-per-node"):
+        return f"dispatch={form!r} sends all tokens in one piece; use dispatch='once-per-rank'"
     if dispatcher.groups.etp_size > 1:
         return f"expert_tensor_parallel_size={dispatcher.groups.etp_size}: its exchanges are not chunked; use 1"
     if dispatcher.payload is not None:

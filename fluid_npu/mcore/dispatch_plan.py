@@ -43,6 +43,17 @@ class DispatchPlan:
     """What the plain form would move; None when this is the plain form."""
     table: list[list[int]] | None = None
     """[P, P] rows from each expert-parallel rank to each, where every rank was told them."""
+    inside: InsideLeg | None = None
+    """Where rows that came to this node go on to; None when they are where they belong."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InsideLeg:
+    """The second exchange of a dispatch by nodes (``mcore.node_plan``): as the splits and the table of the first."""
+
+    input_splits: list[int]
+    output_splits: list[int]
+    table: list[list[int]] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +65,8 @@ class PlainCounts:
     gathered_sent: int
     gathered_received: int
     """Between expert-tensor-parallel ranks."""
+    across: tuple[int, int] = (0, 0)
+    """Of those sent and received, to and from other nodes, where a dispatch goes by nodes."""
 
     def bytes(self, row_bytes: int) -> tuple[int, int]:
         """Sent and received by a dispatch with rows of that many bytes."""

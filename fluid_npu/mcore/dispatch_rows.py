@@ -1,4 +1,5 @@
-"""Which rows a dispatch moves: one for each (token, expert), one for each (token, rank), or each token for every rank.
+"""Which rows a dispatch moves: one for each (token, expert), for each (token, rank), for each (token, node) and then
+(token, rank), or each token for every rank.
 
 All forms answer the same five questions, so that the dispatcher does not ask which one it has: what goes into the
 dispatch and comes out of it, what goes into the combine and comes out, and what expert-tensor-parallel ranks are given
@@ -16,6 +17,7 @@ from torch import Tensor
 from fluid_npu.comm.cargo import AS_IS, Loading, Unloading
 from fluid_npu.ops.once import OnceLayout
 from fluid_npu.ops.payload import Merge, Pack, Reorder, Replicate, Unpack
+from fluid_npu.ops.payload_node import MergeRelayed, Relay, Relayed
 from fluid_npu.ops.payload_once import Arrival, Expand, MergeOnce, PackOnce, Reduce, ReplicateOnce, SlotRow
 from fluid_npu.ops.payload_static import ExpandStatic, ReduceStatic, StaticArrival
 from fluid_npu.ops.permute import PermuteLayout
@@ -114,3 +116,44 @@ class StaticRows:
 
     def _row(self, hidden: int, wire: torch.dtype) -> SlotRow:
         return SlotRow(hidden=hidden, slots=self.layout.num_slots, wire=wire)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeRows:
+    """A row for each (token, node), which one rank there turns into one for each (token, rank)."""
+
+    layout: OnceLayout
+    """Nodes are its groups."""
+    relayed: Relayed
+    arrival: Arrival
+    local: int
+    """L."""
+
+    def pack(self, hidden: int, wire: torch.dtype) -> Loading:
+        return PackOnce(self.layout, self._came(hidden, wire))
+
+    def relay(self, hidden: int, wire: torch.dtype) -> Loading:
+        """From rows that came to this rank to those for the ranks of its node."""
+        return Relay(self._came(hidden, wire), self._goes(hidden, wire), self.relayed)
+
+    def unpack(self, hidden: int, wire: torch.dtype) -> Unloading:
+        return Expand(self._goes(hidden, wire), self.arrival, self.local)
+
+    def replicate(self, times: int, hidden: int, wire: torch.dtype) -> Loading:
+        raise ValueError("dispatch='once-per-node' has no form for expert tensor parallelism")
+
+    def collect(self) -> Loading:
+        return Reduce(self.arrival)
+
+    def gather(self) -> Unloading:
+        """From the sums of the node's ranks to one sum for each row that came to this rank."""
+        return MergeRelayed(self.relayed)
+
+    def merge(self, shape: torch.Size) -> Unloading:
+        return MergeOnce(self.layout, shape)
+
+    def _came(self, hidden: int, wire: torch.dtype) -> SlotRow:
+        return SlotRow(hidden=hidden, slots=self.layout.num_slots, wire=wire)
+
+    def _goes(self, hidden: int, wire: torch.dtype) -> SlotRow:
+        return SlotRow(hidden=hidden, slots=min(self.layout.num_slots, self.local), wire=wire)

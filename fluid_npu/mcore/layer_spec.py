@@ -56,6 +56,7 @@ def get_fluid_moe_layer_spec(
     payload_dtype: str = "same",
     cuda_graph: bool = False,
     local_first: bool = False,
+    node_size: int = 0,
 ) -> ModuleSpec:
     """The spec of a transformer layer with a FluidMoELayer, for ``GPTModel(transformer_layer_spec=...)``.
 
@@ -69,7 +70,8 @@ def get_fluid_moe_layer_spec(
         transport: moves the bytes; None takes torch.distributed's collective.
         backend: 'local' or 'te' for the modules around the MoE layer; 'auto' takes te where it is installed.
         dispatch: 'plain' sends a token once for each of its experts, 'once-per-rank' once to each rank that holds some,
-            'static' once to every rank, 'auto' what has clearly fewer rows.
+            'once-per-node' once to each node and inside it once to each rank, 'static' once to every rank, 'auto' what
+            has clearly fewer rows.
         chunks: with overlap 'full', the number of chunks: a divisor of the experts of a rank, or 'auto'.
         attention_chunks: parts in which each rank's heads are computed under context parallelism, each part's
             AllToAlls beside the computation of others (``FluidSelfAttention``).
@@ -81,6 +83,8 @@ def get_fluid_moe_layer_spec(
             host each; CUDA and dispatch='static' alone.
         local_first: with overlap 'full', rows that stay on their rank are a chunk before the others, computed while the
             first of those travels (``schedule.pipeline``); their dW joins the rows of all chunks.
+        node_size: ranks of the job on each node, for dispatch='once-per-node' and 'auto', the same on all ranks; 0
+            takes those of a two-level transport.
 
     For Megatron's multi-token prediction take ``get_fluid_moe_block_spec``: its helper accepts Megatron's own
     TransformerLayer alone as a layer's spec.
@@ -99,6 +103,7 @@ def get_fluid_moe_layer_spec(
         payload_dtype=payload_dtype,
         cuda_graph=cuda_graph,
         local_first=local_first,
+        node_size=node_size,
     )
     return with_fluid_moe(_layer_spec(config, choose_backend(backend).value), binder)
 
@@ -117,6 +122,7 @@ def get_fluid_moe_block_spec(
     payload_dtype: str = "same",
     cuda_graph: bool = False,
     local_first: bool = False,
+    node_size: int = 0,
     vp_stage: int | None = None,
     binder: SchedulerBinder | None = None,
 ) -> TransformerBlockSubmodules:
@@ -124,15 +130,15 @@ def get_fluid_moe_block_spec(
 
     Arguments as ``get_fluid_moe_layer_spec``; ``vp_stage`` is the chunk of an interleaved pipeline. Chunks whose specs
     are made with one ``binder`` share a scheduler; it then stands for overlap, carry_over, transport, dispatch,
-    chunks, attention_chunks, interleave_batches, payload_dtype, cuda_graph and local_first, none of which may be given
-    beside it (ValueError).
+    chunks, attention_chunks, interleave_batches, payload_dtype, cuda_graph, local_first and node_size, none of which
+    may be given beside it (ValueError).
     """
     given = (overlap, carry_over, transport, dispatch, chunks, attention_chunks, interleave_batches, payload_dtype)
-    defaults = ("dw", False, None, "plain", AUTO, 1, False, "same", False, False)
-    if binder is not None and (*given, cuda_graph, local_first) != defaults:
+    defaults = ("dw", False, None, "plain", AUTO, 1, False, "same", False, False, 0)
+    if binder is not None and (*given, cuda_graph, local_first, node_size) != defaults:
         raise ValueError(
             "binder: overlap, carry_over, transport, dispatch, chunks, attention_chunks, interleave_batches, "
-            "payload_dtype, cuda_graph and local_first are its own; give them to SchedulerBinder"
+            "payload_dtype, cuda_graph, local_first and node_size are its own; give them to SchedulerBinder"
         )
     if binder is None:
         binder = SchedulerBinder(
@@ -146,6 +152,7 @@ def get_fluid_moe_block_spec(
             payload_dtype=payload_dtype,
             cuda_graph=cuda_graph,
             local_first=local_first,
+            node_size=node_size,
         )
     use_te = choose_backend(backend).value == "te"
     block = get_gpt_decoder_block_spec(config, use_te, normalization=config.normalization, **_chunk(vp_stage))

@@ -153,6 +153,7 @@ class FluidMoELayer(MoELayerInSteps):
             dispatch=binder.dispatch,
             experts_on=self.experts.weight1.device.type if ours and not in_pieces else "",
             payload=binder.payload,
+            node_size=0 if in_pieces else binder.node_size,
         )
         # Megatron's overlap of shared experts needs its own dispatcher and CUDA streams; ours is in the steps below.
         self.shared_expert_overlap = False
@@ -323,7 +324,7 @@ def _overlaps(config: TransformerConfig, dispatch: str) -> bool:
     if kind == "alltoall":
         return True
     if kind in MEGATRON_DISPATCHERS:
-        if dispatch in ("once-per-rank", "static"):
+        if dispatch not in ("plain", "auto"):
             raise ValueError(
                 f"dispatch={dispatch!r}: moe_token_dispatcher_type={kind!r} is Megatron's dispatcher, which has no "
                 "such form; set --moe-token-dispatcher-type alltoall or use dispatch='plain'"

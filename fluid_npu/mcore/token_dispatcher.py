@@ -25,7 +25,7 @@ from fluid_npu.comm.transports.base import wants_table
 from fluid_npu.device import Choice, kernels_of
 from fluid_npu.device.kernels.groups import GroupRows
 from fluid_npu.mcore.chunk_plan import ChunkedPlan, make_chunked_plan
-from fluid_npu.mcore.dispatch_choice import choose_dispatch
+from fluid_npu.mcore.dispatch_choice import choose_dispatch, nodes_for
 from fluid_npu.mcore.dispatch_plan import (
     DispatchPlan,
     ExpertGroups,
@@ -35,7 +35,9 @@ from fluid_npu.mcore.dispatch_plan import (
     make_plan,
     make_static_plan,
 )
+from fluid_npu.mcore.dispatch_rows import NodeRows
 from fluid_npu.mcore.lines.groups import ProcessGroups, default_groups
+from fluid_npu.mcore.node_plan import inside_route, leg_of, make_node_plan, node_counts
 from fluid_npu.mcore.same_tokens import check_same_tokens
 from fluid_npu.mcore.token_chunk_plan import make_token_chunked_plan
 from fluid_npu.ops.chunk_rows import token_chunks
@@ -67,10 +69,12 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         config: Megatron's TransformerConfig.
         pg_collection: process groups ``ep``, ``expt_tp`` and ``tp_ep``; None takes Megatron's global ones.
         dispatch: 'plain' sends a token once for each of its experts, 'once-per-rank' once to each rank that holds some,
-            'static' once to every rank, so that no rank waits for sizes (in FluidMoELayer alone); 'auto' takes what has
-            clearly fewer rows. ``dispatch_form`` says which, and why.
+            'once-per-node' once to each node that does and inside it once to each rank, 'static' once to every rank, so
+            that no rank waits for sizes (in FluidMoELayer alone); 'auto' takes what has clearly fewer rows.
+            ``dispatch_form`` says which, and why.
         experts_on: type of the device of grouped experts that take ``DeviceRows``, which 'static' needs; "" for none.
         payload: codes the tokens of the dispatch in fp8; None sends them in their own dtype.
+        node_size: ranks of the job on each node, for 'once-per-node' and 'auto'; 0 where that is not known.
 
     Raises:
         ValueError: a configuration that this dispatcher does not implement, naming the option and the fix.
@@ -85,6 +89,7 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         dispatch: str = "plain",
         experts_on: str = "",
         payload: Fp8Payload | None = None,
+        node_size: int = 0,
     ) -> None:
         groups = pg_collection if pg_collection is not None else default_groups()
         _refuse_unsupported(config)
@@ -95,7 +100,10 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         self.sink: OverlapSink | None = None
         self.label = ""
         self.groups = ExpertGroups(ep=Peers.of(groups.ep), etp=Peers.of(groups.expt_tp), tp_ep=Peers.of(groups.tp_ep))
-        self.dispatch_form = choose_dispatch(dispatch, config, self.groups.ep_size, self.groups.etp_size, experts_on)
+        nodes = nodes_for(dispatch, self.groups.ep.ranks, node_size, coded=payload is not None)
+        sizes = self.groups.ep_size, self.groups.etp_size
+        self.dispatch_form = choose_dispatch(dispatch, config, *sizes, experts_on, nodes)
+        self.nodes = nodes.value
         if dispatch != "plain":
             self.dispatch_form.announce("dispatch")
         self.payload = usable_payload(payload, self.groups)
@@ -109,6 +117,8 @@ class FluidTokenDispatcher(MoETokenDispatcher):
             return self._plan_static(routing_map_TE, tokens_shape)
         if self.dispatch_form.value == "once-per-rank":
             return self._plan_once(routing_map_TE, tokens_shape)
+        if self.dispatch_form.value == "once-per-node":
+            return self._plan_node(routing_map_TE, tokens_shape)
         layout, counts = self._rows(routing_map_TE)
         return make_plan(
             layout,
@@ -179,6 +189,18 @@ class FluidTokenDispatcher(MoETokenDispatcher):
             layout = layout_of(int(host_PC[:, 0].sum()))
         return make_once_plan(layout, tokens_shape, host_PC, told, self.groups)
 
+    def _plan_node(self, routing_map_TE: Tensor, tokens_shape: torch.Size) -> DispatchPlan:
+        """One row for each (token, node), and inside each (token, rank)."""
+        assert self.nodes is not None, "the form was chosen for nodes"
+        counts_GD, layout_of = once_counts(routing_map_TE, self.config.moe_router_topk, self.nodes.count)
+        counts_PC = node_counts(counts_GD, routing_map_TE, self.nodes)
+        one_wait = kernels_of(counts_PC).one_wait_for_counts
+        pending = exchange_counts(counts_PC.view(-1), self.groups, self._everyone_counts or one_wait)
+        told = finish_counts(pending, self.groups, counts_PC.shape[1], self._where("dispatch"))
+        host_PC = counts_PC.cpu() if told.own is None else told.own
+        layout = layout_of(int(host_PC[:: self.nodes.size, 0].sum()))
+        return make_node_plan(layout, tokens_shape, host_PC, told, self.groups, self.nodes)
+
     def _plan_static(self, routing_map_TE: Tensor, tokens_shape: torch.Size) -> DispatchPlan:
         """One row for every (token, rank), told to nobody."""
         check_same_tokens(routing_map_TE.shape[0], self.groups.ep)
@@ -225,7 +247,7 @@ class FluidTokenDispatcher(MoETokenDispatcher):
             self._route(plan, "moe_dispatch", payload_width(hidden, x_TH.dtype) * x_TH.element_size()),
             [x_TH, probs_TE.to(wire)],
             loading=loading,
-            unloading=unloading if self.groups.etp_size == 1 else AS_IS,
+            unloading=unloading if self.groups.etp_size == 1 and plan.inside is None else AS_IS,
             sink=self.sink,
             passengers=passengers,
         )
@@ -237,6 +259,8 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         sends every rank the same rows, as many bytes as an all-gather and the only form that gloo has for
         uneven sizes.
         """
+        if isinstance(plan.rows, NodeRows):
+            return self._go_on(handle.wait(), plan, plan.rows, wire)
         if self.groups.etp_size == 1:
             return handle.wait()
         hidden, payload = plan.tokens_shape[-1], handle.wait()
@@ -245,6 +269,17 @@ class FluidTokenDispatcher(MoETokenDispatcher):
             [payload],
             loading=plan.rows.replicate(self.groups.etp_size, hidden, wire),
             unloading=plan.rows.unpack(hidden, wire),
+            sink=self.sink,
+        ).wait()
+
+    def _go_on(self, payload: Tensor, plan: DispatchPlan, rows: NodeRows, wire: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Inside the node, from the rank that rows came to."""
+        hidden = plan.tokens_shape[-1]
+        return start_exchange(
+            inside_route(plan, self.groups, self.label),
+            [payload],
+            loading=rows.relay(hidden, wire),
+            unloading=rows.unpack(hidden, wire),
             sink=self.sink,
         ).wait()
 
@@ -259,6 +294,10 @@ class FluidTokenDispatcher(MoETokenDispatcher):
                 unloading=SumParts(self.groups.etp_size),
                 sink=self.sink,
             ).wait()
+            loading = AS_IS
+        if isinstance(plan.rows, NodeRows):
+            route, gather = inside_route(plan, self.groups, self.label, back=True), plan.rows.gather()
+            out_RH = start_exchange(route, [out_RH], loading=loading, unloading=gather, sink=self.sink).wait()
             loading = AS_IS
         return start_exchange(
             self._route(plan, "moe_combine", row_bytes),
@@ -278,6 +317,7 @@ class FluidTokenDispatcher(MoETokenDispatcher):
             label=self.label,
             plain_bytes=self._plain_bytes(plan, row_bytes),
             table=plan.table,
+            leg=leg_of(plan, row_bytes),
         )
         return dispatch if comm_type == "moe_dispatch" else dispatch.reversed(comm_type)
 

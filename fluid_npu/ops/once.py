@@ -53,12 +53,17 @@ class OnceLayout:
         return self._slots[1]
 
     @property
+    def slot_place(self) -> Tensor:
+        """[N, S] position of each slot's expert in flattened slots of the tokens [T, K], T*K for none."""
+        return self._slots[2]
+
+    @property
     def local(self) -> int:
         """L."""
         return self.num_experts // self.rows.num_experts
 
     @cached_property
-    def _slots(self) -> tuple[Tensor, Tensor]:
+    def _slots(self) -> tuple[Tensor, Tensor, Tensor]:
         """For plain torch; kernels that read the map itself do without."""
         rows, size, groups, topk = self.rows, self.local, self.rows.num_experts, self.topk
         expert_TK = self.expert_TK
@@ -75,7 +80,9 @@ class OnceLayout:
         slot_NS = expert_NK.gather(1, inside_NS)
         pair_NS = slot_NS + (rows.token_of_row * self.num_experts).unsqueeze(1)
         expert_NS = torch.where(filled, slot_NS - group_N1 * size, size)
-        return expert_NS, torch.where(filled, pair_NS, rows.num_tokens * self.num_experts)
+        pair_NS = torch.where(filled, pair_NS, rows.num_tokens * self.num_experts)
+        at_NS = torch.where(filled, place_NS + (rows.token_of_row * topk).unsqueeze(1), rows.num_tokens * topk)
+        return expert_NS, pair_NS, at_NS
 
 
 def once_counts(map_TE: Tensor, topk: int, groups: int) -> tuple[Tensor, Callable[[int], OnceLayout]]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fluid_npu.order.collectives import check_collectives
+from fluid_npu.order.collectives import check_agreements, check_collectives
 from fluid_npu.order.findings import Finding, Operation, merged
 from fluid_npu.order.graph import Clock
 from fluid_npu.order.hazards import Hazards
@@ -36,7 +36,7 @@ class Report:
 
 def check(ranks: Mapping[int, Sequence[Entry]]) -> Report:
     """All findings in the records of all ranks, each kind and pair of places once."""
-    findings = check_collectives(ranks)
+    findings = check_collectives(ranks) + check_agreements(ranks)
     timeline = build(ranks)
     order = timeline.graph.order()
     clocks = timeline.graph.clocks(order)

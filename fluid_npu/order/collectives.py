@@ -1,4 +1,5 @@
-"""Collectives must be issued in the same order on every rank of a group, and on two ranks in all groups of both."""
+"""What ranks must do and find alike: collectives in the same order on every rank of a group, and on two ranks in all
+groups of both; and what they agree on without one."""
 
 from __future__ import annotations
 
@@ -29,6 +30,20 @@ def check_collectives(ranks: Mapping[int, Sequence[Entry]]) -> list[Finding]:
         mine, theirs = ([entry for entry in issued[rank] if entry.group in both] for rank in (one, other))
         findings += _first_difference(mine, theirs, members)
     return findings
+
+
+def check_agreements(ranks: Mapping[int, Sequence[Entry]]) -> list[Finding]:
+    """Each event of which two ranks have found something else: the first two that differ."""
+    found: dict[str, Entry] = {}
+    findings: dict[str, Finding] = {}
+    for entry in (entry for rank in sorted(ranks) for entry in ranks[rank] if entry.kind == "agreed"):
+        first = found.setdefault(str(entry.event), entry)
+        if first.name != entry.name:
+            ends, detail = (Operation.of(first), Operation.of(entry)), f"{entry.event}: {first.name} and {entry.name}"
+            findings.setdefault(
+                str(entry.event), Finding(kind="not-agreed", first=ends[0], second=ends[1], detail=detail)
+            )
+    return list(findings.values())
 
 
 def _first_difference(

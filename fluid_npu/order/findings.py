@@ -16,6 +16,7 @@ KINDS = {
     "freed-in-flight": "gives memory back that the first may still use",
     "used-after-free": "uses memory that the first gave back",
     "collective-order": "is issued where the other rank issues the first",
+    "not-agreed": "finds other than the first what all ranks must find alike",
     "never-ordered": "and the first wait for each other in a circle",
     "empty-wait": "orders nothing",
 }

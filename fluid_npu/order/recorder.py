@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from fluid_npu.order.device_splits import DeviceSplitsHooks
 from fluid_npu.order.log import Log
 from fluid_npu.order.memory import Memory, stream_of
 from fluid_npu.order.operators import OperatorMode
@@ -60,6 +61,7 @@ class OrderRecorder:
                 streams.install(self._patches, getattr(module, "npu", module))
         PeerCopyHooks(self._log, self._memory).install(self._patches)
         TwoLevelHooks(self._log, self._groups).install(self._patches)
+        DeviceSplitsHooks(self._log, self._memory, self.paused).install(self._patches)
         note_host_reads(self._patches, self._log, self._memory)
         self._mode.__enter__()
         return self

@@ -16,6 +16,7 @@ The *kind* of an entry says which of its fields mean something:
     signal      event, stream: tells other ranks, when the stream comes there
     wrote       of, writes: what the op with that number, which said only that it reads, has in fact written
     await       event, stream: goes on after the signal of that name with the same count, from any rank
+    agreed      event, name: what this rank found about something that all ranks must find alike
 
 Streams are names such as "npu:0/3"; what is before the "/" is the device. The stream "host" is the program's own order:
 autograd's threads belong to it, because backward() waits for them. `line` is the Python line that submitted the entry,
@@ -33,7 +34,7 @@ from typing import Any, NamedTuple
 HOST = "host"
 KINDS = frozenset(
     ("process", "group", "alloc", "free", "op", "wrote", "collective", "landed", "record", "wait", "sync", "signal")
-    + ("await",)
+    + ("await", "agreed")
 )
 
 

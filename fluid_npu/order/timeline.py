@@ -93,6 +93,7 @@ class _Walk:
             "sync": self._sync,
             "signal": self._signal,
             "await": self._await,
+            "agreed": lambda entry: None,
         }
 
     def take(self, entry: Entry) -> None:

@@ -74,9 +74,20 @@ def _bytes(summary: Mapping[str, Any]) -> str | None:
     if not sent:
         return None
     text = f"{sent / 2**20:.2f} MiB per step and rank to other ranks"
-    if plain in (None, sent):
-        return text
-    return f"{text}, {plain / sent:.2f} times fewer than a row for every (token, expert)"
+    if plain not in (None, sent):
+        text += f", {plain / sent:.2f} times fewer than a row for every (token, expert)"
+    return text + legs_text(summary)
+
+
+def legs_text(summary: Mapping[str, Any]) -> str:
+    """What crosses between nodes and what stays inside them, beside the plain form's where that is known."""
+    parts = []
+    for where, name in (("between nodes", "across_nodes"), ("inside them", "inside_node")):
+        sent, plain = summary.get(f"a2a_{name}_bytes"), summary.get(f"a2a_plain_{name}_bytes")
+        if sent is not None:
+            beside = "" if plain is None else f" (plain {plain / 2**20:.2f})"
+            parts.append(f"{sent / 2**20:.2f} MiB{beside} {where}")
+    return f"; {', '.join(parts)}" if parts else ""
 
 
 def _overlap(summary: Mapping[str, Any]) -> str | None:

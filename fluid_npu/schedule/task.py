@@ -33,6 +33,8 @@ class DWTask:
             return True
         if comm_type == "moe_dispatch":
             return not self.carry
+        if comm_type == "moe_inside_node":
+            return False  # its exchange between nodes follows, which takes longer
         return self.flight in ("", comm_type)
 
     @property

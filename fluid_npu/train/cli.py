@@ -119,7 +119,7 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--interleave-batches", action="store_true", help=text)
     text = f"what moves the bytes of AllToAlls: {', '.join(A2A_TRANSPORTS)} ({_DEFAULTS.a2a_transport})"
     group.add_argument("--a2a-transport", default=_DEFAULTS.a2a_transport, metavar="NAME", help=text)
-    text = "ranks inside which links are fast, for --a2a-transport two-level; 0: those of the launcher (0)"
+    text = "ranks of a node, for --a2a-transport two-level and --dispatch once-per-node; 0: those of the launcher (0)"
     group.add_argument("--a2a-node-size", type=int, default=0, metavar="N", help=text)
     text = f"of tokens in a dispatch: {', '.join(PAYLOAD_DTYPES)}; fp8 is e4m3 with a scale a token (same)"
     group.add_argument("--a2a-payload-dtype", default=_DEFAULTS.a2a_payload_dtype, metavar="NAME", help=text)

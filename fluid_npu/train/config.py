@@ -18,7 +18,7 @@ DEVICES = ("auto", "cpu", "cuda", "npu")
 DTYPES = ("fp32", "bf16", "fp16")
 OVERLAPS = ("off", "dw", "full", "auto")
 IMPLS = ("fluid", "stock")
-DISPATCHES = ("plain", "once-per-rank", "static", "auto")
+DISPATCHES = ("plain", "once-per-rank", "once-per-node", "static", "auto")
 A2A_TRANSPORTS = ("auto", "collective", "peer-copy", "few-ctas", "aicpu", "pairwise", "two-level")
 PAYLOAD_DTYPES = ("same", "fp8")
 
@@ -53,9 +53,9 @@ class TrainConfig:
     ``dtype`` None is the device's own; ``data`` None the default corpus; ``lr_decay_steps`` None is ``steps``.
     ``plant_delay_ms`` delays every AllToAll, for tests and demonstrations. ``carry_over`` lets dW of FC2 and of the
     router wait for the combine of the layer below. ``dispatch`` 'once-per-rank' sends a token once to each rank that
-    holds some of its experts. ``a2a_transport`` moves the bytes of AllToAlls; 'two-level' between nodes of
-    ``a2a_node_size`` ranks, where 0 asks the launcher. ``a2a_payload_dtype`` 'fp8' codes the tokens of a
-    dispatch. ``vpp`` is the number of model chunks
+    holds some of its experts, 'once-per-node' once to each node that does. ``a2a_transport`` moves the bytes of
+    AllToAlls; 'two-level' between nodes of ``a2a_node_size`` ranks, where 0 asks the launcher. ``a2a_payload_dtype``
+    'fp8' codes the tokens of a dispatch. ``vpp`` is the number of model chunks
     per pipeline stage. ``moe_chunks`` is in how many groups of its experts, or of tokens where they are sent once per
     rank, ``overlap`` 'full' pipelines an MoE layer: a number, or 'auto'; with ``local_first`` rows that stay on their
     rank are a chunk before those. ``attention_chunks`` are the parts in which a context-parallel rank computes its
@@ -220,10 +220,10 @@ def _check_moe_chunks(c: TrainConfig) -> None:
         return
     if c.overlap != "full":
         raise ConfigError(f"--moe-chunks {n}: --overlap {c.overlap} has one; use --overlap full, or leave it out")
-    if c.dispatch == "static":
+    if c.dispatch in ("static", "once-per-node"):
         raise ConfigError(
-            f"--moe-chunks {n}: --dispatch static sends all tokens in one piece; use --dispatch once-per-rank, or "
-            "leave it out"
+            f"--moe-chunks {n}: --dispatch {c.dispatch} sends all tokens in one piece; use --dispatch once-per-rank, "
+            "or leave it out"
         )
     if c.dispatch == "once-per-rank":
         _check_token_chunks(c, n)
@@ -242,16 +242,21 @@ def _check_local_first(c: TrainConfig) -> None:
         raise ConfigError(f"--local-first: --overlap {c.overlap} has no chunks; use --overlap full, or leave it out")
     if c.ep == 1:
         raise ConfigError("--local-first: with --ep 1 all rows are local; leave it out")
-    if c.dispatch == "static":
+    if c.dispatch in ("static", "once-per-node"):
         raise ConfigError(
-            "--local-first: --dispatch static sends all tokens in one piece; use --dispatch once-per-rank, or leave it "
-            "out"
+            f"--local-first: --dispatch {c.dispatch} sends all tokens in one piece; use --dispatch once-per-rank, or "
+            "leave it out"
         )
 
 
 def _check_payload(c: TrainConfig) -> None:
     if c.a2a_payload_dtype == "fp8" and c.device == "npu":
         raise ConfigError("--a2a-payload-dtype fp8: torch_npu has no e4m3 numbers; use --a2a-payload-dtype same")
+    if c.a2a_payload_dtype == "fp8" and c.dispatch == "once-per-node":
+        raise ConfigError(
+            "--a2a-payload-dtype fp8: --dispatch once-per-node sends received rows on, which is not coded; use "
+            "--dispatch once-per-rank, or --a2a-payload-dtype same"
+        )
     if c.a2a_payload_dtype == "fp8" and c.profile is not None:
         raise ConfigError(
             f"--a2a-payload-dtype fp8: --profile {c.profile} was measured without it; drop one of the two"
@@ -270,8 +275,11 @@ def _check_node_size(c: TrainConfig) -> None:
         return
     if n < 0 or c.nproc % n:
         raise ConfigError(f"--a2a-node-size {n}: must divide --nproc {c.nproc}; leave it out to ask the launcher")
-    if c.a2a_transport not in ("auto", "two-level"):
-        raise ConfigError(f"--a2a-node-size {n}: --a2a-transport {c.a2a_transport} has no nodes; use two-level or auto")
+    if c.a2a_transport not in ("auto", "two-level") and c.dispatch not in ("auto", "once-per-node"):
+        raise ConfigError(
+            f"--a2a-node-size {n}: --a2a-transport {c.a2a_transport} has no nodes; use two-level or auto, or "
+            "--dispatch once-per-node"
+        )
 
 
 def _check_interleave(c: TrainConfig) -> None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from fluid_npu.comm.transports import CollectiveTransport, Transport
+from fluid_npu.comm.transports.nodes import nodes_of
 from fluid_npu.device import Choice, kernels_of
 from fluid_npu.device.kernels.fused import AttentionCall
 from fluid_npu.device.kernels.groups import GroupRows
@@ -36,12 +37,16 @@ _FEWER = 8  # the small exchange of the fit has this part of the rows
 
 def dispatch_form(config: TrainConfig, place: Place) -> str:
     """What a layer of this run sends, as ``mcore.dispatch_choice``: 'plain', whose chunks are of experts,
-    'once-per-rank', whose are of tokens, or 'static', which has none."""
+    'once-per-rank', whose are of tokens, or 'once-per-node' or 'static', which have none."""
     preset = config.model()
     if config.ep == 1:
         return "plain"
     if config.dispatch == "auto":
-        return form_by_rows(preset.experts, preset.topk, config.ep, static=place.device.name == "cuda").value
+        size, in_pieces = config.a2a_node_size, config.overlap == "full"
+        ranks = dist.get_process_group_ranks(parallel_state.get_expert_model_parallel_group())
+        nodes = nodes_of(ranks, size).value if size and not in_pieces and config.a2a_payload_dtype == "same" else None
+        static = place.device.name == "cuda"
+        return form_by_rows(preset.experts, preset.topk, config.ep, static=static, nodes=nodes).value
     return config.dispatch
 
 

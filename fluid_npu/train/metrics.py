@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 
+from fluid_npu.comm.legs import LEG_COUNTERS
 from fluid_npu.train.step import StepResult
 
 FILE = "metrics.jsonl"
@@ -46,6 +47,7 @@ class MetricsWriter:
             "step_ms": round(result.step_ms, 3),
             "a2a_ms": result.a2a_ms,
             **{name: result.counters.get(name) for name in ("a2a_bytes", "a2a_plain_bytes")},
+            **{name: result.counters[name] for name in LEG_COUNTERS if result.counters.get(name)},
             "twin": result.twin,
             "tokens_per_s": round(tokens_per_s, 1),
             "host_memory_mb": round(self._process.memory_info().rss / 2**20, 1),  # of rank 0, now

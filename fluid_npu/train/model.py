@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
@@ -20,7 +21,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from fluid_npu.device import get_device
-from fluid_npu.train.config import TrainConfig
+from fluid_npu.train.config import ConfigError, TrainConfig
 from fluid_npu.train.latent_attention import FluidLatentDotProductAttention, LatentDotProductAttention
 from fluid_npu.train.presets import Preset
 
@@ -114,6 +115,7 @@ def _fluid_spec(config: TrainConfig, overlap: str) -> Callable[..., Any]:
         interleave_batches=config.interleave_batches,
         payload_dtype=config.a2a_payload_dtype,
         cuda_graph=config.moe_cuda_graph,
+        node_size=_node_size(config),
     )
     return partial(get_fluid_moe_block_spec, backend="local", binder=binder)
 
@@ -141,6 +143,21 @@ def _transport(config: TrainConfig) -> Any:
         node_size=config.a2a_node_size,
     ).value
     return DelayedTransport(chosen, config.plant_delay_ms) if config.plant_delay_ms else chosen
+
+
+def _node_size(config: TrainConfig) -> int:
+    """Ranks of a node for a dispatch by nodes; 0 where the transport alone may know. Collective where it must."""
+    from fluid_npu.comm.transports.nodes import agreed_node_size
+    from fluid_npu.mcore.dispatch_choice import lacks_nodes, nodes_for
+
+    if config.dispatch == "once-per-node" and config.ep > 1:
+        size = agreed_node_size(config.a2a_node_size).value
+        ranks = dist.get_process_group_ranks(parallel_state.get_expert_model_parallel_group())
+        missing = lacks_nodes(nodes_for(config.dispatch, ranks, size))
+        if missing:
+            raise ConfigError(f"--dispatch once-per-node: {missing}; use another size, or --dispatch once-per-rank")
+        return size
+    return config.a2a_node_size if config.dispatch == "auto" else 0
 
 
 def _exchange_sizes(config: TrainConfig) -> tuple[int, int, int, int]:

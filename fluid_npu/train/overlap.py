@@ -48,7 +48,7 @@ def plan_overlap(config: TrainConfig, place: Place) -> tuple[TrainConfig, Choice
     planned = config.overlap == "auto" and ruled.value == "dw" and config.plant_delay_ms == 0
     other = config.a2a_transport != "collective" or config.a2a_payload_dtype != "same"
     form = dispatch_form(config, place)
-    if not planned or config.ep == 1 or other or form == "static":
+    if not planned or config.ep == 1 or other or form in ("static", "once-per-node"):
         return config, ruled
     costs, why_not = measure_costs(config, place)
     if costs is None:

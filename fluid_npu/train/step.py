@@ -25,6 +25,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from fluid_npu.comm.guard import collective
+from fluid_npu.comm.legs import LEG_COUNTERS
 from fluid_npu.comm.shards import balanced_part
 from fluid_npu.mcore.lines.arguments import taken
 from fluid_npu.schedule.definitions import Coverage
@@ -34,7 +35,7 @@ from fluid_npu.train.config import TrainConfig
 from fluid_npu.train.model import shared_experts
 from fluid_npu.train.parallel import Place
 
-COUNTERS = ("a2a_ms", "a2a_count", "a2a_bytes", "a2a_plain_bytes", "exposed_ms", "dw_ms")
+COUNTERS = ("a2a_ms", "a2a_count", "a2a_bytes", "a2a_plain_bytes", "exposed_ms", "dw_ms", *LEG_COUNTERS)
 
 
 class TrainingDiverged(RuntimeError):

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from fluid_npu.comm.legs import LEG_COUNTERS
 from fluid_npu.version import __version__
 
 FILE = "summary.json"
@@ -45,10 +46,12 @@ def step_figures(rows: list[dict[str, Any]], tokens_per_step: int) -> dict[str, 
 
 
 def _bytes(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Of a step, to other ranks, mean over ranks and steps; and what a row for every (token, expert) would be."""
+    """Of a step, to other ranks, mean over ranks and steps; and what a row for every (token, expert) would be; inside
+    nodes and across them where exchanges have two legs."""
     names = ("a2a_bytes", "a2a_plain_bytes")
     known = [row for row in rows if all(row.get(name) is not None for name in names)]
-    return {name: sum(row[name] for row in known) / len(known) for name in names} if known else {}
+    legs = [name for name in LEG_COUNTERS if any(name in row for row in known)]
+    return {name: sum(row.get(name, 0.0) for row in known) / len(known) for name in (*names, *legs)} if known else {}
 
 
 def write_summary(out: str | Path, summary: dict[str, Any]) -> None:

@@ -50,7 +50,7 @@ def test_a_refused_call_and_a_refused_rollback_change_no_setting() -> None:
         with pytest.raises(PatchError, match=rf"adapt\(overlap='{overlap}'\): allowed are off, dw, full"):
             adapt(["moe"], overlap=overlap)
     for name, value, rule in (
-        ("dispatch", "twice", "allowed are plain, once-per-rank, static, auto"),
+        ("dispatch", "twice", "allowed are plain, once-per-rank, once-per-node, static, auto"),
         ("chunks", 0, "a number of at least 1, or 'auto'"),
         ("chunks", 2, "overlap='dw' has one; use overlap='full'"),
         ("attention_chunks", True, "a number of at least 1"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fluid_npu.comm.transports.nodes import Nodes, nodes_of
+from fluid_npu.comm.transports.two_level import TwoLevelTransport
 from fluid_npu.comm.transports.two_level_plan import Copy, Leg, Order, Piece, TwoLegs, better_order, plan_legs
 from tests.support.exchanges import Table, even, tables
 
@@ -106,6 +107,36 @@ def test_the_order_is_the_one_that_spreads_the_load_over_the_cards() -> None:
         _, plans = _played(hot_target, nodes, order)
         busiest[order] = max(plan.rows_sent(own, nodes)[1] for own, plan in enumerate(plans))
     assert busiest == {"across first": 10, "inside first": 18}
+
+
+@pytest.mark.parametrize("order", ["across first", "inside first"])
+def test_rows_that_need_one_leg_wait_nowhere(order: Order) -> None:
+    """As those of a dispatch that goes by nodes: from their rank, and to it, without a copy."""
+    nodes = Nodes(count=3, size=2)
+    for far in (True, False):
+        pairs = [[s % 2 == t % 2 if far else s // 2 == t // 2 for t in range(6)] for s in range(6)]
+        table = [[(1 + s + t) * pair for t, pair in enumerate(row)] for s, row in enumerate(pairs)]
+        memories, plans = _played(table, nodes, order)
+        assert all(None not in memory["output"] for memory in memories)
+        assert not any(plan.middle_rows for plan in plans)
+        assert all(piece.source.peer == own for own, plan in enumerate(plans) for piece in (*plan.before, *plan.after))
+        assert sum(len(plan.before) + len(plan.after) for plan in plans) == 6, "own rows alone"
+
+
+def test_plans_are_kept_by_their_table_and_do_not_grow() -> None:
+    nodes, transport = Nodes(count=2, size=2), TwoLevelTransport(2)
+    steps = tables(4, 300, seed=3)
+    for table in steps:
+        there = transport.planned(table, nodes, 1, "group")
+        back = [list(column) for column in zip(*table, strict=True)]
+        assert transport.planned(back, nodes, 1, "group") == plan_legs(back, nodes, 1)
+        assert transport.planned([list(row) for row in table], nodes, 1, "group") is there
+        assert transport.planned(table, nodes, 1, "other group") is not there
+        assert there == plan_legs(table, nodes, 1)
+    assert len(transport.plans) == 256
+    assert transport.planned(steps[-1], nodes, 1, "group") is there, "the newest are kept"
+    transport.close()
+    assert not transport.plans
 
 
 def test_nodes_are_found_in_groups_that_skip_ranks() -> None:

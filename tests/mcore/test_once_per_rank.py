@@ -201,7 +201,9 @@ def refusals() -> dict[str, str]:
 
 def test_what_is_not_there_is_refused_by_name(run_ranks: Ranks) -> None:
     messages = run_ranks(2, refusals, sizes={"expert_model_parallel_size": 2})[0]
-    assert messages["word"] == "dispatch='twice': allowed are 'plain', 'once-per-rank', 'static', 'auto'"
+    assert (
+        messages["word"] == "dispatch='twice': allowed are 'plain', 'once-per-rank', 'once-per-node', 'static', 'auto'"
+    )
     assert "moe_pad_expert_input_to_capacity=True" in messages["padded"]
     assert "use dispatch='plain'" in messages["padded"]
     assert "set --moe-token-dispatcher-type alltoall" in messages["allgather"]

@@ -85,5 +85,10 @@ def test_report_loads_no_torch() -> None:
 def test_bytes_are_compared_with_the_plain_form_only_where_they_differ() -> None:
     sent = {"a2a_bytes": 2.0 * 2**20, "a2a_plain_bytes": 6.0 * 2**20}
     assert "2.00 MiB per step and rank to other ranks, 3.00 times fewer than" in format_summary(sent)
+    legs = {"a2a_across_nodes_bytes": 0.5 * 2**20, "a2a_inside_node_bytes": 1.5 * 2**20}
+    assert "; 0.50 MiB between nodes, 1.50 MiB inside them" in format_summary({**sent, **legs})
+    legs |= {"a2a_plain_across_nodes_bytes": 4.0 * 2**20, "a2a_plain_inside_node_bytes": 2.0 * 2**20}
+    beside = "; 0.50 MiB (plain 4.00) between nodes, 1.50 MiB (plain 2.00) inside them"
+    assert beside in format_summary({**sent, **legs})
     assert "times fewer" not in format_summary({**sent, "a2a_plain_bytes": 2.0 * 2**20})
     assert "bytes" not in format_summary({"a2a_bytes": 0.0, "a2a_plain_bytes": 0.0})

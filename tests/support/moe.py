@@ -31,6 +31,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     etp: int = 1
     dispatch: str = "plain"
+    node_size: int = 0
     chunks: int | str = "auto"
     local_first: bool = False
     transport: Any = None
@@ -86,6 +87,7 @@ def fluid_layer(case: Case) -> Any:
         chunks=case.chunks,
         local_first=case.local_first,
         transport=case.transport,
+        node_size=case.node_size,
     )
     layer = here(_built(spec.submodules.mlp, config))
     layer.set_layer_number(1)

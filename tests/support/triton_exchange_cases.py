@@ -101,6 +101,20 @@ def a_rank_that_does_not_come_is_named(device: str) -> None:
     assert not any(memory[ranks.windows[0].areas_at :].any() for memory in ranks.memory), "no row was written"
 
 
+def a_record_of_exchanges_is_clean_and_shows_each_fault(device: str) -> None:
+    """Acknowledgements, areas and tables that are used twice, and an overflow that all must see."""
+    from tests.support.device_splits_order import FAULTS, recorded
+
+    report = recorded(device, "")
+    assert report.clean, report.findings[0]
+    assert report.counts["signal"] == report.counts["await"] + 2 * 2 * 2, "nobody awaits the last two"
+    for fault, wanted in FAULTS.items():
+        found = {
+            (finding.kind, finding.first.name, finding.second.name) for finding in recorded(device, fault).findings
+        }
+        assert wanted in found, (fault, found)
+
+
 EXCHANGE_CASES: dict[str, Callable[[str], None]] = {
     case.__name__: case
     for case in (
@@ -109,5 +123,6 @@ EXCHANGE_CASES: dict[str, Callable[[str], None]] = {
         too_many_rows_for_one_rank_are_written_by_none,
         an_area_that_is_not_released_is_not_written,
         a_rank_that_does_not_come_is_named,
+        a_record_of_exchanges_is_clean_and_shows_each_fault,
     )
 }

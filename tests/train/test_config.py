@@ -45,6 +45,10 @@ REFUSED = [
         r"--local-first: --dispatch static sends all tokens in one piece; use --dispatch once-per-rank",
     ),
     (
+        ["--local-first", "--overlap", "full", "--dispatch", "once-per-node"],
+        r"--local-first: --dispatch once-per-node sends all tokens in one piece; use --dispatch once-per-rank",
+    ),
+    (
         ["--local-first", "--overlap", "full", "--a2a-payload-dtype", "fp8"],
         r"--a2a-payload-dtype fp8: it is not coded in chunks \(--local-first\); leave one of them out",
     ),
@@ -95,7 +99,16 @@ REFUSED = [
     (["--profile", "p.json", "--carry-over"], r"--profile p.json: it decides what --carry-over asks for"),
     (["--profile", "p.json", "--dispatch", "auto"], r"--profile p.json: it decides what --dispatch auto asks for"),
     (["--profile", "p.json", "--impl", "stock"], r"--profile p.json: stock Megatron"),
-    (["--dispatch", "twice"], r"--dispatch 'twice': allowed are plain, once-per-rank, static, auto"),
+    (
+        ["--dispatch", "once-per-node", "--overlap", "full", "--moe-chunks", "2"],
+        r"--moe-chunks 2: --dispatch once-per-node sends all tokens in one piece; use --dispatch once-per-rank",
+    ),
+    (
+        ["--dispatch", "once-per-node", "--a2a-payload-dtype", "fp8"],
+        r"--a2a-payload-dtype fp8: --dispatch once-per-node .* use --dispatch once-per-rank, or",
+    ),
+    (["--dispatch", "once-per-node", "--impl", "stock"], r"--dispatch once-per-node: stock Megatron .* has none"),
+    (["--dispatch", "twice"], r"--dispatch 'twice': allowed are plain, once-per-rank, once-per-node, static, auto"),
     (["--dispatch", "auto", "--impl", "stock"], r"--dispatch auto: stock Megatron .* use --dispatch plain"),
     (["--moe-cuda-graph"], r"--moe-cuda-graph: --dispatch plain may wait for sizes .*; use --dispatch static"),
     (

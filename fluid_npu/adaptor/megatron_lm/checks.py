@@ -63,10 +63,10 @@ def _chunks(args: Namespace) -> Iterator[str]:
             f"--fluid-moe-chunks {number} with --fluid-overlap {args.fluid_overlap}: layers are in chunks with full "
             "alone; use --fluid-overlap full, or drop the flag"
         )
-    elif args.fluid_dispatch == "static" and number not in ("auto", 1):
+    elif args.fluid_dispatch in ("static", "once-per-node") and number not in ("auto", 1):
         yield (
-            f"--fluid-moe-chunks {number} with --fluid-dispatch static: it sends all tokens in one piece; use "
-            "once-per-rank, or drop the flag"
+            f"--fluid-moe-chunks {number} with --fluid-dispatch {args.fluid_dispatch}: it sends all tokens in one "
+            "piece; use once-per-rank, or drop the flag"
         )
     elif args.fluid_dispatch == "once-per-rank" or number == "auto" or args.num_experts is None:
         pass  # chunks of tokens, of which there may be any number; or nothing to divide
@@ -100,19 +100,20 @@ def _dispatch(args: Namespace) -> Iterator[str]:
     # Not given, it is that of the other layers.
     given: int | None = getattr(args, "expert_tensor_parallel_size", None)
     shards = given or int(getattr(args, "tensor_model_parallel_size", 1))
-    if args.fluid_dispatch == "static" and shards > 1:
+    if args.fluid_dispatch in ("static", "once-per-node") and shards > 1:
         yield (
-            f"{chosen} with expert tensor parallel size {shards}: its ranks exchange rows again, with sizes on the "
-            "host; use --expert-tensor-parallel-size 1, or --fluid-dispatch once-per-rank"
+            f"{chosen} with expert tensor parallel size {shards}: its ranks exchange rows again, for which this has no "
+            "form; use --expert-tensor-parallel-size 1, or --fluid-dispatch once-per-rank"
         )
 
 
 def _transport(args: Namespace) -> Iterator[str]:
     name, size = args.fluid_a2a_transport, args.fluid_a2a_node_size
-    if size < 0 or (size and name not in ("auto", "two-level")):
+    by_nodes = name in ("auto", "two-level") or args.fluid_dispatch in ("auto", "once-per-node")
+    if size < 0 or (size and not by_nodes):
         yield (
             f"--fluid-a2a-node-size {size} with --fluid-a2a-transport {name}: nodes have 1 rank or more and are for "
-            "two-level and auto; drop the flag to ask the launcher"
+            "two-level and auto, and for --fluid-dispatch once-per-node; drop the flag to ask the launcher"
         )
     if name not in ("auto", "collective") and args.expert_model_parallel_size == 1:
         yield (
@@ -148,6 +149,11 @@ def _payload(args: Namespace) -> Iterator[str]:
         yield (
             f"{chosen} with --moe-token-dispatcher-type {args.moe_token_dispatcher_type}: our dispatcher alone "
             "codes tokens; use alltoall, or drop the flag"
+        )
+    if args.fluid_dispatch == "once-per-node":
+        yield (
+            f"{chosen} with --fluid-dispatch once-per-node: rows that are sent on are not coded; use once-per-rank, or "
+            "drop the flag"
         )
     if args.fluid_moe_chunks not in ("auto", 1):
         yield f"{chosen} with --fluid-moe-chunks {args.fluid_moe_chunks}: chunks are not coded; drop one of the two"

@@ -58,8 +58,8 @@ FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
             "choices": DISPATCHES,
             "default": "plain",
             "help": "how often a token is sent to a rank with several of its experts: plain once for each of them, "
-            "once-per-rank once, static once whether it has some or not, so that no rank waits for sizes, auto what "
-            "has clearly fewer rows (plain)",
+            "once-per-rank once, once-per-node once to its node and from there once, static once whether it has some "
+            "or not, so that no rank waits for sizes, auto what has clearly fewer rows (plain)",
         },
     ),
     (
@@ -78,7 +78,8 @@ FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
             "type": int,
             "default": 0,
             "metavar": "N",
-            "help": "ranks inside which links are fast, for --fluid-a2a-transport two-level; 0: the launcher's (0)",
+            "help": "ranks inside which links are fast, for --fluid-a2a-transport two-level and --fluid-dispatch "
+            "once-per-node; 0: the launcher's (0)",
         },
     ),
     (

@@ -36,6 +36,7 @@ class DelayedTransport:
             raise ValueError(f"delay_ms={delay_ms}: a delay cannot be negative; give 0 for none")
         self.name = f"{inner.name}+{delay_ms:g}ms"
         self.needs_table = getattr(inner, "needs_table", False)
+        self.node_size: int = getattr(inner, "node_size", 0)
         self._inner = inner
         self._delay_s = delay_ms / 1e3
 

@@ -11,6 +11,7 @@ equal, and a group that has no two levels use the collective; that is said once.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from fluid_npu.comm.transports.two_level_plan import Copy, Leg, TwoLegs, Where, 
 from fluid_npu.device.choice import Choice
 
 Buffers = dict[Where, torch.Tensor]
+_MOST_PLANS = 256  # two for each layer between its forward and its backward
 
 
 class TwoLevelTransport:
@@ -42,6 +44,8 @@ class TwoLevelTransport:
         self._lane: HostLane | None = None
         self._streams: dict[torch.device, Any] = {}
         self._said: set[str] = set()
+        #: This rank's part of exchanges, by group and table; the oldest goes when there are too many.
+        self.plans: OrderedDict[Any, TwoLegs] = OrderedDict()
 
     def prepare(self, group: Any) -> Choice[bool]:
         """Finds the group's nodes. False with the reason when they are not alike."""
@@ -69,7 +73,7 @@ class TwoLevelTransport:
             self._say(missing, group)
             return self._collective.start(output, source, output_splits, input_splits, group)
         own = dist.get_rank(group)
-        legs = plan_legs(table, nodes, own)
+        legs = self.planned(table, nodes, own, group.group_name)
         middle = source.new_empty((legs.middle_rows, *source.shape[1:]))
         buffers: Buffers = {"source": source, "middle": middle, "output": output}
         begun = FirstLeg(legs, buffers, group)
@@ -78,6 +82,18 @@ class TwoLevelTransport:
         kind = HostLegs(begun, self._host_lane()) if source.device.type == "cpu" else self._on_streams(begun)
         kind.leg_bytes = inside, across
         return kind
+
+    def planned(self, table: Table, nodes: Nodes, own: int, group: str) -> TwoLegs:
+        """``plan_legs``, kept: a dispatch and the backward of its combine have one table, the way back the other."""
+        key = group, tuple(map(tuple, table))
+        legs = self.plans.get(key)
+        if legs is None:
+            legs = self.plans[key] = plan_legs(table, nodes, own)
+            if len(self.plans) > _MOST_PLANS:
+                self.plans.popitem(last=False)
+        else:
+            self.plans.move_to_end(key)
+        return legs
 
     def _on_streams(self, begun: FirstLeg) -> StreamLegs:
         device = begun.buffers["source"].device
@@ -102,6 +118,7 @@ class TwoLevelTransport:
             self._lane.close()
             self._lane = None
         self._nodes.clear()
+        self.plans.clear()
 
 
 def _missing(nodes: Nodes | None, table: Table | None) -> str:

@@ -8,10 +8,11 @@ each network card talks to the cards of its own rail, in N - 1 messages and not 
 
 Both move every row at most once over the network and at most once inside a node, straight from the sender's rows and
 into the target's: between the legs rows wait in one buffer (``middle``) in the order in which the second leg sends
-them. What differs is whose card carries a row: across first the sender's place, inside first the target's. So across
-first spreads what is for one hot rank over all cards of its node; inside first spreads what one hot rank sends, which
-is the same exchange backwards. The order is taken from the table, which is the same on all ranks: the one whose busiest
-card has less to carry, else across first, because the network is the longer leg and begins at once.
+them, and rows that need one leg alone wait nowhere. What differs is whose card carries a row: across first the sender's
+place, inside first the target's. So across first spreads what is for one hot rank over all cards of its node; inside
+first spreads what one hot rank sends, which is the same exchange backwards. The order is taken from the table, which is
+the same on all ranks: the one whose busiest card has less to carry, else across first, because the network is the
+longer leg and begins at once.
 
 N nodes, M ranks of a node, P = N M ranks; ``table`` is [source][target] rows.
 """
@@ -146,10 +147,16 @@ class _Planner:
         for node, rail in zip(self.others, rails, strict=True):
             targets = self.ranks(node)
             first.sends.append(self.source(targets[0], sum(table[own][target] for target in targets), rail))
-        at = self.middle(table[rail][target] for rail in rails for target in self.here)
+        straight = [not any(table[rail][target] for target in self.here if target != own) for rail in rails]
+        at = self.middle(
+            0 if alone else table[rail][target]
+            for rail, alone in zip(rails, straight, strict=True)
+            for target in self.here
+        )
         for number, rail in enumerate(rails):
             begin, end = at[number * self.size], at[(number + 1) * self.size]
-            first.receives.append(Piece("middle", begin, end - begin, rail))
+            whole = self.output(rail, table[rail][own], rail) if straight[number] else None
+            first.receives.append(whole or Piece("middle", begin, end - begin, rail))
         for peer in self.here:
             if peer != own:  # what stays on the node goes at once
                 first.sends.append(self.source(peer, table[own][peer], peer))
@@ -160,7 +167,7 @@ class _Planner:
                 if peer != own:
                     second.sends.append(waits)
                     second.receives.append(self.output(origin, table[origin][own], peer))
-                else:
+                elif not straight[number]:
                     self.legs.after.append(Copy(waits, self.output(rail, table[rail][own], own)))
         self.keep_own()
         return self.legs
@@ -168,7 +175,12 @@ class _Planner:
     def inside_first(self) -> TwoLegs:
         table, own, first, second = self.table, self.own, self.legs.first, self.legs.second
         rails = [node * self.size + self.place for node in self.others]
-        at = self.middle(table[source][rail] for rail in rails for source in self.here)
+        straight = [not any(table[source][rail] for source in self.here if source != own) for rail in rails]
+        at = self.middle(
+            0 if alone else table[source][rail]
+            for rail, alone in zip(rails, straight, strict=True)
+            for source in self.here
+        )
         for peer in self.here:
             if peer != own:
                 first.sends.append(self.source(peer, table[own][peer], peer))
@@ -179,11 +191,12 @@ class _Planner:
                 if peer != own:
                     first.sends.append(self.source(target, table[own][target], peer))
                     first.receives.append(waits)
-                else:
+                elif not straight[number]:
                     self.legs.before.append(Copy(self.source(rail, table[own][rail], own), waits))
         for number, rail in enumerate(rails):
             begin, end = at[number * self.size], at[(number + 1) * self.size]
-            second.sends.append(Piece("middle", begin, end - begin, rail))
+            whole = self.source(rail, table[own][rail], rail) if straight[number] else None
+            second.sends.append(whole or Piece("middle", begin, end - begin, rail))
             origins = self.ranks(rail // self.size)
             rows = sum(table[origin][own] for origin in origins)
             second.receives.append(self.output(origins[0], rows, rail))

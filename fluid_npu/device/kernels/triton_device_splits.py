@@ -45,6 +45,10 @@ class SplitsWindow:
     capacity: int
     """Rows of an area."""
     row_bytes: int
+    name: str = "device splits"
+    """By which all ranks know it, for records."""
+    ranks: tuple[int, ...] = ()
+    """Of the job, in the group's order, for records."""
 
     @staticmethod
     def bytes_of(world: int, capacity: int, row_bytes: int) -> int:
