@@ -29,18 +29,7 @@ _NUMBERS = itertools.count(1)
 
 
 class SchedulerBinder:
-    """Hands out schedulers; one binder per Layer Spec. Arguments as ``BackwardScheduler``.
-
-    ``gemm_fusion``: the experts' weight gradients go straight into ``main_grad``, whatever the configuration says.
-    ``dispatch``: how often a token is sent to a rank, as ``FluidTokenDispatcher``.
-    ``chunks``: with overlap 'full', in how many groups of local experts a layer is pipelined; 'auto' decides.
-    ``local_first``: with overlap 'full', rows that stay on their rank are a chunk before those; False by default.
-    ``cuda_graph``: each MoE layer's forward and backward are recorded and replayed (``graph_choice``).
-    ``attention_chunks``: of the heads of each attention under context parallelism, as ``FluidSelfAttention``.
-    ``interleave_batches``: layers with experts train in two halves of a micro-batch (``mcore.interleave``).
-    ``payload_dtype``: of the tokens of a dispatch while they travel, 'same' or 'fp8' (``ops.payload_fp8``).
-    ``node_size``: ranks of the job on each node, for a dispatch by nodes; 0 takes those of a two-level transport.
-    """
+    """Hands out schedulers; one binder per Layer Spec. Arguments as ``EngineArguments``."""
 
     def __init__(
         self,

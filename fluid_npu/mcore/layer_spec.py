@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -22,11 +22,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from fluid_npu.comm.transports import Transport
 from fluid_npu.device.choice import Choice
 from fluid_npu.mcore.attention import FluidDotProductAttention
 from fluid_npu.mcore.binding import SchedulerBinder
-from fluid_npu.mcore.chunk_choice import AUTO
 from fluid_npu.mcore.experts import FluidGroupedMLP
 from fluid_npu.mcore.linear import FluidColumnParallelLinear, FluidRowParallelLinear
 from fluid_npu.mcore.lines.moe_layer import ROUTER_IN_SPEC
@@ -38,125 +36,54 @@ from fluid_npu.mcore.self_attention import FLUID_ATTENTION
 from fluid_npu.mcore.transformer_layer import FluidTransformerLayer
 from fluid_npu.probes import installed
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # of typing itself from Python 3.11 on
+
+    from fluid_npu.mcore.engine_arguments import EngineArguments
+
 _LINEARS: dict[Any, type] = {ColumnParallelLinear: FluidColumnParallelLinear, RowParallelLinear: FluidRowParallelLinear}
 _ANY_EXPERTS = 2  # Megatron's helper only asks whether there are experts; their number comes from the config.
 
 
 def get_fluid_moe_layer_spec(
-    config: TransformerConfig | None = None,
-    *,
-    overlap: str = "dw",
-    carry_over: bool = False,
-    transport: Transport | None = None,
-    backend: str = "auto",
-    dispatch: str = "plain",
-    chunks: int | str = AUTO,
-    attention_chunks: int = 1,
-    interleave_batches: bool = False,
-    payload_dtype: str = "same",
-    cuda_graph: bool = False,
-    local_first: bool = False,
-    node_size: int = 0,
+    config: TransformerConfig | None = None, *, backend: str = "auto", **engine: Unpack[EngineArguments]
 ) -> ModuleSpec:
     """The spec of a transformer layer with a FluidMoELayer, for ``GPTModel(transformer_layer_spec=...)``.
 
     Args:
         config: read for the norm, QK norm and multi-latent attention; None means RMSNorm without QK norm.
-        overlap: 'dw' runs weight gradients beside the backward's AllToAlls; 'full' also runs each MoE layer in chunks
-            of its experts, beside whose AllToAlls the other chunks compute; 'off' overlaps nothing.
-        carry_over: weight gradients may run beside the combine of the layer below: those of attention's linears, of
-            dense layers and shared experts, which become Fluid linears (local backend), and with a DDP that has
-            ``delay_wgrad_compute`` those of FC2 and the router.
-        transport: moves the bytes; None takes torch.distributed's collective.
         backend: 'local' or 'te' for the modules around the MoE layer; 'auto' takes te where it is installed.
-        dispatch: 'plain' sends a token once for each of its experts, 'once-per-rank' once to each rank that holds some,
-            'once-per-node' once to each node and inside it once to each rank, 'static' once to every rank, 'auto' what
-            has clearly fewer rows.
-        chunks: with overlap 'full', the number of chunks: a divisor of the experts of a rank, or 'auto'.
-        attention_chunks: parts in which each rank's heads are computed under context parallelism, each part's
-            AllToAlls beside the computation of others (``FluidSelfAttention``).
-        interleave_batches: layers with experts train in two halves of a micro-batch, the AllToAlls of each beside the
-            computation of the other (``mcore.interleave``): as two micro-batches of half the size.
-        payload_dtype: 'fp8' sends the tokens of a dispatch as e4m3 with a scale a token (``ops.payload_fp8``); combine
-            and gradients keep their dtype. 'same' changes nothing.
-        cuda_graph: each MoE layer's forward and backward are recorded after a few calls and replayed by one call of the
-            host each; CUDA and dispatch='static' alone.
-        local_first: with overlap 'full', rows that stay on their rank are a chunk before the others, computed while the
-            first of those travels (``schedule.pipeline``); their dW joins the rows of all chunks.
-        node_size: ranks of the job on each node, for dispatch='once-per-node' and 'auto', the same on all ranks; 0
-            takes those of a two-level transport.
+        engine: what is overlapped and how tokens travel; ``mcore.engine_arguments`` lists them, all optional.
 
     For Megatron's multi-token prediction take ``get_fluid_moe_block_spec``: its helper accepts Megatron's own
     TransformerLayer alone as a layer's spec.
 
     Raises:
         ValueError: an unknown overlap, dispatch, number of chunks or backend.
+        TypeError: an unknown argument.
     """
-    binder = SchedulerBinder(
-        overlap,
-        carry_over=carry_over,
-        transport=transport,
-        dispatch=dispatch,
-        chunks=chunks,
-        attention_chunks=attention_chunks,
-        interleave_batches=interleave_batches,
-        payload_dtype=payload_dtype,
-        cuda_graph=cuda_graph,
-        local_first=local_first,
-        node_size=node_size,
-    )
-    return with_fluid_moe(_layer_spec(config, choose_backend(backend).value), binder)
+    return with_fluid_moe(_layer_spec(config, choose_backend(backend).value), SchedulerBinder(**engine))
 
 
 def get_fluid_moe_block_spec(
     config: TransformerConfig,
     *,
-    overlap: str = "dw",
-    carry_over: bool = False,
-    transport: Transport | None = None,
     backend: str = "auto",
-    dispatch: str = "plain",
-    chunks: int | str = AUTO,
-    attention_chunks: int = 1,
-    interleave_batches: bool = False,
-    payload_dtype: str = "same",
-    cuda_graph: bool = False,
-    local_first: bool = False,
-    node_size: int = 0,
     vp_stage: int | None = None,
     binder: SchedulerBinder | None = None,
+    **engine: Unpack[EngineArguments],
 ) -> TransformerBlockSubmodules:
     """The specs of all layers of a pipeline stage, for models with dense layers too (``moe_layer_freq``).
 
     Arguments as ``get_fluid_moe_layer_spec``; ``vp_stage`` is the chunk of an interleaved pipeline. Chunks whose specs
-    are made with one ``binder`` share a scheduler; it then stands for overlap, carry_over, transport, dispatch,
-    chunks, attention_chunks, interleave_batches, payload_dtype, cuda_graph, local_first and node_size, none of which
-    may be given beside it (ValueError).
+    are made with one ``binder`` share a scheduler; it then stands for ``engine``, of which nothing may be given beside
+    it (ValueError).
     """
-    given = (overlap, carry_over, transport, dispatch, chunks, attention_chunks, interleave_batches, payload_dtype)
-    defaults = ("dw", False, None, "plain", AUTO, 1, False, "same", False, False, 0)
-    if binder is not None and (*given, cuda_graph, local_first, node_size) != defaults:
-        raise ValueError(
-            "binder: overlap, carry_over, transport, dispatch, chunks, attention_chunks, interleave_batches, "
-            "payload_dtype, cuda_graph, local_first and node_size are its own; give them to SchedulerBinder"
-        )
-    if binder is None:
-        binder = SchedulerBinder(
-            overlap,
-            carry_over=carry_over,
-            transport=transport,
-            dispatch=dispatch,
-            chunks=chunks,
-            attention_chunks=attention_chunks,
-            interleave_batches=interleave_batches,
-            payload_dtype=payload_dtype,
-            cuda_graph=cuda_graph,
-            local_first=local_first,
-            node_size=node_size,
-        )
+    if binder is not None and engine:
+        raise ValueError(f"binder: {', '.join(engine)} beside it would have no effect; give them to SchedulerBinder")
     use_te = choose_backend(backend).value == "te"
     block = get_gpt_decoder_block_spec(config, use_te, normalization=config.normalization, **_chunk(vp_stage))
-    return with_fluid_block(block, binder)
+    return with_fluid_block(block, SchedulerBinder(**engine) if binder is None else binder)
 
 
 def with_fluid_block(block: TransformerBlockSubmodules, binder: SchedulerBinder) -> TransformerBlockSubmodules:

@@ -5,6 +5,7 @@ PP 2 is 1F1B over two stages, PP 2 x VPP 2 the interleaved schedule with two chu
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,8 +29,19 @@ def test_a_binder_says_everything() -> None:
     from fluid_npu.mcore.binding import SchedulerBinder
     from fluid_npu.mcore.layer_spec import get_fluid_moe_block_spec
 
-    with pytest.raises(ValueError, match="give them to SchedulerBinder"):
+    with pytest.raises(ValueError, match="carry_over beside it .* give them to SchedulerBinder"):
         get_fluid_moe_block_spec(None, carry_over=True, binder=SchedulerBinder())  # type: ignore[arg-type]
+
+
+def test_specs_take_what_a_binder_takes() -> None:
+    from fluid_npu.mcore.binding import SchedulerBinder
+    from fluid_npu.mcore.engine_arguments import EngineArguments
+    from fluid_npu.mcore.layer_spec import get_fluid_moe_layer_spec
+
+    names = set(inspect.signature(SchedulerBinder.__init__).parameters) - {"self"}
+    assert names == set(EngineArguments.__annotations__)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'overlapp'"):
+        get_fluid_moe_layer_spec(overlapp="dw")  # type: ignore[call-arg]
 
 
 @pytest.fixture(scope="module")
