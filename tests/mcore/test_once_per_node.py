@@ -229,6 +229,6 @@ def test_a_model_with_carry_over_equals_stock_and_its_twin_in_a_clean_order(run_
     found = run_ranks(4, trained_and_recorded, sizes=SIZES, timeout=500)
     for stock, ours, twin in (rank["trained"] for rank in found):
         check_trained(ours, stock, twin, FP32)
-        assert ours["stats"]["a2a_plain_across_nodes_bytes"] > 1.4 * ours["stats"]["a2a_across_nodes_bytes"]
+        assert ours["stats"]["a2a_plain_across_nodes_bytes"] > 1.2 * ours["stats"]["a2a_across_nodes_bytes"]
     # Steps x micro-batches x layers x ranks: counts, dispatch and combine in two legs, and their backwards.
     assert exchanges_of_clean_steps([rank["recorded"] for rank in found]) == 2 * 2 * 2 * 4 * 9
