@@ -31,7 +31,10 @@ def planned(config_text: str) -> dict[str, Any]:
     assert measured is not None
     found: dict[str, Any] = {"costs": dataclasses.asdict(measured)}
     overlap._host_names = lambda place: ["one", "two"]  # a network lies between them
-    slow = dataclasses.replace(measured, alpha_ms=0.1, beta_ms_per_mib=1e4, hiding=1.0, spread_ms=0.0, chunk_ms=0.0)
+    # What decides is planted: a busy machine must not.
+    planted = {"alpha_ms": 0.1, "beta_ms_per_mib": 1e4, "hiding": 1.0, "spread_ms": 0.0, "chunk_ms": 0.0}
+    compute = {"forward_ms": 9.0, "dx_ms": 9.0, "dw_ms": 9.0, "local_join_ms": 1.0}
+    slow = dataclasses.replace(measured, **planted, **compute)
     odd = dataclasses.replace(config, cut={**config.cut, "micro_batch_size": 3})  # has no halves
     for name, costs in {"slow": slow, "nothing hides": dataclasses.replace(slow, hiding=0.0), "none": None}.items():
         overlap.measure_costs = lambda config, place, costs=costs: (costs, "no memory")
