@@ -101,7 +101,7 @@ def test_what_runs_beside_which_exchange(run_ranks: Ranks) -> None:
         "layer 2 router": f"recompute of moe_dispatch {of_layer_1}",
         "layer 2 self_attention.linear_proj": f"recompute of moe_combine {of_layer_1}",
         "layer 2 self_attention.linear_qkv": f"backward of moe_combine {of_layer_1}",
-        "layer 1 fc2": f"backward of moe_dispatch {of_layer_1}",
+        "layer 1 fc1": f"backward of moe_dispatch {of_layer_1}",
     }
     runs = [replace(RUNS["full"], impl="stock", ddp={}, spec={}), RUNS["full"], replace(RUNS["full"], impl="twin")]
     for stock, ours, twin in run_ranks(2, train_all, runs, sizes={"expert_model_parallel_size": 2}, timeout=200):
