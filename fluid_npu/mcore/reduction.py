@@ -21,7 +21,6 @@ pipeline nothing is kept: the stage below waits for the end of this backward.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,7 +58,9 @@ def keeps_for_reduction(weight: Parameter, hooks: Sequence[Callable[[], None]], 
 def _bucket_group(weight: Parameter, hooks: Sequence[Callable[[], None]]) -> Any:
     """Megatron's bucket group of a weight, by way of the DDP that made its hook; None where it is not found."""
     for hook in hooks:
-        ddp = inspect.getclosurevars(hook).nonlocals.get("self") if inspect.isfunction(hook) else None
+        code = getattr(hook, "__code__", None)
+        cells = {} if code is None else dict(zip(code.co_freevars, hook.__closure__ or (), strict=True))
+        ddp = cells["self"].cell_contents if "self" in cells else None
         group = getattr(ddp, "param_to_bucket_group", {}).get(weight)
         if group is not None:
             return group
@@ -71,5 +72,5 @@ def _ranks(group: Any) -> int:
     for name in ("intra_distributed_optimizer_instance_group", "data_parallel_group"):
         process_group = getattr(group, name, None)
         if process_group is not None:
-            return int(process_group.size()) * int(group.ddp_config.num_distributed_optimizer_instances)
+            return int(process_group.size()) * int(getattr(group.ddp_config, "num_distributed_optimizer_instances", 1))
     return 0
