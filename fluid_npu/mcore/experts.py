@@ -125,12 +125,17 @@ class FluidGroupedMLP(LateWeights, MegatronModule):
         return DeferredWeight(name=f"fc{index + 1}", parameter=parameter, view=view, late_hooks=hooks)
 
     def defer(
-        self, scheduler: BackwardScheduler, label: str, carry: bool = True, placeholders: bool = True
+        self,
+        scheduler: BackwardScheduler,
+        label: str,
+        carry: bool | Callable[[], bool] = True,
+        placeholders: bool = True,
     ) -> DeferredWeights:
         """What takes this forward's weight gradients: tasks of ``scheduler``, delivered by the dispatch's launch.
 
-        Without ``carry`` no task waits for another layer; without ``placeholders`` autograd gets none for a gradient
-        in ``main_grad``, because another use of the weights in the same backward gives one.
+        Without ``carry``, a value or what gives one in the backward, no task waits for another layer; without
+        ``placeholders`` autograd gets none for a gradient in ``main_grad``, because another use of the weights in the
+        same backward gives one.
         """
         weights = [self._weight(0), self._weight(1)]
         return DeferredWeights(weights, scheduler, label, self.fuse_dw, carry, placeholders)

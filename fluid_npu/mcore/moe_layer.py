@@ -33,6 +33,7 @@ from fluid_npu.mcore.graph_choice import graphed
 from fluid_npu.mcore.lines.arguments import taken
 from fluid_npu.mcore.lines.groups import ProcessGroups, default_groups
 from fluid_npu.mcore.lines.moe_layer import MEGATRON_DISPATCHERS, ROUTER_IN_SPEC, MoELayerInSteps
+from fluid_npu.mcore.reduction import keeps_for_reduction
 from fluid_npu.mcore.router import FluidRouter
 from fluid_npu.mcore.token_dispatcher import FluidTokenDispatcher
 from fluid_npu.ops.payload import wire_dtype
@@ -209,6 +210,12 @@ class FluidMoELayer(MoELayerInSteps):
                 False, "this DDP takes no late gradients (set delay_wgrad_compute); FC2's dW runs in its layer"
             ).announce("carry_over")
 
+    def _keeps_for_reduction(self) -> bool:
+        """In the lowest layer: whether FC2's dW is left for the reduction that ends the step."""
+        weight = self.experts.weight2
+        kept = keeps_for_reduction(weight, self.experts.late_hooks(weight), self.config.pipeline_model_parallel_size)
+        return kept.announce("dW beside the last reduction").value if kept.value else False
+
     # ---- a forward in three calls, for two halves of a micro-batch at once (``mcore.interleave``)
 
     def start(self, hidden_states: Tensor, half: int) -> Any:
@@ -277,7 +284,7 @@ class FluidMoELayer(MoELayerInSteps):
             return None
         self._say_if_nothing_is_carried()
         scheduler = self.backward_scheduler
-        carry = self.layer_number not in scheduler.lowest_layers
+        carry = True if self.layer_number not in scheduler.lowest_layers else self._keeps_for_reduction
         return self.experts.defer(scheduler, self.label, carry=carry, placeholders=self._gives_placeholders)
 
     def routed_experts_compute(self, hidden_states: Any, probs: Any) -> tuple[Any, None]:

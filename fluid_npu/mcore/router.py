@@ -72,7 +72,11 @@ class FluidRouter(LateWeights, TopKRouter):
         shape = (x.shape[0], x.shape[1], dy.shape[1])
         run = lambda: self._land(x, dy)
         task = DWTask(name=f"{self.label} router", run=run, shape=shape, device=device_of(x), carry=True)
-        self.backward_scheduler.submit(task)
+        scheduler = self.backward_scheduler
+        if self.layer_number in scheduler.lowest_layers and not scheduler.lowest_attention:
+            scheduler.run_now(task)  # no exchange follows: a bucket of the DDP would wait for the backward's end
+        else:
+            scheduler.submit(task)
 
     def _land(self, x: Tensor, dy: Tensor) -> None:
         weight = self.weight

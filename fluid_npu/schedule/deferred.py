@@ -66,7 +66,7 @@ class DeferredWeights:
         scheduler: BackwardScheduler,
         label: str,
         fuse: bool,
-        carry: bool = True,
+        carry: bool | Callable[[], bool] = True,
         placeholders: bool = True,
     ) -> None:
         self._weights = list(weights)
@@ -101,7 +101,8 @@ class DeferredWeights:
         """
         weight = self._weights[index]
         first, parts = parts[0], list(parts)
-        carry = self._carry and bool(weight.late_hooks)
+        # Asked now, in the backward: what is known of it in the forward may not be enough.
+        carry = bool(weight.late_hooks) and (self._carry() if callable(self._carry) else self._carry)
         self._scheduler.submit(
             DWTask(
                 name=f"{self._label} {weight.name}",

@@ -101,6 +101,8 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
         shown = text if value is None else f"{text} ({value:g})"
         group.add_argument(flag_of(name), type=kind, default=value, metavar="X", help=shown)
     group.add_argument("--distributed-optimizer", action="store_true", help="shard optimizer states over ranks")
+    text = "reduce gradients over data-parallel ranks during the backward, each bucket when it is ready"
+    group.add_argument("--overlap-grad-reduce", action="store_true", help=text)
     text = "dW of FC2, the router, attention and dense linears may wait for the combine of the layer below"
     group.add_argument("--carry-over", action="store_true", help=text)
     group.add_argument("--trace", action="store_true", help="record the AllToAlls of the last steps in lanes.json")

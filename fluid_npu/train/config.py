@@ -33,6 +33,7 @@ RESUME_MAY_DIFFER = frozenset(
         "dispatch",
         "moe_chunks",
         "local_first",
+        "overlap_grad_reduce",
         "attention_chunks",
         "moe_cuda_graph",
         "a2a_transport",
@@ -60,7 +61,8 @@ class TrainConfig:
     rank, ``overlap`` 'full' pipelines an MoE layer: a number, or 'auto'; with ``local_first`` rows that stay on their
     rank are a chunk before those. ``attention_chunks`` are the parts in which a context-parallel rank computes its
     heads, or 'auto', which decides from costs. ``interleave_batches`` trains MoE layers in two halves of a micro-batch.
-    ``moe_cuda_graph`` replays each MoE layer as a CUDA graph.
+    ``moe_cuda_graph`` replays each MoE layer as a CUDA graph. ``overlap_grad_reduce`` reduces gradients over
+    data-parallel ranks during the backward, each bucket when it is ready.
     """
 
     preset: str = "mixtral-tiny"
@@ -88,6 +90,7 @@ class TrainConfig:
     weight_decay: float = 0.1
     clip_grad: float = 1.0
     distributed_optimizer: bool = False
+    overlap_grad_reduce: bool = False
     checkpoint_every: int = 50
     twin_every: int = 10
     plant_delay_ms: float = 0.0
@@ -321,6 +324,11 @@ def _check_moe_cuda_graph(c: TrainConfig) -> None:
             "counts its exchanges on the host; leave it out",
         ),
         (c.plant_delay_ms > 0, "--plant-delay-ms", "delays on the host; leave it out"),
+        (
+            c.overlap_grad_reduce,
+            "--overlap-grad-reduce",
+            "reduces from hooks that a replay does not call; leave it out",
+        ),
         (c.interleave_batches, "--interleave-batches", "has two halves under way at a time; leave one of them out"),
     )
     for given, flag, fix in obstacles:

@@ -68,7 +68,7 @@ def wrap_ddp(config: TrainConfig, model_config: TransformerConfig, model: GPTMod
     """Megatron's DDP with fp32 gradient buffers; all ranks of a group start from the same weights."""
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=config.overlap_grad_reduce,
         use_distributed_optimizer=config.distributed_optimizer,
         check_for_nan_in_grad=False,
         **taken(DistributedDataParallelConfig, delay_wgrad_compute=config.carry_over),
@@ -106,6 +106,10 @@ class TrainStep:
         self.forward_backward = get_forward_backward_func()
         model_config.finalize_model_grads_func = self._finalize
         model_config.grad_scale_func = optimizer.scale_loss
+        if config.overlap_grad_reduce:
+            # All but the last micro-batch of a step leave their gradients unreduced.
+            no_syncs = [chunk.no_sync for chunk in self.chunks]
+            model_config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
 
     def __call__(self, batches: Iterator[dict[str, torch.Tensor]], *, twin: bool, traced: bool = False) -> StepResult:
         """Runs one step, with clocks if it is traced. Raises TrainingDiverged and CollectiveError."""

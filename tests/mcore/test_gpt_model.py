@@ -127,7 +127,7 @@ def test_carried_over_dw_lands_before_backward_returns(bucket: int, run_ranks: R
         assert carried["regions"]["layer 3 fc1"] == "backward of moe_dispatch AllToAll of layer 3"
         # Below the lowest layer there is no combine: its FC2 stays with its own dispatch.
         assert carried["regions"]["layer 1 fc2"] == "backward of moe_dispatch AllToAll of layer 1"
-        assert carried["regions"]["layer 1 router"] == "end of backward"
+        assert carried["regions"]["layer 1 router"] == "at once"
         assert unflagged["regions"]["layer 3 fc2"] == "backward of moe_dispatch AllToAll of layer 3"
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from tests.support.clock import planted_time
 from tests.support.device import here
 from tests.support.gpt import Run, check_trained, train_all
 from tests.support.moe import Case, fluid_layer, inputs, run_layer, worst_error
@@ -137,6 +140,55 @@ def test_local_rows_are_computed_while_the_first_exchange_flies(run_ranks: Ranks
     backward += ["dw layer 1 fc2", "dw layer 1 fc1", f"wait {h1}", f"wait {h2}"]
     for order in run_ranks(2, order_of_a_step, sizes={"expert_model_parallel_size": 2}):
         assert order == forward + backward
+
+
+DELAY_MS, ROWS_MS, DW_MS = 100.0, 120.0, 120.0  # an exchange, the rows of a piece, a dW
+
+
+def planted_waits() -> dict[str, list[float]]:
+    """Milliseconds in waits of forward and backward, of the twin and overlapped; and of the whole step."""
+    import torch.distributed as dist
+
+    from fluid_npu.comm.transports import CollectiveTransport, DelayedTransport
+    from fluid_npu.schedule import pipeline
+    from fluid_npu.schedule.deferred import DeferredWeights
+
+    def slowed(call: Any, milliseconds: float) -> Any:
+        return lambda *args: (time.sleep(milliseconds / 1e3), call(*args))[1]
+
+    DeferredWeights._land = slowed(DeferredWeights._land, DW_MS)  # type: ignore[method-assign]
+    pipeline.mlp_forward = slowed(pipeline.mlp_forward, ROWS_MS)
+    pipeline.mlp_backward = slowed(pipeline.mlp_backward, ROWS_MS)
+
+    def step(case: Case, twin: bool) -> tuple[float, float]:
+        layer = fluid_layer(replace(case, overlap="full", fuse=False))
+        scheduler, x = layer.backward_scheduler, inputs(case, dist.get_rank(), 0)[0]
+        scheduler.transport = DelayedTransport(CollectiveTransport(), DELAY_MS)
+        with planted_time() as clock, scheduler.serialise() if twin else nullcontext():
+            layer(x.requires_grad_())[0].sum().backward()
+            return scheduler.get_stats()["exposed_ms"], clock.seconds * 1e3
+
+    cases = {"two chunks": Case(chunks=2), "local": Case(chunks=1, local_first=True)}
+    cases["local, two chunks"] = Case(chunks=2, local_first=True)
+    return {f"{name} {twin}": list(step(case, twin)) for name, case in cases.items() for twin in (True, False)}
+
+
+@pytest.mark.host  # the delays are planted on the host
+def test_local_rows_hide_the_first_exchange_of_each_direction(run_ranks: Ranks) -> None:
+    """The last exchange of the forward stays exposed, dW covers that of the backward; else the first of both too."""
+    for rank in run_ranks(2, planted_waits, sizes={"expert_model_parallel_size": 2}):
+        exposed = {name: round(waits / DELAY_MS, 6) for name, (waits, _) in rank.items()}
+        assert exposed == {
+            "two chunks True": 8,
+            "two chunks False": 3,
+            "local True": 4,
+            "local False": 1,
+            "local, two chunks True": 8,
+            "local, two chunks False": 1,
+        }
+        # Two pieces of each direction, dW of two weights, and one exchange.
+        assert rank["local False"][1] == pytest.approx(4 * ROWS_MS + 2 * DW_MS + DELAY_MS)
+        assert rank["two chunks False"][1] == pytest.approx(4 * ROWS_MS + 2 * DW_MS + 3 * DELAY_MS)
 
 
 def choices() -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from fluid_npu.schedule.scheduler import BackwardScheduler
+from tests.support.clock import planted_time
 from tests.support.gpt import Run, batch, check_trained, fill, make_config, make_model, same_bits, train_all
 from tests.support.moe import ForcedRouter
 from tests.support.order_of_steps import exchanges_of_clean_steps, recorded_steps
@@ -101,7 +102,7 @@ def test_what_runs_beside_which_exchange(run_ranks: Ranks) -> None:
         "layer 2 router": f"recompute of moe_dispatch {of_layer_1}",
         "layer 2 self_attention.linear_proj": f"recompute of moe_combine {of_layer_1}",
         "layer 2 self_attention.linear_qkv": f"backward of moe_combine {of_layer_1}",
-        "layer 1 fc2": f"backward of moe_dispatch {of_layer_1}",
+        "layer 1 fc1": f"backward of moe_dispatch {of_layer_1}",
     }
     runs = [replace(RUNS["full"], impl="stock", ddp={}, spec={}), RUNS["full"], replace(RUNS["full"], impl="twin")]
     for stock, ours, twin in run_ranks(2, train_all, runs, sizes={"expert_model_parallel_size": 2}, timeout=200):
@@ -147,21 +148,20 @@ def test_a_failed_backward_leaves_nothing_open(run_ranks: Ranks) -> None:
         assert "recompute of moe_dispatch AllToAll of layer 1" in regions
 
 
-DELAY_MS, DW_MS, STEPS = 200.0, 250.0, 3
+DELAY_MS, DW_MS = 200.0, 250.0
 
 
-def planted_times(granularity: dict[str, Any], filled: bool) -> dict[str, list[float]]:
-    """Milliseconds in waits, and of the whole backward, of a GPT of two recomputed layers with delayed AllToAlls.
+def planted_waits(granularity: dict[str, Any], filled: bool) -> dict[str, float]:
+    """Milliseconds in waits of the backward of a GPT of two recomputed layers with delayed AllToAlls.
 
-    Two tasks, of attention's linears in the upper layer, sleep for longer than an exchange each. The least of some
-    steps: other work on the machine only adds to them.
+    Two tasks, of attention's linears in the upper layer, sleep for longer than an exchange each.
     """
     import torch.distributed as dist
 
     from fluid_npu.comm.transports import CollectiveTransport, DelayedTransport
     from fluid_npu.schedule.live import get_backward_scheduler
 
-    transport = DelayedTransport(CollectiveTransport(), 0.0)
+    transport = DelayedTransport(CollectiveTransport(), DELAY_MS)
     plain = {"gradient_accumulation_fusion": False, **granularity}
     run = Run(config=plain, spec={"transport": transport, "carry_over": True})
     model = make_model(run, make_config(run))
@@ -172,45 +172,30 @@ def planted_times(granularity: dict[str, Any], filled: bool) -> dict[str, list[f
     if not filled:
         scheduler.fill_again = lambda name, gaps: None
 
-    def step(twin: bool) -> tuple[float, float]:
+    def waits(twin: bool) -> float:
         with scheduler.serialise() if twin else nullcontext():
             loss = model(**batch(dist.get_rank(), 0, 0)).float().mean()
             scheduler.reset_stats()
-            dist.barrier()
-            transport._delay_s, start = DELAY_MS / 1e3, time.perf_counter()
             loss.backward()
-        transport._delay_s = 0.0
-        return scheduler.get_stats()["exposed_ms"], (time.perf_counter() - start) * 1e3
+        return scheduler.get_stats()["exposed_ms"]
 
-    step(True)
-    return {
-        name: [min(figures) for figures in zip(*(step(twin) for _ in range(STEPS)), strict=True)]
-        for name, twin in (("twin", True), ("overlapped", False))
-    }
-
-
-def check_exposed(rank: dict[str, list[float]], exchanges: int) -> None:
-    """Of eight exchanges in the backward so many stay exposed. Whole ones are counted: half of one is tolerance."""
-    print(f"ms in waits, of the backward: {rank}")
-    assert rank["twin"][0] == pytest.approx(8 * DELAY_MS, abs=DELAY_MS / 2)
-    assert rank["overlapped"][0] == pytest.approx(exchanges * DELAY_MS, abs=DELAY_MS / 2)
+    with planted_time():
+        return {"twin": waits(True), "overlapped": waits(False)}
 
 
 @pytest.mark.host  # the delays are planted on the host
-@pytest.mark.parametrize("granularity", [pytest.param(FULL, marks=pytest.mark.nightly), MOE], ids=["full", "moe"])
-def test_two_exchanges_of_a_recomputed_layer_are_hidden(granularity: dict[str, Any], run_ranks: Ranks) -> None:
-    sizes = {"expert_model_parallel_size": 2}
-    for rank in run_ranks(2, planted_times, granularity, True, sizes=sizes, timeout=280):
-        check_exposed(rank, 6)
-
-
-@pytest.mark.host
-@pytest.mark.nightly
-@pytest.mark.parametrize(("granularity", "exposed"), [(FULL, 8), (MOE, 7)], ids=["full", "moe"])
-def test_what_is_hidden_where_repeated_exchanges_are_left_alone(
-    granularity: dict[str, Any], exposed: int, run_ranks: Ranks
+@pytest.mark.parametrize(
+    ("granularity", "filled", "exposed"),
+    [(FULL, True, 6), (MOE, True, 6), (FULL, False, 8), (MOE, False, 7)],
+    ids=["full", "moe", "full_left_alone", "moe_left_alone"],
+)
+def test_exchanges_of_a_recomputed_layer_are_hidden(
+    granularity: dict[str, Any], filled: bool, exposed: int, run_ranks: Ranks
 ) -> None:
-    """One, by the combine's backward; none where the upper layer's tasks belong to a backward of its own that ends."""
-    sizes = {"expert_model_parallel_size": 2}
-    for rank in run_ranks(2, planted_times, granularity, False, sizes=sizes, timeout=280):
-        check_exposed(rank, exposed)
+    """Of eight exchanges in the backward so many stay exposed.
+
+    Left alone, both tasks run in the combine's backward, or in none where the upper layer's backward ends before.
+    """
+    for rank in run_ranks(2, planted_waits, granularity, filled, sizes={"expert_model_parallel_size": 2}):
+        assert rank["twin"] == pytest.approx(8 * DELAY_MS)
+        assert rank["overlapped"] == pytest.approx(exposed * DELAY_MS)
