@@ -324,11 +324,6 @@ def _check_moe_cuda_graph(c: TrainConfig) -> None:
             "counts its exchanges on the host; leave it out",
         ),
         (c.plant_delay_ms > 0, "--plant-delay-ms", "delays on the host; leave it out"),
-        (
-            c.overlap_grad_reduce,
-            "--overlap-grad-reduce",
-            "reduces from hooks that a replay does not call; leave it out",
-        ),
         (c.interleave_batches, "--interleave-batches", "has two halves under way at a time; leave one of them out"),
     )
     for given, flag, fix in obstacles:

@@ -115,10 +115,6 @@ REFUSED = [
         ["--moe-cuda-graph", "--dispatch", "static", "--carry-over", "--overlap", "dw"],
         r"--moe-cuda-graph: --carry-over leaves dW for another layer",
     ),
-    (
-        ["--moe-cuda-graph", "--dispatch", "static", "--overlap-grad-reduce", "--device", "cuda", "--overlap", "dw"],
-        r"--moe-cuda-graph: --overlap-grad-reduce reduces from hooks that a replay does not call; leave it out",
-    ),
     (["--moe-cuda-graph", "--device", "cpu"], r"--moe-cuda-graph: --device cpu records no graphs"),
     (["--attention-chunks", "0"], r"--attention-chunks 0: must be at least 1"),
     (["--attention-chunks", "many"], r"--attention-chunks many: a number, or auto"),
