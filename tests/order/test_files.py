@@ -46,7 +46,10 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     [
         ("", "first line must be of kind 'process'"),
         ('{"kind": "op"}', "first line must be of kind 'process'"),
-        ('{"kind": "process"}\n{"kind": "jump"}', r"rank0.jsonl:2: kind 'jump' is unknown; allowed are agreed, alloc, await"),
+        (
+            '{"kind": "process"}\n{"kind": "jump"}',
+            r"rank0.jsonl:2: kind 'jump' is unknown; allowed are agreed, alloc, await",
+        ),
         ('{"kind": "process"}\n{"kind": "op", "colour": 1}', "rank0.jsonl:2: not an entry .*colour"),
         ('{"kind": "process"}\n{"kind"', "rank0.jsonl:2: not an entry"),
     ],
