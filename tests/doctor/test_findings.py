@@ -147,7 +147,9 @@ def test_every_command_that_is_advised_is_accepted_by_the_command_line() -> None
     from fluid_npu.cli import build_parser
 
     for device in ("cpu", "cuda", "npu"):
-        for step in next_steps([section(OK)], overlap_readiness(device, 2, {}, cores=2)):
+        steps = next_steps([section(OK)], overlap_readiness(device, 2, {}, cores=2))
+        assert steps and all(step.startswith("fluid-npu ") for step in steps)
+        for step in steps:
             build_parser().parse_args(step.split()[1:])
 
 

@@ -36,7 +36,9 @@ def saved(folder: Path, good: bool = True, timed: bool = False) -> Path:
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     saved(tmp_path)
-    for rank, entries in read_folder(tmp_path).items():
+    found = read_folder(tmp_path)
+    assert set(found) == set(job(True).record)
+    for rank, entries in found.items():
         for read, made in zip(entries, job(True).record[rank], strict=True):
             assert {**vars(read), "line": ""} == {**vars(made), "line": ""}
 

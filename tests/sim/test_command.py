@@ -103,6 +103,7 @@ def test_a_stub_returns_or_ends_the_process_by_name() -> None:
 
 
 def test_files_are_small_and_say_what_they_are_for() -> None:
+    assert sources.all_files()
     for path in sources.all_files():
         lines = path.read_text(encoding="utf-8").splitlines()
         assert len(lines) <= 300, path.name

@@ -45,6 +45,7 @@ def test_loss_falls(trained: Any) -> None:
 
 def test_replicated_weights_stay_equal_on_all_ranks(trained: Any) -> None:
     first, second = trained[1]
+    assert any("experts" in name for name in first["weights"]) and set(first["weights"]) == set(second["weights"])
     for name, value in first["weights"].items():
         assert (value == second["weights"][name]) == ("experts" not in name), name
 
