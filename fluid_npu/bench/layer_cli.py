@@ -13,6 +13,7 @@ IMPLS = (
     *("baseline", "stock-sequential", "stock-grouped", "stock-grouped-torch", "stock-te", "stock-te-overlapped"),
     *("ours-plain", "ours-overlapped", "ours-once", "ours-peer", "ours-once-peer", "ours-2-chunks", "ours-4-chunks"),
     *("ours-static", "ours-static-peer", "ours-static-graph", "ours-once-2-chunks", "ours-once-fp8"),
+    *("ours-local-first", "ours-once-local-first"),
 )
 _ROUNDS, _LONGEST = 20, 4096
 

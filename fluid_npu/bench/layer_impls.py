@@ -66,6 +66,19 @@ ONCE_IN_CHUNKS = Kind(
     overlap="full",
     changes=(*ONCE.changes, ("moe_chunks", 2)),
 )
+#: Two pieces: rows that stay on their rank, and the others.
+LOCAL_FIRST = Kind(
+    name="ours overlapped, local rows first",
+    impl="fluid",
+    overlap="full",
+    changes=(("moe_chunks", 1), ("local_first", True)),
+)
+ONCE_LOCAL_FIRST = Kind(
+    name="ours overlapped, once per rank, local rows first",
+    impl="fluid",
+    overlap="full",
+    changes=(*ONCE.changes, *LOCAL_FIRST.changes),
+)
 ONCE_FP8 = Kind(
     name="ours overlapped, once per rank, fp8",
     impl="fluid",
@@ -76,9 +89,15 @@ ONCE_FP8 = Kind(
 OWN_OVERLAP = "overlap_dispatch_backward_with_experts_wgrad"
 #: Forms that need other packages or a device's own ways, or round more, or are new there; where they fail they are left
 #: out.
-EXTRAS = (LEGACY, LEGACY_TORCH, TE, TE_OVERLAPPED, PEER, ONCE_PEER, STATIC, STATIC_PEER, STATIC_GRAPH, ONCE_FP8)
+EXTRAS = (
+    *(LEGACY, LEGACY_TORCH, TE, TE_OVERLAPPED, PEER, ONCE_PEER, STATIC, STATIC_PEER, STATIC_GRAPH, ONCE_FP8),
+    *(ONCE_IN_CHUNKS, LOCAL_FIRST, ONCE_LOCAL_FIRST),
+)
 #: Forms of sending to other ranks.
-_TO_OTHERS = (ONCE, PEER, ONCE_PEER, STATIC, STATIC_PEER, STATIC_GRAPH, ONCE_IN_CHUNKS, ONCE_FP8)
+_TO_OTHERS = (
+    *(ONCE, PEER, ONCE_PEER, STATIC, STATIC_PEER, STATIC_GRAPH, ONCE_IN_CHUNKS, ONCE_FP8),
+    *(LOCAL_FIRST, ONCE_LOCAL_FIRST),
+)
 KINDS = {
     "stock-sequential": STOCK,
     "stock-grouped": LEGACY,
@@ -95,6 +114,8 @@ KINDS = {
     "ours-static-peer": STATIC_PEER,
     "ours-static-graph": STATIC_GRAPH,
     "ours-once-2-chunks": ONCE_IN_CHUNKS,
+    "ours-local-first": LOCAL_FIRST,
+    "ours-once-local-first": ONCE_LOCAL_FIRST,
     "ours-once-fp8": ONCE_FP8,
 }
 #: What no single layer can show, and why.

@@ -14,9 +14,11 @@ import numpy as np
 
 from fluid_npu.bench.layer_impls import (
     IN_CHUNKS,
+    LOCAL_FIRST,
     ONCE,
     ONCE_FP8,
     ONCE_IN_CHUNKS,
+    ONCE_LOCAL_FIRST,
     ONCE_PEER,
     PEER,
     STATIC,
@@ -43,9 +45,11 @@ LEVERS = (
     Lever("kernels and the host", STRONGEST, PLAIN.name),
     Lever("overlap: dW beside the AllToAll", PLAIN.name, OVERLAPPED.name),
     *(Lever(f"overlap: {n} chunks of experts", OVERLAPPED.name, kind.name) for n, kind in IN_CHUNKS.items()),
+    Lever("overlap: local rows first", OVERLAPPED.name, LOCAL_FIRST.name),
     Lever("bytes: a token once per rank", OVERLAPPED.name, ONCE.name),
     Lever("bytes: fp8 in the dispatch", ONCE.name, ONCE_FP8.name),
     Lever("overlap: 2 chunks of tokens", ONCE.name, ONCE_IN_CHUNKS.name),
+    Lever("overlap: local rows first, once per rank", ONCE.name, ONCE_LOCAL_FIRST.name),
     Lever("host: no wait for sizes", ONCE.name, STATIC.name),
     Lever("host: one launch a pass (CUDA graphs)", STATIC.name, STATIC_GRAPH.name),
     Lever("transport: peer copies", OVERLAPPED.name, PEER.name),
