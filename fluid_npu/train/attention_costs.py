@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import lcm
-from statistics import median
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor
@@ -24,12 +22,9 @@ from fluid_npu.device.kernels.fused import AttentionCall
 from fluid_npu.ops.attention import fused_attention, fuses_attention
 from fluid_npu.schedule.attention_planner import AttentionCosts
 from fluid_npu.train.config import TrainConfig
+from fluid_npu.train.measured import FEWER, MIB, everywhere, exchange_ms, link_costs, slowest, timed
 from fluid_npu.train.model import TORCH_DTYPES
 from fluid_npu.train.parallel import Place
-
-_ROUNDS, _WARM_UP = 7, 2
-_MIB = 2**20
-_FEWER = 8  # the small exchange of the fit has this part of the rows
 
 
 def measure_attention(
@@ -42,32 +37,27 @@ def measure_attention(
         compute, made = attention.compute_ms(), attention
     except torch.OutOfMemoryError:
         compute = []
-    ready: list[Any] = [None] * place.world
-    dist.all_gather_object(ready, made is not None)
-    if not all(ready):
+    if not everywhere(place, made is not None):
         return Choice(None, "a rank had no memory for a measurement of the layer's attention")
     assert made is not None
     exchange = made.exchange_ms(transport if transport is not None else CollectiveTransport())
-    figures = torch.tensor([*compute, *exchange], device=place.device.torch_device(place.local_rank))
-    dist.all_reduce(figures, op=dist.ReduceOp.MAX)
-    return Choice(_costs(made, figures.tolist()), "measured")
+    return Choice(_costs(made, slowest(place, [*compute, *exchange])), "measured")
 
 
 def _costs(made: _Attention, figures: list[float]) -> AttentionCosts:
     qkv, qkv_dx, core, core_both, half, proj, proj_dx, dw, whole, small, beside, spread = figures
-    beta = max(0.0, (whole - small) / (made.to_heads_mib - made.to_heads_mib / _FEWER))
-    saved = (whole + dw - beside) / max(min(whole, dw), 1e-6)
+    link = link_costs(whole, small, beside, dw, made.to_heads_mib)
     return AttentionCosts(
         qkv_ms=(qkv, qkv_dx),
         core_ms=(core, max(0.0, core_both - core)),
         proj_ms=(proj, proj_dx),
         dw_ms=dw,
-        alpha_ms=max(0.0, small - beta * made.to_heads_mib / _FEWER),
-        beta_ms_per_mib=beta,
+        alpha_ms=link.alpha_ms,
+        beta_ms_per_mib=link.beta_ms_per_mib,
         to_heads_mib=made.to_heads_mib,
         to_rows_mib=made.to_rows_mib,
         chunk_ms=max(0.0, 2 * half - core) if made.halves else 0.0,
-        hiding=min(max(saved, 0.0), 1.0),
+        hiding=link.hiding,
         spread_ms=spread,
     )
 
@@ -98,8 +88,8 @@ class _Attention:
         self._q = torch.full((total, batch, self._heads, self.size), 0.01, **made)
         self._k = torch.full((total, batch, self._keys, self.size), 0.01, **made)
         sent = (heads + 2 * lcm(keys, ranks)) * self.size
-        self._sent = torch.full((max(1, rows // (ranks * _FEWER)) * ranks * _FEWER, sent), 0.01, **made)
-        self.to_heads_mib = self._sent.nbytes * (ranks - 1) / ranks / _MIB
+        self._sent = torch.full((max(1, rows // (ranks * FEWER)) * ranks * FEWER, sent), 0.01, **made)
+        self.to_heads_mib = self._sent.nbytes * (ranks - 1) / ranks / MIB
         self.to_rows_mib = self.to_heads_mib * heads * self.size / sent
 
     def compute_ms(self) -> list[float]:
@@ -117,38 +107,11 @@ class _Attention:
             lambda: x @ self._proj,
             self._dw,
         )
-        return [self._ms(call)[0] for call in calls]
+        return [timed(self._place, call)[0] for call in calls]
 
     def exchange_ms(self, transport: Transport) -> list[float]:
-        """The exchange to heads, a small one, the whole one beside dW, and the spread of these. Collective."""
-
-        def exchange(rows: Tensor, beside: Callable[[], Any] = lambda: None) -> None:
-            work = transport.start(torch.empty_like(rows), rows, None, None, self._group)
-            beside()
-            work.wait()
-
-        small = self._sent[: self._sent.shape[0] // _FEWER]
-        found = [
-            self._ms(lambda: exchange(self._sent), together=True),
-            self._ms(lambda: exchange(small), together=True),
-            self._ms(lambda: exchange(self._sent, self._dw), together=True),
-        ]
-        return [*(ms for ms, _ in found), max(spread for _, spread in found)]
-
-    def _ms(self, call: Callable[[], Any], together: bool = False) -> tuple[float, float]:
-        """Median and spread (between the quartiles) of a call; ``together``: ranks start each round at once."""
-        times = []
-        for _ in range(_WARM_UP + _ROUNDS):
-            self._place.device.synchronize()
-            if together:
-                dist.barrier(group=self._group)
-            start, end = self._place.device.event(), self._place.device.event()
-            start.record()
-            call()
-            end.record()
-            times.append(end.elapsed_ms(start))
-        kept = sorted(times[_WARM_UP:])
-        return median(kept), kept[3 * len(kept) // 4] - kept[len(kept) // 4]
+        """As ``measured.exchange_ms``, of the rows that go to heads. Collective."""
+        return exchange_ms(self._place, transport, self._group, self._sent, self._dw)
 
 
 def _attend(q_SBND: Tensor, k_SBMD: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ H hidden, F ffn, L local experts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 import torch
@@ -27,12 +26,9 @@ from fluid_npu.ops.expert_mlp import ExpertMLP, mlp_backward, mlp_forward
 from fluid_npu.schedule.planner import Costs
 from fluid_npu.train.config import TrainConfig
 from fluid_npu.train.halves import halves_are_the_same
+from fluid_npu.train.measured import FEWER, MIB, everywhere, exchange_ms, link_costs, slowest, timed
 from fluid_npu.train.model import TORCH_DTYPES
 from fluid_npu.train.parallel import Place
-
-_ROUNDS, _WARM_UP = 7, 2
-_MIB = 2**20
-_FEWER = 8  # the small exchange of the fit has this part of the rows
 
 
 def dispatch_form(config: TrainConfig, place: Place) -> str:
@@ -60,19 +56,11 @@ def measure_costs(config: TrainConfig, place: Place, transport: Transport | None
         around = attention_ms(config, place) if halves_are_the_same(config).value else (0.0, 0.0)
     except torch.OutOfMemoryError:
         compute, layer = [], None
-    ready: list[Any] = [None] * place.world
-    dist.all_gather_object(ready, layer is not None)
-    if not all(ready):
+    if not everywhere(place, layer is not None):
         return Choice(None, "a rank had no memory for a measurement of the layer")
     assert layer is not None
     exchange = layer.exchange_ms(transport if transport is not None else CollectiveTransport())
-    return Choice(_costs(layer, *_slowest(place, [*compute, *exchange, *around])), "measured")
-
-
-def _slowest(place: Place, figures: list[float]) -> list[float]:
-    table = torch.tensor(figures, dtype=torch.float32, device=place.device.torch_device(place.local_rank))
-    dist.all_reduce(table, op=dist.ReduceOp.MAX)
-    return [float(ms) for ms in table]
+    return Choice(_costs(layer, *slowest(place, [*compute, *exchange, *around])), "measured")
 
 
 def _costs(
@@ -89,18 +77,17 @@ def _costs(
     around_forward: float,
     around_backward: float,
 ) -> Costs:
-    beta = max(0.0, (whole - small) / (layer.mib - layer.mib / _FEWER))
-    saved = (whole + dw - beside) / max(min(whole, dw), 1e-6)
+    link = link_costs(whole, small, beside, dw, layer.mib)
     return Costs(
-        alpha_ms=max(0.0, small - beta * layer.mib / _FEWER),
-        beta_ms_per_mib=beta,
+        alpha_ms=link.alpha_ms,
+        beta_ms_per_mib=link.beta_ms_per_mib,
         dispatch_mib=layer.mib,
         combine_mib=layer.mib,
         forward_ms=forward,
         dx_ms=dx,
         dw_ms=dw,
         chunk_ms=max(0.0, layer.parts * part - forward) / max(layer.parts - 1, 1),
-        hiding=min(max(saved, 0.0), 1.0),
+        hiding=link.hiding,
         spread_ms=spread,
         join_ms=join if layer.once else 0.0,
         local_share=1.0 / layer.ranks,
@@ -118,7 +105,7 @@ class _Layer:
         self._group = parallel_state.get_expert_model_parallel_group()
         local, hidden = preset.experts // config.ep, preset.hidden
         tokens = preset.micro_batch_size * preset.seq_length // (config.tp * config.cp)
-        each = max(config.ep * _FEWER, tokens * preset.topk // local // (config.ep * _FEWER) * config.ep * _FEWER)
+        each = max(config.ep * FEWER, tokens * preset.topk // local // (config.ep * FEWER) * config.ep * FEWER)
         self._counts, rows = [each] * local, each * local
         self.once, self.ranks = dispatch_form(config, place) == "once-per-rank", config.ep
         #: Chunks of one layer: two, or one where a rank has a single expert, which is not split.
@@ -132,9 +119,9 @@ class _Layer:
         self._w1 = torch.full((local, hidden, 2 * preset.moe_ffn), 0.01, **made)
         self._w2 = torch.full((local, preset.moe_ffn, hidden), 0.01, **made)
         fewer = expected_factor(preset.experts, preset.topk, config.ep) if self.once else 1.0
-        unit = config.ep * _FEWER
+        unit = config.ep * FEWER
         self._sent = self._x[: max(unit, int(rows / fewer) // unit * unit)]
-        self.mib = self._sent.nbytes * (config.ep - 1) / config.ep / _MIB
+        self.mib = self._sent.nbytes * (config.ep - 1) / config.ep / MIB
 
     def compute_ms(self) -> list[float]:
         """Forward, forward of one part of the experts or the rows, dX, dW, joining rows for dW."""
@@ -155,11 +142,11 @@ class _Layer:
             kernels_of(a).grouped_dw(self._x, h, counts),
         )
         return [
-            self._ms(lambda: mlp_forward(self._x, self._p, self._w1, self._w2, mlp))[0],
-            self._ms(run_part)[0],
-            self._ms(lambda: mlp_backward(self._x, kept, mlp))[0],
-            self._ms(self._dw)[0],
-            self._ms(lambda: self._join(a, h))[0],
+            timed(self._place, lambda: mlp_forward(self._x, self._p, self._w1, self._w2, mlp))[0],
+            timed(self._place, run_part)[0],
+            timed(self._place, lambda: mlp_backward(self._x, kept, mlp))[0],
+            timed(self._place, self._dw)[0],
+            timed(self._place, lambda: self._join(a, h))[0],
         ]
 
     def _join(self, a: torch.Tensor, h: torch.Tensor) -> None:
@@ -169,42 +156,8 @@ class _Layer:
             torch.empty_like(rows).index_copy_(0, places, rows)
 
     def exchange_ms(self, transport: Transport) -> list[float]:
-        """The whole exchange, a small one, the whole one beside dW, and the spread of these. Collective."""
-        sent = self._sent
-        small = sent[: sent.shape[0] // _FEWER]
-
-        def exchange(rows: torch.Tensor, beside: Callable[[], Any] = lambda: None) -> None:
-            work = transport.start(torch.empty_like(rows), rows, None, None, self._group)
-            beside()
-            work.wait()
-
-        found = [
-            self._ms(lambda: exchange(sent), together=True),
-            self._ms(lambda: exchange(small), together=True),
-            self._ms(lambda: exchange(sent, self._dw), together=True),
-        ]
-        return [*(ms for ms, _ in found), max(spread for _, spread in found)]
-
-    def _ms(self, call: Callable[[], Any], together: bool = False) -> tuple[float, float]:
-        """As ``_timed``; ``together``: ranks start each round at once."""
-        return _timed(self._place, call, (lambda: dist.barrier(group=self._group)) if together else lambda: None)
-
-
-def _timed(
-    place: Place, call: Callable[[], Any], before: Callable[[], Any] = lambda: None, rounds: int = _ROUNDS
-) -> tuple[float, float]:
-    """Median and spread (between the quartiles) of a call, ``before`` each of which something else is done."""
-    times = []
-    for _ in range(_WARM_UP + rounds):
-        place.device.synchronize()
-        before()
-        start, end = place.device.event(), place.device.event()
-        start.record()
-        call()
-        end.record()
-        times.append(end.elapsed_ms(start))
-    kept = sorted(times[_WARM_UP:])
-    return median(kept), kept[3 * len(kept) // 4] - kept[len(kept) // 4]
+        """As ``measured.exchange_ms``, of the dispatch's rows. Collective."""
+        return exchange_ms(self._place, transport, self._group, self._sent, self._dw)
 
 
 def attention_ms(config: TrainConfig, place: Place) -> tuple[float, float]:
@@ -230,6 +183,6 @@ def attention_ms(config: TrainConfig, place: Place) -> tuple[float, float]:
         attended = fused_attention(q, k, v, call) if fuses_attention(q, k, v, call).value else v.flatten(2)
         return attended @ proj.t()
 
-    alone = _timed(place, forward, rounds=3)[0]
-    both = _timed(place, lambda: torch.autograd.grad(forward().sum(), (x_SBH, qkv, proj)), rounds=3)[0]
+    alone = timed(place, forward, rounds=3)[0]
+    both = timed(place, lambda: torch.autograd.grad(forward().sum(), (x_SBH, qkv, proj)), rounds=3)[0]
     return alone, max(both - alone, 0.0)

@@ -14,12 +14,12 @@ import torch
 from tests.support.clock import planted_time
 from tests.support.device import here
 from tests.support.gpt import Run, check_trained, train_all
-from tests.support.moe import Case, fluid_layer, inputs, run_layer, worst_error
+from tests.support.moe import Case, fluid_layer, inputs
 from tests.support.order_of_steps import exchanges_of_clean_steps, recorded_steps
+from tests.support.pieces import FP32, check_pieces
 from tests.support.refusals import value_errors
 
 Ranks = Callable[..., list[Any]]
-FP32 = 1e-5
 MOE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
 SHARED = {"moe_shared_expert_intermediate_size": 24}
 PADDED = {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}
@@ -49,46 +49,9 @@ FOUR = [
 ]
 
 
-def modes(cases: list[Case]) -> list[dict[str, dict[str, Any]]]:
-    """Each case with local rows first, as the twin of that, and in one piece."""
-    first = [replace(case, overlap="full", local_first=True) for case in cases]
-    return [
-        {
-            "first": run_layer(case),
-            "twin": run_layer(replace(case, twin=True)),
-            "whole": run_layer(replace(case, overlap="dw", chunks="auto", local_first=False)),
-        }
-        for case in first
-    ]
-
-
-def compare(case: Case, run: dict[str, dict[str, Any]]) -> None:
-    """One rank: bitwise its twin; the bytes, exchanges and tasks of one piece, and its rows within rounding."""
-    for key in ("router", "fc1", "fc2"):
-        assert torch.equal(run["first"][key], run["twin"][key]), f"{case} {key}"
-    for key in ("out", "dx"):
-        assert all(map(torch.equal, run["first"][key], run["twin"][key])), f"{case} {key}"
-        if case.dtype == torch.float32:
-            for mine, whole in zip(run["first"][key], run["whole"][key], strict=True):
-                torch.testing.assert_close(mine, whole, rtol=1e-4, atol=1e-5)
-    ours, whole = (run[name]["stats"] for name in ("first", "whole"))
-    for name in ("a2a_bytes", "a2a_plain_bytes"):
-        assert ours[name] == whole[name], f"{case} {name}"
-    assert ours["a2a_count"] == case.chunks * whole["a2a_count"]
-    assert ours["total_dw_tasks"] == ours["completed_dw_tasks"] == whole["total_dw_tasks"]
-
-
 @pytest.mark.parametrize("cases", [TWO, FOUR], ids=["two_ranks", "four_ranks"])
 def test_local_rows_first_is_right_and_equal_to_its_twin(cases: list[Case], run_ranks: Ranks) -> None:
-    ep = cases[0].ep
-    ranks = run_ranks(ep, modes, cases, sizes={"expert_model_parallel_size": ep}, timeout=200)
-    for index, case in enumerate(cases):
-        runs = [rank[index] for rank in ranks]
-        if not case.config.keys() & {*SHARED, *DROPS} and case.dtype == torch.float32:  # the loop has neither
-            errors = worst_error(case, [run["first"] for run in runs])
-            assert max(errors.values()) <= FP32, f"{case}: {errors}"
-        for run in runs:
-            compare(case, run)
+    check_pieces(run_ranks, [replace(case, overlap="full", local_first=True) for case in cases], {*SHARED, *DROPS})
 
 
 LATE: dict[str, Any] = {"delay_wgrad_compute": True, "overlap_grad_reduce": True, "bucket_size": 2000}

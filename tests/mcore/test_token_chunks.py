@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from tests.support.gpt import Run, check_trained, train_all
-from tests.support.moe import Case, run_layer, worst_error
+from tests.support.moe import Case
 from tests.support.order_of_steps import exchanges_of_clean_steps, recorded_steps
+from tests.support.pieces import FP32, check_pieces
 
 Ranks = Callable[..., list[Any]]
-FP32 = 1e-5
 MOE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
 ACT = {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}
 SHARED = {"moe_shared_expert_intermediate_size": 24}
@@ -40,46 +40,11 @@ FOUR = [
 ]
 
 
-def modes(cases: list[Case]) -> list[dict[str, dict[str, Any]]]:
-    """Each case in chunks of tokens, as the twin of that, and in one piece."""
-    once = [replace(case, overlap="full", dispatch="once-per-rank") for case in cases]
-    return [
-        {
-            "chunks": run_layer(case),
-            "twin": run_layer(replace(case, twin=True)),
-            "whole": run_layer(replace(case, overlap="dw", chunks="auto")),
-        }
-        for case in once
-    ]
-
-
-def compare(case: Case, run: dict[str, dict[str, Any]]) -> None:
-    """One rank: equal to the twin; the bytes of one piece, and rows of one piece within rounding."""
-    for key in ("router", "fc1", "fc2"):
-        assert torch.equal(run["chunks"][key], run["twin"][key]), f"{case} {key}"
-    for key in ("out", "dx"):
-        assert all(map(torch.equal, run["chunks"][key], run["twin"][key])), f"{case} {key}"
-        if case.dtype == torch.float32:
-            for mine, whole in zip(run["chunks"][key], run["whole"][key], strict=True):
-                torch.testing.assert_close(mine, whole, rtol=1e-4, atol=1e-5)
-    ours, whole = (run[name]["stats"] for name in ("chunks", "whole"))
-    for name in ("a2a_bytes", "a2a_plain_bytes"):
-        assert ours[name] == whole[name], f"{case} {name}"
-    assert ours["a2a_count"] == case.chunks * whole["a2a_count"]
-    assert ours["total_dw_tasks"] == ours["completed_dw_tasks"] == whole["total_dw_tasks"]
-
-
 @pytest.mark.parametrize("cases", [TWO, FOUR], ids=["two_ranks", "four_ranks"])
 def test_chunks_of_tokens_are_right_and_equal_to_their_twin(cases: list[Case], run_ranks: Ranks) -> None:
-    ep = cases[0].ep
-    ranks = run_ranks(ep, modes, cases, sizes={"expert_model_parallel_size": ep})
-    for index, case in enumerate(cases):
-        runs = [rank[index] for rank in ranks]
-        if not case.config.keys() & {*SHARED, *DROPS} and case.dtype == torch.float32:  # the loop has neither
-            errors = worst_error(case, [run["chunks"] for run in runs])
-            assert max(errors.values()) <= FP32, f"{case}: {errors}"
-        for run in runs:
-            compare(case, run)
+    check_pieces(
+        run_ranks, [replace(case, overlap="full", dispatch="once-per-rank") for case in cases], {*SHARED, *DROPS}
+    )
 
 
 LATE: dict[str, Any] = {"delay_wgrad_compute": True, "overlap_grad_reduce": True, "bucket_size": 2000}
