@@ -43,6 +43,19 @@ def attention(q=None, k=None, v=None, heads: int = 2, layout: str = "BNSD", **ch
     return lambda module: module.npu_fusion_attention(q, k, k if v is None else v, heads, layout, **changes)
 
 
+def dropped_attention_grad(numbers: int) -> Callable[[Any], Any]:
+    """The gradient of attention with dropout, told to make a mask of so many numbers; it has 512."""
+
+    def call(module: Any) -> Any:
+        q = npu(1, 2, 16, 8)
+        out, largest, total, _, seed, offset, _ = module.npu_fusion_attention(q, q, q, 2, "BNSD", keep_prob=0.5)
+        rows = {"softmax_max": largest, "softmax_sum": total, "attention_in": out}
+        mask = {"keep_prob": 0.5, "seed": seed, "offset": offset, "numels": numbers}
+        return module.npu_fusion_attention_grad(q, q, q, out, 2, "BNSD", **rows, **mask)
+
+    return call
+
+
 def unpermute(indices, probs=None) -> Callable[[Any], Any]:
     return lambda module: module.npu_moe_token_unpermute(npu(8, 4), indices, probs)
 
@@ -399,6 +412,11 @@ CASES: dict[str, tuple[Callable[[], Callable[[Any], Any]], str, str]] = {
         "FlashAttentionScore",
         "1 above the diagonal",
     ),
+    "attention dropout mask": (
+        lambda: dropped_attention_grad(128),
+        "FlashAttentionScoreGrad",
+        "a bit for each of [B, N, S, T]",
+    ),
 }
 
 #: Rules of the simulator that torch_npu itself checks first, so that no call through it can reach them.
@@ -406,6 +424,7 @@ CHECKED_BEFORE: dict[str, Callable[[], Callable[[Any], Any]]] = {
     "group_type is -1, 0 or 2": lambda: gmm(group_type=1),
     "group_list is on the NPU": lambda: gmm(group_list=torch.tensor([2, 6])),
     "group_list of the adding operator is on the NPU": lambda: gmm_add(group_list=torch.tensor([2, 6])),
+    "keep_prob is above 0 and at most 1": lambda: attention(keep_prob=1.5),
     "rotary_mode is half or interleave": lambda: rotary((1, 1, 2, 8), (1, 1, 2, 8), mode="quarter"),
     "dim is one of the input's": lambda: lambda module: module.npu_swiglu(npu(2, 8), dim=2),
 }

@@ -76,7 +76,8 @@ void check(const Call& c, const aclTensor* pse, const aclTensor* padding) {
     require(c.layout != "TND", "layout TND is not simulated", c.layout, "fluid-sim");
     require(!pse && !padding, "pse and padding_mask are not simulated", "a tensor", "fluid-sim");
     require(c.keep > 0.0 && c.keep <= 1.0, "keep_prob is above 0 and at most 1", std::to_string(c.keep), kSource);
-    require(c.drop.defined() == (c.keep < 1.0), "a mask of dropout comes with a keep_prob below 1", std::to_string(c.keep), kSource);
+    // No caller can break this and the size of the generated mask: torch_npu makes both from keep_prob.
+    TORCH_CHECK(c.drop.defined() == (c.keep < 1.0), "[fluid-sim] a mask of dropout and keep_prob ", c.keep);
     require(is_half_or_float(c.q), "query is fp32, fp16 or bf16", show(c.q), kSource);
     bool same = c.q.scalar_type() == c.k.scalar_type() && c.q.scalar_type() == c.v.scalar_type();
     std::string given = show(c.q) + ", " + show(c.k) + ", " + show(c.v);
@@ -143,7 +144,7 @@ ACLNN(DropoutGenMaskV2,
     auto bytes = tensor(out);
     int64_t wanted = (numbers + 127) / 128 * 16;
     (void)type;  // of the probability, which comes as a double
-    require(bytes.scalar_type() == at::kByte && bytes.numel() >= wanted, "the output is uint8, a bit for each number, whole 128 bits", show(bytes), kSource);
+    TORCH_CHECK(bytes.scalar_type() == at::kByte && bytes.numel() >= wanted, "[fluid-sim] a mask of dropout in ", show(bytes));
     return [=] {
         auto generator = at::detail::createCPUGenerator(static_cast<uint64_t>(seed) * 0x9e3779b97f4a7c15ull + static_cast<uint64_t>(offset));
         auto bits = at::zeros({wanted * 8}).bernoulli_(1.0 - dropped, generator).to(at::kByte).view({-1, 8});
