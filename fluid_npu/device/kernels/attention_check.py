@@ -7,12 +7,14 @@ random state drops the same of them for other values. Shapes as ``fused``.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from fluid_npu.device.choice import Choice
 from fluid_npu.device.kernels.fused import AttentionCall
 
 #: Rows of the small case.
@@ -25,6 +27,22 @@ _WINDOW = 9
 _DROPOUT, _SEED = 0.5, 11
 
 Attend = Callable[[Tensor, Tensor, Tensor, AttentionCall], Tensor]
+F = TypeVar("F")
+
+
+def first_that_agrees(
+    forms: Iterable[F], error_of_form: Callable[[F], float | str], dtype: torch.dtype
+) -> Choice[F | None]:
+    """The first form whose error in its small case is small enough, and why those before it were refused; None with
+    the refusals alone, '' where there were no forms."""
+    refused: list[str] = []
+    for form in forms:
+        error = error_of_form(form)
+        if isinstance(error, float) and error <= LARGEST_ERROR[dtype]:
+            why = f"{form}; off by {error:.0e} in its check"
+            return Choice(form, f"{why}; refused: {'; '.join(refused)}" if refused else why)
+        refused.append(f"{form}: {error if isinstance(error, str) else f'off by {error:.0e}'}")
+    return Choice(None, "; ".join(refused))
 
 
 def error_of(attend: Attend, like: Tensor, sizes: tuple[int, int, int, int], call: AttentionCall) -> float | str:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fluid_npu.device.choice import Choice
-from fluid_npu.device.kernels.attention_check import LARGEST_ERROR, error_of
+from fluid_npu.device.kernels.attention_check import LARGEST_ERROR, error_of, first_that_agrees
 from fluid_npu.device.kernels.fused import AttentionCall, DifferentiableAttention
 from fluid_npu.device.kernels.triton_support import setting
 
@@ -145,21 +145,14 @@ class TorchAttention(DifferentiableAttention):
     def _choose(
         self, q: Tensor, sizes: tuple[int, int, int, int], call: AttentionCall, repeats: bool
     ) -> Choice[Form | None]:
-        refused: list[str] = []
         kernels = [name for name in self._kernels if not repeats or name in _REPEATABLE]
         if call.window is not None:
             kernels = [name for name in _WINDOWS if name in kernels or self._asked == TORCH]
-        for form in _forms(kernels, *sizes):
-            error = error_of(form.compute, q, sizes, call)
-            if isinstance(error, float) and error <= LARGEST_ERROR[q.dtype]:
-                why = f"{form}; off by {error:.0e} in its check"
-                return Choice(form, f"{why}; refused: {'; '.join(refused)}" if refused else why)
-            refused.append(f"{form}: {error if isinstance(error, str) else f'off by {error:.0e}'}")
-        return Choice(
-            None,
-            f"torch has no fused attention for {sizes}, {ATTENTION}={self._asked}: "
-            f"{'; '.join(refused) or 'its flash kernel alone takes windows'}",
-        )
+        found = first_that_agrees(_forms(kernels, *sizes), lambda form: error_of(form.compute, q, sizes, call), q.dtype)
+        if found.value is not None:
+            return found
+        told = found.reason or "its flash kernel alone takes windows"
+        return Choice(None, f"torch has no fused attention for {sizes}, {ATTENTION}={self._asked}: {told}")
 
 
 class _Deterministic(torch.autograd.Function):

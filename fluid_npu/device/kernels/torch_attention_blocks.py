@@ -124,14 +124,11 @@ class TorchBlocks(AttentionBlocks):
         return Choice(value, reason)
 
     def _choose(self, q: Tensor, k: Tensor, v: Tensor, scale: float, repeatable: bool) -> Choice[TorchBlock | None]:
-        refused: list[str] = []
-        for block in self._forms(q, k, v, repeatable):
-            error = _error(block, q, k, v, scale)
-            if isinstance(error, float) and error <= check.LARGEST_ERROR[q.dtype]:
-                why = f"{block}; off by {error:.0e} in its check"
-                return Choice(block, f"{why}; refused: {'; '.join(refused)}" if refused else why)
-            refused.append(f"{block}: {error if isinstance(error, str) else f'off by {error:.0e}'}")
-        told = "; ".join(refused) or "none gives the log-sum-exp of its rows"
+        forms = self._forms(q, k, v, repeatable)
+        found = check.first_that_agrees(forms, lambda block: _error(block, q, k, v, scale), q.dtype)
+        if found.value is not None:
+            return found
+        told = found.reason or "none gives the log-sum-exp of its rows"
         return Choice(None, f"torch has no block of attention here, {whole.ATTENTION}={self._asked}: {told}")
 
     def _forms(self, q: Tensor, k: Tensor, v: Tensor, repeatable: bool) -> Iterator[TorchBlock]:
