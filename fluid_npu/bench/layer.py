@@ -191,9 +191,8 @@ class Bench:
 
     def _results(self, impl: Impl) -> dict[str, torch.Tensor]:
         recorded = getattr(impl.variant.layer.mlp, "graphed", None) is not None
-        for _ in range(
-            CALLS_BEFORE_RECORDING + 2 if recorded else 1
-        ):  # of a layer that is replayed, what a replay gives
+        calls = CALLS_BEFORE_RECORDING + 2 if recorded else 1  # of a layer that is replayed, what a replay gives
+        for _ in range(calls):
             impl.variant.ddp.zero_grad_buffer()
             x, dy = self.inputs[0]
             x = x.detach().requires_grad_()
