@@ -8,6 +8,7 @@ the command.
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,10 @@ from fluid_npu.train.parallel import Place
 #: What a reading may exceed the first by. Python's own allocator and gloo's buffers move resident memory by a little,
 #: and of the last step an object or two may still be alive; what is kept at every step is hundreds.
 ALLOWED = {"device_bytes": 0, "resident_mib": 8, "tensors": 0, "objects": 8, "descriptors": 0, "threads": 0}
+
+
+#: A thread that looks after exchanges drops those that have ended at its next look (peer_watch: every 0.25 s).
+_SETTLED_S = 0.6
 
 
 def measure(config: TrainConfig, options: dict[str, Any], place: Place) -> dict[str, Any]:
@@ -97,6 +102,7 @@ def _reading(variant: LayerVariant, place: Place) -> dict[str, float]:
     if variant.scheduler is not None:
         variant.scheduler.get_stats()  # adds up timings, which are kept until there are many
     place.device.synchronize()
+    time.sleep(_SETTLED_S)
     gc.collect()
     everything = gc.get_objects()
     process = psutil.Process()

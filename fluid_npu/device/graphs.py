@@ -3,14 +3,22 @@
 A recorder runs a body while the device takes notes instead of working. The body's results are tensors at fixed
 addresses; each replay does all of its work again, from what lies at the addresses it read. Recordings of one recorder
 share memory: they must be replayed in the order in which they were made.
+
+NCCL does not end a communicator while a graph lives that has recorded one of its calls (``ncclCommDestroy`` waits for
+it), so ``torch.distributed.destroy_process_group()`` would never return. All recordings are therefore given back before
+the process groups end: by ``release_recordings``, which is called for the caller once there is something to release.
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
+import weakref
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from fluid_npu.device.choice import Choice
 
@@ -24,6 +32,41 @@ class GraphRecorder(Protocol):
         """(what replays the body, its results). The body's own work is not done before the first replay."""
 
 
+class Recording(Protocol):
+    """What one body was recorded as."""
+
+    def reset(self) -> None:
+        """Gives it back; it cannot be replayed any more."""
+
+
+_living: weakref.WeakSet[Recording] = weakref.WeakSet()
+
+
+def release_recordings() -> None:
+    """Gives all recordings of this process back; replaying one raises RuntimeError from then on."""
+    for recording in list(_living):
+        recording.reset()
+    _living.clear()
+
+
+def release_at_the_end(recording: Recording) -> None:
+    """The recording is given back before all process groups end, and before the process does."""
+    _living.add(recording)
+    destroy = dist.destroy_process_group
+    if hasattr(destroy, "releases_recordings"):
+        return
+
+    @functools.wraps(destroy)
+    def release_and_destroy(group: Any = None) -> None:
+        if group in (None, dist.GroupMember.WORLD):
+            release_recordings()
+        destroy(group)
+
+    release_and_destroy.releases_recordings = True  # type: ignore[attr-defined]
+    dist.destroy_process_group = release_and_destroy
+    atexit.register(release_recordings)
+
+
 class CudaGraphRecorder:
     """CUDA graphs in one private memory pool."""
 
@@ -35,6 +78,7 @@ class CudaGraphRecorder:
         # thread_local: NCCL's watchdog asks for events meanwhile, and the backward runs on threads of autograd.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             made = body()
+        release_at_the_end(graph)
         return graph.replay, made
 
 

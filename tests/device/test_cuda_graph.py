@@ -67,6 +67,31 @@ def both(cases: list[Steps], store: str) -> list[tuple[dict[str, Any], dict[str,
     return found
 
 
+def ends(case: Steps, store: str) -> bool:
+    """Records a layer, and ends the process groups while its recordings live; whether that came to an end."""
+    import torch.distributed as dist
+
+    from fluid_npu.device.choice import Choice
+    from fluid_npu.device.graphs import CudaGraphRecorder
+    from fluid_npu.mcore import graph_choice
+
+    kept: list[Any] = []
+
+    class Keeping(CudaGraphRecorder):
+        def record(self, body: Any) -> Any:
+            kept.append(super().record(body))
+            return kept[-1]
+
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    os.environ.setdefault("FLUID_ROW_KERNELS", "triton")
+    _on_nccl(store)
+    graph_choice.graph_recorder = lambda device: Choice(Keeping, "kept")
+    run_steps(replace(case, graph=True, ep=world, kept=False))
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.FileStore(f"{store}-end", world), rank=rank, world_size=world)
+    return len(kept) == 2
+
+
 def _on_host(run: dict[str, Any]) -> dict[str, Any]:
     return {**run, "tensors": {name: tensor.cpu() for name, tensor in run["tensors"].items()}}
 
@@ -80,6 +105,11 @@ def test_a_recorded_layer_has_the_bits_of_the_layer_as_ever(ranks: int, tmp_path
                 assert torch.equal(recorded["tensors"][name], wanted), (case, name)
             for name in ("a2a_count", "a2a_bytes", "total_dw_tasks", "completed_dw_tasks"):
                 assert recorded["stats"][name] == eager["stats"][name], (case, name)
+
+
+def test_process_groups_end_while_a_recording_is_alive(tmp_path: Path) -> None:
+    ranks = min(2, torch.cuda.device_count())
+    assert run_ranks(ranks, ends, CASES[0], str(tmp_path / "store"), timeout=100, start="spawn") == [True] * ranks
 
 
 def many(steps: int, store: str) -> tuple[int, int]:
