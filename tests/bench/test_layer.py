@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 from fluid_npu.bench.layer import _kernel_time
 from fluid_npu.bench.layer_cli import IMPLS
 from fluid_npu.bench.layer_levers import lever_rows
-from fluid_npu.bench.layer_parts import union
+from fluid_npu.bench.layer_parts import busy_parts, union
 from fluid_npu.bench.layer_text import layer_text, layer_verdict
 from fluid_npu.train.config import TrainConfig, validate
 from tests.support.clock import planted_time
@@ -196,6 +197,14 @@ def test_the_verdict_leaves_out_noise_and_parts_that_do_not_add_up() -> None:
 def test_the_union_of_kernels_counts_no_moment_twice() -> None:
     assert union([(5, 9), (0, 4), (2, 6), (20, 21)]) == 10.0
     assert union([]) == 0.0
+
+
+def test_of_two_profiled_steps_the_one_with_less_work_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = iter([{"a2a": 1.0, "experts": 9.0}, {"a2a": 2.0, "experts": 3.0}, None, {"a2a": 1.0}, None, None])
+    monkeypatch.setattr("fluid_npu.bench.layer_parts._profiled", lambda *_: next(steps))
+    cuda: Any = SimpleNamespace(name="cuda")
+    found = [busy_parts(cuda, cuda, print) for _ in range(3)]
+    assert found == [{"a2a": 2.0, "experts": 3.0}, {"a2a": 1.0}, None]
 
 
 def test_kernels_and_idle_sum_to_the_step_without_marks() -> None:
