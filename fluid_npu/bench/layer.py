@@ -143,8 +143,8 @@ class Bench:
         yield impl
 
     def _impl(self, kind: Any, weights: dict[str, torch.Tensor] | None) -> Impl:
-        nodes = {"a2a_node_size": self.node_size} if kind is ONCE_NODE else {}
-        config = replace(self.config, impl=kind.impl, **nodes)
+        size = self.node_size if kind is ONCE_NODE else self.config.a2a_node_size
+        config = replace(self.config, impl=kind.impl, a2a_node_size=size)
         variant = LayerVariant(kind, config, self.place, weights)
         self.forced.force(variant.model)
         return Impl(kind.name, variant, self._forward(variant))

@@ -10,6 +10,7 @@ full, before and after each (``recordings_mb``).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from itertools import accumulate
 from typing import Any
@@ -53,6 +54,14 @@ def recordings_mb(model: torch.nn.Module) -> float:
     """MiB that the recordings of a model's layers keep for themselves; 0 where none is recorded."""
     graphed = (getattr(module, "graphed", None) for module in model.modules())
     return sum(layer.held_bytes for layer in graphed if layer is not None) / _MIB
+
+
+def capacity_mb(device: Device) -> float:
+    """MiB of the accelerator's memory; endless on a CPU, whose memory all ranks share."""
+    if device.name == "cpu":
+        return math.inf
+    _, total = getattr(torch, device.name).mem_get_info()
+    return float(total) / _MIB
 
 
 def peak_of(changes: Iterable[int]) -> int:

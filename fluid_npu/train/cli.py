@@ -115,7 +115,7 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--local-first", action="store_true", help=text)
     text = "with --dispatch static on CUDA: record each MoE layer and replay it by one call of the host; on (the flag "
     text += "alone), off, or auto, which does so where nothing is in the way and says what is (off)"
-    words = {"nargs": "?", "const": True, "default": False, "type": _on_off_auto, "metavar": "NAME"}
+    words: dict[str, Any] = {"nargs": "?", "const": True, "default": False, "type": _on_off_auto, "metavar": "NAME"}
     group.add_argument("--moe-cuda-graph", **words, help=text)
     text = "with --cp: parts of a rank's heads, each part's AllToAlls beside the computation of others, or auto (1)"
     group.add_argument("--attention-chunks", type=_number_or_auto, default=1, metavar="N", help=text)

@@ -61,8 +61,8 @@ class TrainConfig:
     rank, ``overlap`` 'full' pipelines an MoE layer: a number, or 'auto'; with ``local_first`` rows that stay on their
     rank are a chunk before those. ``attention_chunks`` are the parts in which a context-parallel rank computes its
     heads, or 'auto', which decides from costs. ``interleave_batches`` trains MoE layers in two halves of a micro-batch.
-    ``moe_cuda_graph`` replays each MoE layer as a CUDA graph, 'auto' where that can be. ``overlap_grad_reduce`` reduces gradients over
-    data-parallel ranks during the backward, each bucket when it is ready.
+    ``moe_cuda_graph`` replays each MoE layer as a CUDA graph, 'auto' where that can be. ``overlap_grad_reduce`` reduces
+    gradients over data-parallel ranks during the backward, each bucket when it is ready.
     """
 
     preset: str = "mixtral-tiny"

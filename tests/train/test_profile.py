@@ -28,7 +28,10 @@ SETTINGS = {
 
 
 def settled(config_text: str, change: dict[str, Any]) -> tuple[bool, str, bool, Any, str, str]:
-    """carry_over, dispatch, halves, recording, overlap and its reason under a profile with a changed key, in a file of rank 0."""
+    """carry_over, dispatch, halves, recording, overlap and its reason under a profile with a changed key.
+
+    It is in a file of rank 0.
+    """
     from fluid_npu.train.overlap import settle
     from fluid_npu.train.parallel import join
 
