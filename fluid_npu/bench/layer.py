@@ -16,22 +16,25 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from fluid_npu.bench.agreement import TOLERANCE, Disagreement, Worst, names_over_ranks, over_ranks, worst_error
 from fluid_npu.bench.forced_routing import ForcedRouting
 from fluid_npu.bench.layer_baseline import Baseline
 from fluid_npu.bench.layer_floor import local_slices
-from fluid_npu.bench.layer_impls import EXTRAS, KINDS, NEVER, STATIC_GRAPH, LayerVariant, unavailable
+from fluid_npu.bench.layer_impls import EXTRAS, KINDS, NEVER, ONCE_NODE, STATIC_GRAPH, LayerVariant, unavailable
 from fluid_npu.bench.layer_levers import lever_rows
 from fluid_npu.bench.layer_parts import PARTS, Timeline, busy_parts, watched
 from fluid_npu.bench.machine import describe_machine
-from fluid_npu.bench.memory import held_mb, peak_memory_mb
+from fluid_npu.bench.memory import held_mb, peak_memory_mb, recordings_mb
 from fluid_npu.bench.result import envelope
 from fluid_npu.bench.rig import STOCK, MockData
 from fluid_npu.bench.rounds import run_rounds
 from fluid_npu.bench.stats import Times, paired_ratio, percentiles, quiet_halves
 from fluid_npu.bench.workloads import Sizes, tokens_of
+from fluid_npu.comm.transports.nodes import nodes_of
 from fluid_npu.device.choice import Choice
+from fluid_npu.mcore.dispatch_choice import lacks_nodes
 from fluid_npu.schedule.graphed import WARM_UP as CALLS_BEFORE_RECORDING
 from fluid_npu.train.config import TrainConfig
 from fluid_npu.train.parallel import Place
@@ -41,7 +44,7 @@ _PASSES = ("forward", "forward+backward")
 
 
 def measure(config: TrainConfig, options: dict[str, Any], place: Place) -> dict[str, Any]:
-    """The result on this rank. ``options``: impls, part, workload, rounds, command, plant_error."""
+    """The result on this rank. ``options``: impls, part, workload, rounds, command, plant_error, node_size."""
     machine = describe_machine(place)
     # Resolved, so that what depends on the device decides by what is there.
     bench = Bench(replace(config, device=place.device.name), options, place)
@@ -71,6 +74,7 @@ class Bench:
     def __init__(self, config: TrainConfig, options: dict[str, Any], place: Place) -> None:
         self.config, self.place, self.whole = config, place, options["part"] == "transformer"
         self.left_out: dict[str, str] = {}
+        self.node_size: int = options.get("node_size", 0)
         preset = config.model()
         tokens = preset.seq_length * preset.micro_batch_size
         sizes = Sizes(ranks=config.ep, experts=preset.experts, topk=preset.topk, tokens=tokens)
@@ -96,6 +100,8 @@ class Bench:
             if name not in options["impls"]:
                 continue
             reason = unavailable(kind, self.config)
+            if kind is ONCE_NODE and reason is None:
+                reason = self._lacks_nodes()
             if kind is STATIC_GRAPH and self.forced.period > 1:
                 reason = f"workload {self.forced.name} changes its routing on the host; a recording repeats one"
             if reason is not None:
@@ -107,6 +113,13 @@ class Bench:
                     self._leave_out(kind.name, f"cannot be built: {type(error).__name__}: {error}")
             else:
                 yield stock if kind is STOCK else self._impl(kind, stock.variant.weights())
+
+    def _lacks_nodes(self) -> str | None:
+        """Why no token can be sent once per node, or None."""
+        if not self.node_size:
+            return "which ranks are a node is not known; give --a2a-node-size"
+        ranks = dist.get_process_group_ranks(parallel_state.get_expert_model_parallel_group())
+        return lacks_nodes(nodes_of(ranks, self.node_size)) or None
 
     def _baseline(self, stock: Impl, options: dict[str, Any]) -> Iterator[Impl]:
         preset = self.config.model()
@@ -130,7 +143,8 @@ class Bench:
         yield impl
 
     def _impl(self, kind: Any, weights: dict[str, torch.Tensor] | None) -> Impl:
-        config = replace(self.config, impl=kind.impl)
+        size = self.node_size if kind is ONCE_NODE else self.config.a2a_node_size
+        config = replace(self.config, impl=kind.impl, a2a_node_size=size)
         variant = LayerVariant(kind, config, self.place, weights)
         self.forced.force(variant.model)
         return Impl(kind.name, variant, self._forward(variant))
@@ -257,7 +271,8 @@ class Bench:
         step(0)
         held = held_mb(self.place.device, lambda: self._step(impl, "forward", False)(0))
         peak = peak_memory_mb(self.place.device, lambda: step(0))
-        most = torch.tensor([held, peak], device=self.place.device.torch_device(self.place.local_rank))
+        kept = recordings_mb(impl.variant.layer)
+        most = torch.tensor([held + kept, peak + kept], device=self.place.device.torch_device(self.place.local_rank))
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return {"activation_memory_mb": float(most[0]), "peak_memory_mb": float(most[1])}
 

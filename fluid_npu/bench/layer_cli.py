@@ -12,6 +12,7 @@ from fluid_npu.train.presets import PresetError, get_preset
 IMPLS = (
     *("baseline", "stock-sequential", "stock-grouped", "stock-grouped-torch", "stock-te", "stock-te-overlapped"),
     *("ours-plain", "ours-overlapped", "ours-once", "ours-peer", "ours-once-peer", "ours-2-chunks", "ours-4-chunks"),
+    "ours-once-node",
     *("ours-static", "ours-static-peer", "ours-static-graph", "ours-once-2-chunks", "ours-once-fp8"),
     *("ours-local-first", "ours-once-local-first"),
 )
@@ -48,6 +49,7 @@ def run_layer(args: argparse.Namespace) -> int:
         return fail("fluid-npu bench layer", str(error))
     cut = {"layers": 1, "first_dense_layers": 0, "vocab_size": 128, "seq_length": min(preset.seq_length, _LONGEST)}
     options = {"impls": list(dict.fromkeys(args.impl)), "part": args.part, "workload": args.workload}
+    options["node_size"] = _taken_node_size(args)
     return run_bench(
         args,
         "layer",
@@ -57,3 +59,12 @@ def run_layer(args: argparse.Namespace) -> int:
         preset=args.preset,
         cut=cut,
     )
+
+
+def _taken_node_size(args: argparse.Namespace) -> int:
+    """``--a2a-node-size`` for ours-once-node; taken from the flags where no other part of the run has nodes."""
+    size: int = args.a2a_node_size
+    of_all = args.a2a_transport in ("auto", "two-level") or args.dispatch in ("auto", "once-per-node")
+    if "ours-once-node" in args.impl and size > 0 and args.nproc % size == 0 and not of_all:
+        args.a2a_node_size = 0
+    return size

@@ -19,7 +19,7 @@ from fluid_npu.schedule.scheduler import BackwardScheduler
 #: One object, so that a recording of the floor finds the transport that it was made with.
 _COLLECTIVE = CollectiveTransport()
 #: Recordings of floors, by layer: those of the layer itself have its AllToAlls.
-_FLOORS: weakref.WeakKeyDictionary[Any, GraphedLayer] = weakref.WeakKeyDictionary()
+_FLOORS: weakref.WeakKeyDictionary[Any, GraphedLayer | None] = weakref.WeakKeyDictionary()
 
 
 class _Done:

@@ -35,6 +35,9 @@ LEGACY_TORCH = Kind(name="stock GroupedMLP over torch", impl="stock")
 TE = Kind(name="stock TEGroupedMLP", impl="stock")
 TE_OVERLAPPED = Kind(name="stock TEGroupedMLP, dW beside dispatch", impl="stock")
 ONCE = Kind(name="ours overlapped, once per rank", impl="fluid", overlap="dw", changes=(("dispatch", "once-per-rank"),))
+ONCE_NODE = Kind(
+    name="ours overlapped, once per node", impl="fluid", overlap="dw", changes=(("dispatch", "once-per-node"),)
+)
 PEER = Kind(name="ours overlapped, peer copies", impl="fluid", overlap="dw", changes=(("a2a_transport", "peer-copy"),))
 ONCE_PEER = Kind(
     name="ours overlapped, once per rank, peer copies",
@@ -91,12 +94,12 @@ OWN_OVERLAP = "overlap_dispatch_backward_with_experts_wgrad"
 #: out.
 EXTRAS = (
     *(LEGACY, LEGACY_TORCH, TE, TE_OVERLAPPED, PEER, ONCE_PEER, STATIC, STATIC_PEER, STATIC_GRAPH, ONCE_FP8),
-    *(ONCE_IN_CHUNKS, LOCAL_FIRST, ONCE_LOCAL_FIRST),
+    *(ONCE_IN_CHUNKS, LOCAL_FIRST, ONCE_LOCAL_FIRST, ONCE_NODE),
 )
 #: Forms of sending to other ranks.
 _TO_OTHERS = (
     *(ONCE, PEER, ONCE_PEER, STATIC, STATIC_PEER, STATIC_GRAPH, ONCE_IN_CHUNKS, ONCE_FP8),
-    *(LOCAL_FIRST, ONCE_LOCAL_FIRST),
+    *(LOCAL_FIRST, ONCE_LOCAL_FIRST, ONCE_NODE),
 )
 KINDS = {
     "stock-sequential": STOCK,
@@ -108,6 +111,7 @@ KINDS = {
     "ours-overlapped": OVERLAPPED,
     **{f"ours-{n}-chunks": kind for n, kind in IN_CHUNKS.items()},
     "ours-once": ONCE,
+    "ours-once-node": ONCE_NODE,
     "ours-peer": PEER,
     "ours-once-peer": ONCE_PEER,
     "ours-static": STATIC,

@@ -24,7 +24,7 @@ def layer_text(result: Row) -> str:
     parts.append(
         f"{result['part']} layer of {result['preset']}{cut}, {result['dtype']}, workload {result['workload']}; rounds: "
         f"{result['rows'][0]['rounds']}, interleaved; slowest rank; floor: each AllToAll a local slice; held: alive "
-        "after forward for backward; parts: from steps of their own"
+        "after forward for backward, and what a recorded layer keeps for itself; parts: from steps of their own"
     )
     parts += [f"left out: {name}: {reason}" for name, reason in result["left_out"].items()]
     worst = max((entry["error"] for entry in result["agreement"].values()), default=0.0)

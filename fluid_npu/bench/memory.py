@@ -3,10 +3,14 @@
 On a CPU: the peak of live tensor bytes, from every allocation and release that torch's profiler records while the
 call runs. gloo's threads may be the last to let go of a buffer, and what they release is not recorded: one call can
 show too much, never too little, so the least of a few calls counts. On an accelerator: the allocator's own peak.
+
+What a recorded layer computes lies in memory that it took when it was recorded, which no call allocates: it counts in
+full, before and after each (``recordings_mb``).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from itertools import accumulate
 from typing import Any
@@ -44,6 +48,20 @@ def held_mb(device: Device, call: Callable[[], Any]) -> float:
     held = module.memory_allocated() - before
     del kept
     return float(held) / _MIB
+
+
+def recordings_mb(model: torch.nn.Module) -> float:
+    """MiB that the recordings of a model's layers keep for themselves; 0 where none is recorded."""
+    graphed = (getattr(module, "graphed", None) for module in model.modules())
+    return sum(layer.held_bytes for layer in graphed if layer is not None) / _MIB
+
+
+def capacity_mb(device: Device) -> float:
+    """MiB of the accelerator's memory; endless on a CPU, whose memory all ranks share."""
+    if device.name == "cpu":
+        return math.inf
+    _, total = getattr(torch, device.name).mem_get_info()
+    return float(total) / _MIB
 
 
 def peak_of(changes: Iterable[int]) -> int:

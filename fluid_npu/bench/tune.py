@@ -2,7 +2,8 @@
 
 A setting whose gradients differ from stock Megatron's, or which is not bitwise equal to its serialised twin, is never
 timed and never chosen; under context parallelism, which stock has with Transformer Engine alone, plain's gradients are
-the measure. Plain is the reference: another setting wins only if its paired 95 % interval is faster.
+the measure. Of layers that are recorded (CUDA graphs) a replay is checked, and their memory counts. Plain is the
+reference: another setting wins only if its paired 95 % interval is faster.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ import torch.distributed as dist
 
 from fluid_npu.bench.agreement import TOLERANCE, Disagreement, Gradients, check_agreement, gradients_of
 from fluid_npu.bench.machine import describe_machine
-from fluid_npu.bench.memory import peak_memory_mb
+from fluid_npu.bench.memory import peak_memory_mb, recordings_mb
 from fluid_npu.bench.plant import plant_error
 from fluid_npu.bench.result import envelope
 from fluid_npu.bench.rig import STOCK, Kind, MockData, Variant, build_variants, fuse_weight_gradients
 from fluid_npu.bench.rounds import run_rounds
 from fluid_npu.bench.stats import Times, paired_ratio, percentiles, quiet_halves
+from fluid_npu.bench.tune_recorded import recorded_mb
 from fluid_npu.comm.shards import balanced_part
 from fluid_npu.train.attention_plan import attention_obstacle
 from fluid_npu.train.config import TrainConfig
@@ -42,11 +44,13 @@ _PLAIN: dict[str, Any] = {
     "local_first": False,
     "interleave_batches": False,
     "attention_chunks": 1,
+    "moe_cuda_graph": False,
 }
 _DW: dict[str, Any] = {"overlap": "dw"}
 _BOTH: dict[str, Any] = {"overlap": "dw", "carry_over": True}
 _CHUNKS: dict[str, Any] = {"overlap": "full", "carry_over": True}
 _ONCE: dict[str, Any] = {"dispatch": "once-per-rank"}
+_STATIC: dict[str, Any] = {**_DW, "dispatch": "static"}
 
 #: Name and settings; the first is the reference.
 CANDIDATES: tuple[tuple[str, dict[str, Any]], ...] = tuple(
@@ -62,6 +66,8 @@ CANDIDATES: tuple[tuple[str, dict[str, Any]], ...] = tuple(
         ("2 chunks of attention heads, dW beside both", {**_BOTH, "attention_chunks": 2}),
         ("tokens once per rank", _ONCE),
         ("tokens once per rank in 2 chunks of them, dW beside both", {**_CHUNKS, **_ONCE, "moe_chunks": 2}),
+        ("tokens to every rank, dW beside the dispatch's backward", _STATIC),
+        ("tokens to every rank, recorded, dW beside the dispatch's backward", {**_STATIC, "moe_cuda_graph": True}),
         ("tokens once per rank, dW beside both", {**_BOTH, **_ONCE}),
     )
 )
@@ -78,11 +84,10 @@ def measure(config: TrainConfig, options: dict[str, Any], place: Place) -> dict[
     rows: list[dict[str, Any]] = []
     timed: list[Variant] = []
     for name, settings in CANDIDATES:
-        impossible = _impossible(settings, config)
-        if impossible is not None:
-            rows.append({**_row(name, settings), "refused": impossible})
+        variant = _possible(name, settings, config, place, stock)
+        if isinstance(variant, str):
+            rows.append({**_row(name, settings), "refused": variant})
             continue
-        variant = _variant(name, settings, config, place, stock)
         if options.get("plant_error") and name == CANDIDATES[-1][0]:
             plant_error(variant, options["plant_error"])
         row, fits = _checked(variant, settings, stock, reference, batches[0])
@@ -120,7 +125,8 @@ def choose(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], str]:
 
 def _against_plain(row: dict[str, Any]) -> str:
     ratio, low, high = (row[f"ratio_plain_over_this{end}"] for end in ("", "_low", "_high"))
-    return f"{row['median_ms']:.2f} ms, {ratio:.3f} times plain's speed (95 %: {low:.3f} to {high:.3f})"
+    kept = f"; its recordings keep {row['recordings_mb']:.1f} MiB" if row.get("recordings_mb") else ""
+    return f"{row['median_ms']:.2f} ms, {ratio:.3f} times plain's speed (95 %: {low:.3f} to {high:.3f}){kept}"
 
 
 def _first(config: TrainConfig, place: Place) -> Variant:
@@ -139,6 +145,19 @@ def _own_part(batch: dict[str, Any], place: Place) -> dict[str, Any]:
     rows = {name: value for name, value in batch.items() if name != "attention_mask"}
     parts = {name: balanced_part(value, place.cp_size, place.cp_rank, 1) for name, value in rows.items()}
     return {**parts, "attention_mask": None}
+
+
+def _possible(name: str, settings: dict[str, Any], config: TrainConfig, place: Place, stock: Variant) -> Variant | str:
+    """The setting's model, or why there is none; a function of configuration and device, so equal on all ranks."""
+    impossible = _impossible(settings, config)
+    if impossible is not None:
+        return impossible
+    try:
+        return _variant(name, settings, config, place, stock)
+    except ValueError as error:
+        if not settings["moe_cuda_graph"]:
+            raise
+        return str(error).removeprefix("cuda_graph=True: ").partition(" when instantiating ")[0]  # Megatron adds that
 
 
 def _variant(name: str, settings: dict[str, Any], config: TrainConfig, place: Place, stock: Variant) -> Variant:
@@ -176,6 +195,8 @@ def _checked(
     row = _row(variant.name, settings)
     twins = [] if settings["overlap"] == "off" else [variant.as_twin()]
     try:
+        if settings["moe_cuda_graph"]:
+            row["recordings_mb"] = recorded_mb(variant, batch, variant.place)
         worst = check_agreement([stock, variant, *twins], batch, TOLERANCE[variant.config.dtype or "fp32"], reference)
     except Disagreement as error:
         return {**row, "refused": str(error)}, False
@@ -187,8 +208,8 @@ def _step(variant: Variant, batches: Sequence[Any]) -> Any:
 
 
 def _peak(variant: Variant, batch: Any, place: Place) -> float:
-    """MiB of a step on the rank that needs most. Collective."""
-    peak = peak_memory_mb(place.device, lambda: variant.forward_backward(batch))
+    """MiB of a step on the rank that needs most, with what recordings keep. Collective."""
+    peak = peak_memory_mb(place.device, lambda: variant.forward_backward(batch)) + recordings_mb(variant.model)
     most = torch.tensor([peak], device=place.device.torch_device(place.local_rank))
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return float(most)

@@ -21,8 +21,9 @@ def add_tune_parser(subparsers: Any) -> None:
         "tune",
         help="measure which settings are fastest for a model here, write a profile",
         description="Runs forward and backward of two layers of the model under every setting: gradients checked "
-        "against stock Megatron and against the serialised twin, then timed in paired, interleaved rounds. Writes the "
-        "fastest into a profile, or plain where nothing is told from it. 'fluid-npu train --profile FILE' takes it.",
+        "against stock Megatron and against the serialised twin, then timed in paired, interleaved rounds; on CUDA "
+        "also with MoE layers recorded. Writes the fastest into a profile, or plain where nothing is told from it. "
+        "'fluid-npu train --profile FILE' takes it.",
     )
     add_model_flags(parser, "mixtral-tiny")
     add_rounds_flag(parser, "20")
@@ -73,7 +74,8 @@ def tune_text(result: dict[str, Any], path: str) -> str:
         error = f"{row['error']:.1e}"
         lines.append((row["setting"], noisy, *figures, f"{ratio:.3f} ({low:.3f} to {high:.3f})", error))
     cut = "".join(f" --{name.replace('_', '-')} {value}" for name, value in result["cut"].items())
-    model = f"{result['preset']}{cut}, {result['dtype']}; forward and backward into main_grad, not reduced"
+    model = f"{result['preset']}{cut}, {result['dtype']}; forward and backward into main_grad, not reduced; "
+    model += "peak: with what recorded layers keep for themselves"
     profile = result["profile"]
     settings = ", ".join(f"{name} {value}" for name, value in profile["settings"].items())
     refused = [f"REFUSED {row['setting']}: {row['refused']}" for row in result["rows"] if row["refused"]]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import atexit
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -30,6 +30,9 @@ class GraphRecorder(Protocol):
 
     def record(self, body: Callable[[], T]) -> tuple[Callable[[], None], T]:
         """(what replays the body, its results). The body's own work is not done before the first replay."""
+
+    def held_bytes(self) -> int:
+        """Of the memory that the recordings share; no tensor of anybody else can be there."""
 
 
 class Recording(Protocol):
@@ -80,6 +83,14 @@ class CudaGraphRecorder:
             made = body()
         release_at_the_end(graph)
         return graph.replay, made
+
+    def held_bytes(self) -> int:
+        return bytes_of_pool(torch.cuda.memory_snapshot(), self._pool)
+
+
+def bytes_of_pool(segments: Iterable[Mapping[str, Any]], pool: tuple[int, int]) -> int:
+    """What torch's allocator took from the device for a pool, used or not: the ``segments`` of a memory snapshot."""
+    return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == tuple(pool))
 
 
 def graph_recorder(device: torch.device) -> Choice[Callable[[], GraphRecorder] | None]:

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from fluid_npu.comm.transports import Transport
 from fluid_npu.mcore.chunk_choice import AUTO, check_chunks, check_local_first
 from fluid_npu.mcore.dispatch_choice import check_dispatch
+from fluid_npu.mcore.graph_choice import check_graph
 from fluid_npu.ops.payload_fp8 import payload_of
 from fluid_npu.schedule.live import register
 from fluid_npu.schedule.scheduler import BackwardScheduler
@@ -43,7 +44,7 @@ class SchedulerBinder:
         attention_chunks: int = 1,
         interleave_batches: bool = False,
         payload_dtype: str = "same",
-        cuda_graph: bool = False,
+        cuda_graph: bool | str = False,
         local_first: bool = False,
         node_size: int = 0,
     ) -> None:
@@ -55,7 +56,7 @@ class SchedulerBinder:
         self.interleave_batches = interleave_batches
         self.payload = payload_of(payload_dtype)
         self.gemm_fusion = gemm_fusion
-        self.cuda_graph = cuda_graph
+        self.cuda_graph = check_graph(cuda_graph)
         self.dispatch = check_dispatch(dispatch)
         self.node_size = node_size or int(getattr(transport, "node_size", 0))
         self._settings: dict[str, Any] = {"overlap": overlap, "carry_over": carry_over, "transport": transport}

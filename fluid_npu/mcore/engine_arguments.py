@@ -42,6 +42,7 @@ class EngineArguments(TypedDict, total=False):
     interleave_batches: bool
     """Layers with experts train in two halves of a micro-batch, the AllToAlls of each beside the computation of the
     other (``mcore.interleave``): as two micro-batches of half the size."""
-    cuda_graph: bool
+    cuda_graph: bool | str
     """Each MoE layer's forward and backward are recorded after a few calls and replayed by one call of the host each;
-    CUDA and dispatch='static' alone."""
+    CUDA and dispatch='static' alone. True refuses a layer of which that cannot be, 'auto' leaves it as it is and says
+    why."""

@@ -1,7 +1,8 @@
 """Whether an MoE layer's forward and backward can be recorded as a whole, and what is in the way.
 
 Asked for by ``cuda_graph``; off by default. What is refused either waits for the host, or leaves work or state outside
-the layer that a replay would not touch.
+the layer that a replay would not touch; 'auto' then leaves the layer as it is. All of it follows from the configuration
+and the device, which are equal on all ranks.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 
 from fluid_npu.comm.transports import CollectiveTransport
+from fluid_npu.device.choice import Choice
 from fluid_npu.device.graphs import GraphRecorder, graph_recorder
+from fluid_npu.mcore.chunk_choice import AUTO
 from fluid_npu.mcore.experts import FluidGroupedMLP
 from fluid_npu.mcore.lines.aux_losses import HAS_TRACKER, tensors_outside
 from fluid_npu.schedule.graphed import GraphedLayer
@@ -29,17 +32,32 @@ _REFUSED: dict[str, tuple[Any, str]] = {
 _KEPT_ALONE = frozenset(("moe_act", "core_attn", "mla_up_proj"))
 
 
-def graphed(layer: Any, forward: Callable[[Tensor], Tensor]) -> GraphedLayer:
-    """What calls ``forward``, the layer's own, until it can be replayed.
+def check_graph(asked: bool | str) -> bool | str:
+    """The value itself. Raises ValueError for another one."""
+    if asked is not True and asked is not False and asked != AUTO:
+        raise ValueError(f"cuda_graph={asked!r}: allowed are True, False and {AUTO!r}")
+    return asked
 
-    Raises ValueError naming everything that is in the way.
+
+def graphed(layer: Any, forward: Callable[[Tensor], Tensor], asked: bool | str = True) -> GraphedLayer | None:
+    """What calls ``forward``, the layer's own, until it can be replayed; None where no recording is made.
+
+    ``asked``: as ``check_graph``. What 'auto' chose is announced. Raises ValueError naming everything that is in the
+    way where True was asked.
     """
+    if asked is False:
+        return None
     recorder: Callable[[], GraphRecorder] | None = None
     problems = list(_obstacles(layer))
     if not problems:
         recorder, reason = graph_recorder(_device_of(layer))
-        problems += [f"{reason}; leave cuda_graph out"] if recorder is None else []
+        problems += [reason if asked == AUTO else f"{reason}; leave cuda_graph out"] if recorder is None else []
+    if asked == AUTO:
+        found = "; ".join(problems) or "nothing is in the way: the host launches forward and backward by one call each"
+        Choice(not problems, found).announce("recorded MoE layers")
     if recorder is None:
+        if asked == AUTO:
+            return None
         raise ValueError(f"cuda_graph=True: {'; '.join(problems)}")
     # A layer is named when it is numbered, after it is built: the first one may be announced without.
     scheduler, name = lambda: layer.backward_scheduler, layer.label or "an MoE layer"

@@ -130,7 +130,7 @@ class FluidMoELayer(MoELayerInSteps):
         if self._binder.gemm_fusion and isinstance(self.experts, FluidGroupedMLP):
             self.experts.fuse_dw = True
         self._bind(layer_number)
-        self.graphed: GraphedLayer | None = graphed(self, self._in_one_piece) if self._binder.cuda_graph else None
+        self.graphed: GraphedLayer | None = graphed(self, self._in_one_piece, self._binder.cuda_graph)
 
     def forward(self, hidden_states: Tensor, *rest: Any, **more: Any) -> tuple[Tensor, Any]:
         """``([S, B, H], None)`` for ``[S, B, H]``; Megatron's own forward, or a replay of it."""

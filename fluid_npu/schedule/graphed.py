@@ -74,6 +74,11 @@ class GraphedLayer:
         """Whether there is something to replay."""
         return self._recording is not None
 
+    @property
+    def held_bytes(self) -> int:
+        """Of what the recording keeps for itself between steps: its memory, input and output gradient; 0 without."""
+        return 0 if self._recording is None else self._recording.held_bytes
+
     def __call__(self, x: Tensor) -> Tensor:
         """The layer's output, as a tensor of its own."""
         if not torch.is_grad_enabled():
@@ -157,6 +162,7 @@ class _Recording:
     ) -> None:
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.scheduler = scheduler
+        self._recorder = recorder
         self._pending: weakref.ref[_Token] | None = None
         self._out: Tensor | None = None
         twins = {parameter: _twin(parameter) for parameter in module.parameters()}
@@ -183,6 +189,11 @@ class _Recording:
         self.dy = torch.zeros_like(self.out)
         self.replay_backward, self.grads = recorder.record(backward_body)
         self.fused = [_added(twins[parameter]) for parameter in self.parameters]
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the recorder's memory, and of the two buffers outside it."""
+        return self._recorder.held_bytes() + self.x.nbytes + self.dy.nbytes
 
     @property
     def waits_for_backward(self) -> bool:

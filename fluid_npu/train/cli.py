@@ -113,8 +113,10 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--moe-chunks", default="auto", metavar="N", type=_number_or_auto, help=text)
     text = "with --overlap full: rows that stay on their rank are a chunk before the others"
     group.add_argument("--local-first", action="store_true", help=text)
-    text = "with --dispatch static on CUDA: record each MoE layer and replay it by one call of the host"
-    group.add_argument("--moe-cuda-graph", action="store_true", help=text)
+    text = "with --dispatch static on CUDA: record each MoE layer and replay it by one call of the host; on (the flag "
+    text += "alone), off, or auto, which does so where nothing is in the way and says what is (off)"
+    words: dict[str, Any] = {"nargs": "?", "const": True, "default": False, "type": _on_off_auto, "metavar": "NAME"}
+    group.add_argument("--moe-cuda-graph", **words, help=text)
     text = "with --cp: parts of a rank's heads, each part's AllToAlls beside the computation of others, or auto (1)"
     group.add_argument("--attention-chunks", type=_number_or_auto, default=1, metavar="N", help=text)
     text = "train MoE layers in two halves of a micro-batch, the AllToAlls of each beside the other's computation"
@@ -135,6 +137,11 @@ def _number_or_auto(text: str) -> int | str:
         return int(text)
     except ValueError:
         return text
+
+
+def _on_off_auto(text: str) -> bool | str:
+    """What ``validate`` judges: a bool where it is one."""
+    return {"on": True, "off": False}.get(text, text)
 
 
 def config_of(args: argparse.Namespace) -> TrainConfig:

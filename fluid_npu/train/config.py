@@ -61,8 +61,8 @@ class TrainConfig:
     rank, ``overlap`` 'full' pipelines an MoE layer: a number, or 'auto'; with ``local_first`` rows that stay on their
     rank are a chunk before those. ``attention_chunks`` are the parts in which a context-parallel rank computes its
     heads, or 'auto', which decides from costs. ``interleave_batches`` trains MoE layers in two halves of a micro-batch.
-    ``moe_cuda_graph`` replays each MoE layer as a CUDA graph. ``overlap_grad_reduce`` reduces gradients over
-    data-parallel ranks during the backward, each bucket when it is ready.
+    ``moe_cuda_graph`` replays each MoE layer as a CUDA graph, 'auto' where that can be. ``overlap_grad_reduce`` reduces
+    gradients over data-parallel ranks during the backward, each bucket when it is ready.
     """
 
     preset: str = "mixtral-tiny"
@@ -102,7 +102,7 @@ class TrainConfig:
     local_first: bool = False
     attention_chunks: int | str = 1
     interleave_batches: bool = False
-    moe_cuda_graph: bool = False
+    moe_cuda_graph: bool | str = False
     a2a_transport: str = "collective"
     a2a_node_size: int = 0
     a2a_payload_dtype: str = "same"
@@ -205,7 +205,9 @@ def _check_choices(c: TrainConfig) -> None:
     _check_node_size(c)
     _check_interleave(c)
     _check_payload(c)
-    if c.moe_cuda_graph:
+    if c.moe_cuda_graph not in (True, False, "auto"):
+        raise ConfigError(f"--moe-cuda-graph {c.moe_cuda_graph!r}: allowed are on, off, auto")
+    if c.moe_cuda_graph is True:
         _check_moe_cuda_graph(c)
     if c.impl == "stock":
         _check_stock(c)
@@ -342,6 +344,7 @@ def _check_stock(c: TrainConfig) -> None:
             "has none; leave it out, or use --impl fluid",
         ),
         (c.interleave_batches, "--interleave-batches", "has none; leave it out, or use --impl fluid"),
+        (c.moe_cuda_graph == "auto", "--moe-cuda-graph auto", "has none; leave it out, or use --impl fluid"),
         (
             c.a2a_payload_dtype != "same",
             f"--a2a-payload-dtype {c.a2a_payload_dtype}",
@@ -365,6 +368,7 @@ def _check_profile(c: TrainConfig, path: str) -> None:
         (c.dispatch != "plain", f"--dispatch {c.dispatch}"),
         (c.moe_chunks != "auto", f"--moe-chunks {c.moe_chunks}"),
         (c.interleave_batches, "--interleave-batches"),
+        (c.moe_cuda_graph is not False, "--moe-cuda-graph"),
         (c.attention_chunks != 1, f"--attention-chunks {c.attention_chunks}"),
     )
     for given, text in decided:

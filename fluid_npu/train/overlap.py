@@ -87,6 +87,8 @@ def settle(config: TrainConfig, place: Place) -> tuple[TrainConfig, Choice[str]]
     settings = profile.settings
     reason = f"--profile {config.profile}: {profile.reason}"
     own = {name: settings[name] for name in SETTINGS if name != "overlap"}
+    if own["moe_cuda_graph"]:
+        own["moe_cuda_graph"] = "auto"  # flags that the profile says nothing of may be in the way, such as --pp
     return replace(config, **own), Choice(settings["overlap"], reason)
 
 

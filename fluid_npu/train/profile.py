@@ -18,9 +18,12 @@ from fluid_npu.train.summary import versions
 if TYPE_CHECKING:
     from fluid_npu.train.parallel import Place
 
-SCHEMA = 3
+SCHEMA = 4
 #: Fields of TrainConfig that a profile may set.
-SETTINGS = ("overlap", "carry_over", "dispatch", "moe_chunks", "local_first", "interleave_batches", "attention_chunks")
+SETTINGS = (
+    *("overlap", "carry_over", "dispatch", "moe_chunks", "local_first", "interleave_batches", "attention_chunks"),
+    "moe_cuda_graph",
+)
 _SIZES = (
     "hidden",
     "heads",

@@ -6,6 +6,7 @@ Where milliseconds are planted only they pass (``tests/support/clock.py``).
 from __future__ import annotations
 
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,12 +16,13 @@ import numpy as np
 import pytest
 
 from fluid_npu.bench.layer import _kernel_time
-from fluid_npu.bench.layer_cli import IMPLS
+from fluid_npu.bench.layer_cli import IMPLS, _taken_node_size
 from fluid_npu.bench.layer_levers import lever_rows
 from fluid_npu.bench.layer_parts import busy_parts, union
 from fluid_npu.bench.layer_text import layer_text, layer_verdict
 from fluid_npu.train.config import TrainConfig, validate
 from tests.support.clock import planted_time
+from tests.support.fake_graph import FakeRecorder
 
 CUT = {"layers": 1, "first_dense_layers": 0, "vocab_size": 128, "seq_length": 16, "micro_batch_size": 2}
 SMALL = {**CUT, "hidden": 32, "ffn": 24, "moe_ffn": 24, "heads": 4, "experts": 8, "topk": 2}
@@ -36,7 +38,7 @@ def config(preset: str, dtype: str = "fp32", **cut: int) -> TrainConfig:
 FEW = ("baseline", "stock-sequential", "stock-grouped", "ours-plain", "ours-overlapped", "ours-once")
 
 
-def bench(one: TrainConfig, part: str, workload: str = "W2", plant: float = 0.0) -> Any:
+def bench(one: TrainConfig, part: str, workload: str = "W2", plant: float = 0.0, **options: Any) -> Any:
     from fluid_npu.bench.layer import Bench
     from fluid_npu.train.parallel import join
     from tests.support.training import store
@@ -44,7 +46,8 @@ def bench(one: TrainConfig, part: str, workload: str = "W2", plant: float = 0.0)
     if not _PLACE:
         _PLACE.append(join(one, store()))
     impls = IMPLS if one.preset == "mixtral-tiny" else FEW
-    return Bench(one, {"impls": impls, "part": part, "workload": workload, "plant_error": plant}, _PLACE[0])
+    given = {"impls": impls, "part": part, "workload": workload, "plant_error": plant, **options}
+    return Bench(one, given, _PLACE[0])
 
 
 def agreements() -> dict[str, Any]:
@@ -168,6 +171,43 @@ def test_a_form_that_is_new_and_breaks_is_left_out_with_the_reason(run_ranks: Ca
     assert "ours overlapped, static" not in ran and "ours overlapped, once per rank" in ran
 
 
+def recorded() -> tuple[Any, list[dict[str, float]]]:
+    """A layer as ever and recorded, its recording of 1,024 MiB: what the check found, and memory of a step of each."""
+    from fluid_npu.device.choice import Choice
+    from fluid_npu.mcore import graph_choice
+
+    graph_choice.graph_recorder = lambda device: Choice(FakeRecorder, "a fake")
+    FakeRecorder.held_bytes = lambda self: 2**30  # type: ignore[method-assign]
+    made = bench(config("mixtral-tiny", kv_heads=2), "moe", "W0", impls=("ours-static", "ours-static-graph"))
+    return made.agreement, [made._memory(impl, "forward+backward") for impl in made.impls]
+
+
+def test_the_memory_of_a_recorded_layer_has_what_its_recording_keeps(run_ranks: Callable[..., list[Any]]) -> None:
+    for agreement, memory in run_ranks(2, recorded):
+        assert agreement["ours overlapped, static, recorded"]["error"] <= 1e-5
+        for name in ("activation_memory_mb", "peak_memory_mb"):
+            ever, replayed = (one[name] for one in memory)
+            assert 0 < ever < 100 and 1024 < replayed < 1024 + 100, name
+
+
+def by_nodes(node_size: int) -> tuple[Any, Any]:
+    made = bench(config("mixtral-tiny", kv_heads=2), "moe", impls=("ours-once-node",), node_size=node_size)
+    return made.agreement, made.left_out
+
+
+def test_once_per_node_runs_where_nodes_are_known_and_says_why_it_does_not(run_ranks: Callable[..., list[Any]]) -> None:
+    name = "ours overlapped, once per node"
+    assert run_ranks(2, by_nodes, 0)[0][1][name] == "which ranks are a node is not known; give --a2a-node-size"
+    assert "has 1 node(s) of 2 rank(s) (--a2a-node-size)" in run_ranks(2, by_nodes, 2)[0][1][name]
+    assert run_ranks(4, by_four, timeout=100)[0][0][name]["error"] <= 1e-5
+
+
+def by_four() -> tuple[Any, Any]:
+    one = replace(config("mixtral-tiny", kv_heads=2), nproc=4, ep=4)
+    made = bench(one, "moe", impls=("ours-once-node",), node_size=2)
+    return made.agreement, made.left_out
+
+
 def refused() -> str:
     from fluid_npu.bench.agreement import Disagreement
 
@@ -212,3 +252,10 @@ def test_kernels_and_idle_sum_to_the_step_without_marks() -> None:
     assert parts["experts"] == 5.0 and parts["a2a"] == 1.0, "the other rank's AllToAll waited for this one"
     assert parts["idle"] == 1.5 and sum(ms or 0.0 for ms in parts.values()) == 7.5
     assert _kernel_time([{"experts": 9.0}], 7.5)["idle"] == 0.0, "kernels longer than the step are not hidden in idle"
+
+
+def test_the_size_of_a_node_is_taken_for_once_per_node_alone() -> None:
+    flags = {"impl": ["ours-once-node"], "nproc": 4, "a2a_transport": "collective", "dispatch": "plain"}
+    for more, of_all in (({}, 0), ({"a2a_transport": "two-level"}, 2), ({"impl": ["ours-once"]}, 2), ({"nproc": 3}, 2)):
+        args = Namespace(a2a_node_size=2, **{**flags, **more})
+        assert _taken_node_size(args) == 2 and args.a2a_node_size == of_all, more

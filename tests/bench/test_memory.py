@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from fluid_npu.bench.memory import peak_memory_mb, peak_of
+from fluid_npu.bench.memory import peak_memory_mb, peak_of, recordings_mb
 from fluid_npu.device import get_device
 
 MIB = 2**20
@@ -38,3 +40,13 @@ def test_releases_alone_give_no_negative_peak() -> None:
     assert peak_of([-5, 3]) == 0
     assert peak_of([]) == 0
     assert peak_of([4, -4, 3, 3, -6]) == 6
+
+
+def test_what_recordings_keep_is_that_of_all_recorded_layers() -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self, held: int | None) -> None:
+            super().__init__()
+            self.graphed = None if held is None else SimpleNamespace(held_bytes=held)
+
+    model = torch.nn.ModuleList([torch.nn.Linear(1, 1), *map(Layer, (None, 2 * MIB, MIB // 2))])
+    assert recordings_mb(model) == 2.5

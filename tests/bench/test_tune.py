@@ -14,10 +14,12 @@ from fluid_npu.bench.tune import CANDIDATES, choose, measure
 from fluid_npu.cli import main
 from fluid_npu.train.config import TrainConfig
 from fluid_npu.train.profile import Profile, key_of
+from tests.support.fake_graph import FakeRecorder
 from tests.support.training import CUT, store
 
 _PLACE: list[Any] = []  # of this process; joined once
 PLAIN, DISPATCH, BOTH, *_, LAST = (settings for _, settings in CANDIDATES)
+((RECORDED, RECORDED_SETTINGS),) = (one for one in CANDIDATES if one[1]["moe_cuda_graph"])
 
 
 def row(number: int, ms: float, low: float, *, judged: bool = True, refused: str | None = None) -> dict[str, Any]:
@@ -62,9 +64,12 @@ def test_every_setting_is_checked_and_a_wrong_one_is_not_timed(run_ranks: Callab
     (right, key), (other, _) = run_ranks(2, tuned, 0.0)
     assert right["profile"] == other["profile"] and right["profile"]["key"] == key
     assert [one["setting"] for one in right["rows"]] == [name for name, _ in CANDIDATES]
-    (no_heads,) = (one for one in right["rows"] if one["settings"]["attention_chunks"] > 1)
-    assert no_heads["refused"] == "with --cp 1 no heads are exchanged"
-    rows = [one for one in right["rows"] if one is not no_heads]
+    refused = {one["setting"]: one["refused"] for one in right["rows"] if one["refused"]}
+    assert refused == {
+        "2 chunks of attention heads, dW beside both": "with --cp 1 no heads are exchanged",
+        RECORDED: "only CUDA graphs are supported, and the layer is on cpu; leave cuda_graph out",
+    }
+    rows = [one for one in right["rows"] if not one["refused"]]
     assert all(one["error"] <= 1e-5 and one["median_ms"] > 0 and one["peak_memory_mb"] > 0 for one in rows)
     wrong = run_ranks(2, tuned, 0.01)[0][0]
     assert "allowed 1e-05; a wrong result is not timed" in wrong["rows"][-1]["refused"]
@@ -89,6 +94,78 @@ def of_heads() -> tuple[dict[str, Any], dict[str, Any]]:
         one for number, one in enumerate(CANDIDATES) if not number or one[1]["attention_chunks"] > 1
     )
     return tuned(0.0, cp=2, cut={**CUT, "layers": 2})
+
+
+class Wrong(FakeRecorder):
+    """Replays that are a little off."""
+
+    def record(self, body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        replay, made = super().record(body)
+
+        def off() -> None:
+            replay()
+            for tensor in made if isinstance(made, tuple) else (made,):
+                if tensor is not None:
+                    tensor.mul_(1.01)
+
+        return off, made
+
+
+class Refuses(FakeRecorder):
+    def record(self, body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        raise RuntimeError("planted")
+
+
+def of_recordings(recorder: type[FakeRecorder], capacity_mb: float) -> tuple[dict[str, Any], list[int]]:
+    """Plain and recorded, on a device of so much memory: the result, and the replays of each layer's two bodies."""
+    from fluid_npu.bench import tune, tune_recorded
+    from fluid_npu.device.choice import Choice
+    from fluid_npu.mcore import graph_choice
+
+    recorders: list[FakeRecorder] = []
+
+    def make() -> FakeRecorder:
+        recorders.append(recorder())
+        return recorders[-1]
+
+    graph_choice.graph_recorder = lambda device: Choice(make, "a fake")
+    tune_recorded.capacity_mb = lambda device: capacity_mb
+    tune.CANDIDATES = (CANDIDATES[0], (RECORDED, RECORDED_SETTINGS))
+    result, _ = tuned(0.0, cut={**CUT, "layers": 2})
+    return result, [count for one in recorders for count in one.replays]
+
+
+def test_a_replay_is_what_is_checked_and_timed_and_its_memory_counts(run_ranks: Callable[..., list[Any]]) -> None:
+    for result, replays in run_ranks(2, of_recordings, FakeRecorder, 1e9):
+        plain, recorded = result["rows"]
+        assert recorded["error"] <= 1e-5 and recorded["median_ms"] > 0 and "recordings_mb" not in plain
+        assert 0 < recorded["recordings_mb"] < recorded["peak_memory_mb"]
+        # The first is that of the recording; the check, two rounds, their warm-up and the calls that measure memory.
+        assert len(replays) == 4 and min(replays) == max(replays) >= 1 + 1 + 2 + 1, "two layers, there and back"
+
+
+@pytest.mark.parametrize(
+    ("recorder", "capacity_mb", "said"),
+    [
+        (Wrong, 1e9, "recorded, dW beside the dispatch's backward differs from stock SequentialMLP: relative error"),
+        (Refuses, 1e9, "layer 1, layer 2 could not be recorded; the reason is said above"),
+        (FakeRecorder, 0.01, "MoE layers of h64 would keep"),
+    ],
+    ids=["wrong", "not recorded", "no memory"],
+)
+def test_a_recording_that_is_wrong_or_cannot_be_had_is_refused(
+    recorder: type[FakeRecorder], capacity_mb: float, said: str, run_ranks: Callable[..., list[Any]]
+) -> None:
+    for result, _ in run_ranks(2, of_recordings, recorder, capacity_mb):
+        assert said in result["rows"][1]["refused"], result["rows"][1]
+        assert result["profile"]["settings"] == PLAIN
+
+
+def test_what_recordings_keep_is_part_of_the_reason() -> None:
+    fast = {**row(0, 5.0, 1.4), "setting": RECORDED, "settings": RECORDED_SETTINGS, "recordings_mb": 12.34}
+    settings, reason = choose([row(0, 10.0, 1.0), fast])
+    assert settings["moe_cuda_graph"] and settings["dispatch"] == "static"
+    assert reason.endswith("; its recordings keep 12.3 MiB")
 
 
 def test_the_command_writes_a_profile_that_train_reads(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -101,6 +101,7 @@ def test_a_recorded_layer_has_the_bits_of_the_layer_as_ever(ranks: int, tmp_path
     for found in run_ranks(ranks, both, CASES, str(tmp_path / "store"), timeout=300, start="spawn"):
         for case, (eager, recorded) in zip(CASES, found, strict=True):
             assert recorded["recorded"] and not eager["recorded"], case
+            assert recorded["held"] > 0 == eager["held"], case
             for name, wanted in eager["tensors"].items():
                 assert torch.equal(recorded["tensors"][name], wanted), (case, name)
             for name in ("a2a_count", "a2a_bytes", "total_dw_tasks", "completed_dw_tasks"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from fluid_npu.device.graphs import release_at_the_end
+from fluid_npu.device.graphs import bytes_of_pool, release_at_the_end
 from tests.support.ranks import run_ranks
 
 
@@ -35,3 +35,9 @@ def end_groups(store: str) -> tuple[list[bool], list[bool], list[bool]]:
 def test_recordings_are_given_back_once_before_all_groups_end(tmp_path: Path) -> None:
     (found,) = run_ranks(1, end_groups, str(tmp_path / "store"))
     assert found == ([], [True], [True])
+
+
+def test_the_memory_of_a_recorder_is_that_of_its_pool_alone() -> None:
+    sizes = {(0, 0): [900], (1, 0): [7, 20], (2, 0): [300]}
+    segments = [{"segment_pool_id": list(pool), "total_size": n} for pool, all_ in sizes.items() for n in all_]
+    assert bytes_of_pool(segments, (1, 0)) == 27 and bytes_of_pool(segments, (3, 0)) == 0

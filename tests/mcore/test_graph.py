@@ -114,6 +114,37 @@ def test_what_is_in_the_way_is_named(run_ranks: Ranks) -> None:
     assert "moe_token_dispatcher_type='allgather' is Megatron's own" in messages["allgather"]
 
 
+def by_itself() -> tuple[dict[str, bool], list[str], str]:
+    """Which layers 'auto' records where there is a recorder, what it said, and what a wrong word is told."""
+    from fluid_npu.device import choice
+    from fluid_npu.device.choice import Choice
+    from fluid_npu.mcore import graph_choice
+    from fluid_npu.mcore.layer_spec import get_fluid_moe_layer_spec
+    from tests.support.moe import _built
+
+    choice._announced.clear()
+    config, recorded = make_config(Case()), {}
+    for name, spec in (("cpu", {}), ("static", {}), ("plain", {"dispatch": "plain"}), ("carry", {"carry_over": True})):
+        if name == "static":
+            graph_choice.graph_recorder = lambda device: Choice(FakeRecorder, "a fake")
+        made = get_fluid_moe_layer_spec(config, cuda_graph="auto", **{"dispatch": "static", **spec})
+        recorded[name] = _built(made.submodules.mlp, config).graphed is not None
+    said = [f"{one.value}: {one.reason}" for what, one in choice.announced() if what == "recorded MoE layers"]
+    wrong = value_errors({"wrong": lambda: get_fluid_moe_layer_spec(config, cuda_graph="always")})["wrong"]
+    return recorded, said, wrong
+
+
+def test_auto_records_where_nothing_is_in_the_way_and_says_what_is(run_ranks: Ranks) -> None:
+    first, second = run_ranks(2, by_itself, sizes={"expert_model_parallel_size": 2})
+    assert first == second
+    recorded, said, wrong = first
+    assert recorded == {"cpu": False, "static": True, "plain": False, "carry": False}
+    assert said[0] == "False: only CUDA graphs are supported, and the layer is on cpu"
+    assert said[1].startswith("True: nothing is in the way")
+    assert "the host waits for sizes" in said[2] and "leaves dW for another layer" in said[3] and len(said) == 4
+    assert wrong == "cuda_graph='always': allowed are True, False and 'auto'"
+
+
 def a_layer_without() -> bool:
     """Off by default."""
     layer = fluid_layer(Case(dispatch="static"))

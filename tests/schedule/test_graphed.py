@@ -131,6 +131,15 @@ def test_what_is_not_as_recorded_runs_as_ever_with_a_reason(
     assert said in capsys.readouterr().out
 
 
+def test_what_a_recording_keeps_is_known() -> None:
+    ours = Bench(warm_up=1)
+    ours.step(0)
+    assert ours.layer.held_bytes == 0, "nothing is recorded yet"
+    ours.step(1)
+    tokens, out, gradient = 5 * 4, 5 * 3, 5 * 4 + 4 * 3  # x; the output, as dy; of x and of ``plain``
+    assert ours.layer.held_bytes == 4 * (tokens + 2 * out + gradient)
+
+
 def test_the_serialised_twin_runs_as_ever_and_the_next_step_is_replayed() -> None:
     ours = Bench(warm_up=0)
     ours.step(0)

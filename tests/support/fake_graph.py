@@ -13,11 +13,13 @@ class FakeRecorder:
 
     def __init__(self) -> None:
         self.replays: list[int] = []
+        self._held = 0
 
     def record(self, body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         number = len(self.replays)
         self.replays.append(0)
         made = body()
+        self._held += sum(tensor.nbytes for tensor in _tensors(made))
 
         def replay() -> None:
             self.replays[number] += 1
@@ -26,6 +28,10 @@ class FakeRecorder:
                     kept.copy_(new)
 
         return replay, made
+
+    def held_bytes(self) -> int:
+        """Of the results, which it keeps."""
+        return self._held
 
 
 def _tensors(made: Any) -> list[torch.Tensor]:

@@ -55,7 +55,8 @@ def run_steps(run: Steps, watch: AbstractContextManager[Any] | None = None, watc
         if run.kept:
             result.update({f"{name} {step}": p.detach().clone() for name, p in layer.named_parameters()})
     recorded = layer.graphed is not None and layer.graphed.recorded
-    return {"tensors": result, "stats": layer.backward_scheduler.get_stats(), "recorded": recorded}
+    held = layer.graphed.held_bytes if layer.graphed is not None else 0
+    return {"tensors": result, "stats": layer.backward_scheduler.get_stats(), "recorded": recorded, "held": held}
 
 
 def _layer(run: Steps) -> Any:

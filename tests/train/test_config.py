@@ -115,6 +115,10 @@ REFUSED = [
         ["--moe-cuda-graph", "--dispatch", "static", "--carry-over", "--overlap", "dw"],
         r"--moe-cuda-graph: --carry-over leaves dW for another layer",
     ),
+    (["--moe-cuda-graph", "always"], r"--moe-cuda-graph 'always': allowed are on, off, auto"),
+    (["--moe-cuda-graph", "on", "--dispatch", "auto"], r"--moe-cuda-graph: --dispatch auto may wait for sizes"),
+    (["--moe-cuda-graph", "auto", "--impl", "stock"], r"--moe-cuda-graph auto: stock Megatron .*leave it out"),
+    (["--moe-cuda-graph", "auto", "--profile", "p.json"], r"--profile p.json: it decides what --moe-cuda-graph asks"),
     (["--moe-cuda-graph", "--device", "cpu"], r"--moe-cuda-graph: --device cpu records no graphs"),
     (["--attention-chunks", "0"], r"--attention-chunks 0: must be at least 1"),
     (["--attention-chunks", "many"], r"--attention-chunks many: a number, or auto"),
@@ -180,8 +184,18 @@ def test_an_output_that_cannot_be_made_is_an_error(tmp_path: Path, capsys: pytes
     assert "--out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "value"), [([], False), (["--moe-cuda-graph", "off"], False), (["--moe-cuda-graph", "auto"], "auto")]
+)
+def test_recording_is_off_unless_asked_for(words: list[str], value: Any) -> None:
+    import argparse
+
+    parser = cli_train.add_train_parser(argparse.ArgumentParser().add_subparsers())
+    assert cli_train.config_of(parser.parse_args(words)).moe_cuda_graph == value
+
+
 def test_json_round_trip() -> None:
-    config = TrainConfig(cut={"layers": 2}, steps=7, lr_decay_steps=9, overlap="dw")
+    config = TrainConfig(cut={"layers": 2}, steps=7, lr_decay_steps=9, overlap="dw", moe_cuda_graph="auto")
     assert TrainConfig.from_json(config.to_json()) == config
 
 

@@ -23,11 +23,15 @@ SETTINGS = {
     "local_first": False,
     "interleave_batches": True,
     "attention_chunks": 1,
+    "moe_cuda_graph": True,
 }
 
 
-def settled(config_text: str, change: dict[str, Any]) -> tuple[bool, str, bool, str, str]:
-    """carry_over, dispatch, halves, overlap and its reason under a profile with a changed key, in a file of rank 0."""
+def settled(config_text: str, change: dict[str, Any]) -> tuple[bool, str, bool, Any, str, str]:
+    """carry_over, dispatch, halves, recording, overlap and its reason under a profile with a changed key.
+
+    It is in a file of rank 0.
+    """
     from fluid_npu.train.overlap import settle
     from fluid_npu.train.parallel import join
 
@@ -38,19 +42,19 @@ def settled(config_text: str, change: dict[str, Any]) -> tuple[bool, str, bool, 
     if place.first:
         path.write_text(json.dumps(Profile(key=key, settings=SETTINGS, reason="1.2 times plain").as_dict()))
     config, (value, reason) = settle(dataclasses.replace(config, profile=str(path)), place)
-    return config.carry_over, config.dispatch, config.interleave_batches, value, reason
+    return config.carry_over, config.dispatch, config.interleave_batches, config.moe_cuda_graph, value, reason
 
 
 def test_a_profile_of_this_place_decides_on_all_ranks(tmp_path: Path) -> None:
     first, second = run_ranks(2, settled, tiny(tmp_path).to_json(), {})
-    assert first[:4] == second[:4] == (True, "once-per-rank", True, "dw")
-    assert first[4].endswith("0.json: 1.2 times plain")
+    assert first[:5] == second[:5] == (True, "once-per-rank", True, "auto", "dw")
+    assert first[5].endswith("0.json: 1.2 times plain")
 
 
 def test_a_profile_of_another_place_is_named_and_not_used(tmp_path: Path) -> None:
     first, second = run_ranks(2, settled, tiny(tmp_path).to_json(), {"hidden": 128})
-    assert first[:4] == second[:4] == (False, "plain", False, "off")
-    assert "is not used: hidden is 64 here and was 128 when it was measured" in first[4]
+    assert first[:5] == second[:5] == (False, "plain", False, False, "off")
+    assert "is not used: hidden is 64 here and was 128 when it was measured" in first[5]
 
 
 def unreadable(config_text: str) -> str:
@@ -71,10 +75,10 @@ def test_an_unreadable_profile_stops_every_rank(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[]", "not a profile of schema 3"),
+        ("[]", "not a profile of schema 4"),
         ("{", "no JSON"),
-        ('{"profile": 2}', "not a profile of schema 3"),
-        ('{"profile": 3, "key": {}, "reason": "", "settings": {"overlap": "dw"}}', "misses 'carry_over'"),
+        ('{"profile": 3}', "not a profile of schema 4"),
+        ('{"profile": 4, "key": {}, "reason": "", "settings": {"overlap": "dw"}}', "misses 'carry_over'"),
     ],
 )
 def test_what_is_no_profile_is_refused_before_anything_starts(
