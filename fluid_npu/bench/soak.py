@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 
 from fluid_npu.bench.layer_impls import KINDS, LayerVariant, unavailable
-from fluid_npu.bench.rig import MockData
+from fluid_npu.bench.rig import Kind, MockData
+from fluid_npu.device.choice import Choice
 from fluid_npu.train.config import TrainConfig
 from fluid_npu.train.parallel import Place
 
@@ -37,13 +38,24 @@ def measure(config: TrainConfig, options: dict[str, Any], place: Place) -> dict[
     config = replace(config, device=place.device.name)
     rows = []
     for name in options["impls"]:
-        reason = unavailable(KINDS[name], config)
-        if reason is None:
-            rows.append(_row(name, _grown(name, config, options, place), place))
+        made = _made(KINDS[name], config, place)
+        if made.value is None:
+            rows.append({"impl": name, "left_out": made.reason})
         else:
-            rows.append({"impl": name, "left_out": reason})
+            rows.append(_row(name, _grown(made.value, config, options, place), place))
     result = {"rows": rows, "steps": options["steps"], "device": place.device.name}
     return {**result, "problems": _problems(rows)}
+
+
+def _made(kind: Kind, config: TrainConfig, place: Place) -> Choice[LayerVariant | None]:
+    """The layer, or why there is none here; the same on all ranks, who have the same devices."""
+    reason = unavailable(kind, config)
+    if reason is not None:
+        return Choice(None, reason)
+    try:
+        return Choice(LayerVariant(kind, replace(config, impl=kind.impl), place, None), "as asked")
+    except ValueError as error:  # a form that this device cannot have, such as graphs on a CPU
+        return Choice(None, str(error))
 
 
 def _problems(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -63,9 +75,8 @@ def _row(name: str, grown: dict[str, float], place: Place) -> dict[str, Any]:
     return {"impl": name, **{what: max(one[what] for one in every) for what in grown}}
 
 
-def _grown(name: str, config: TrainConfig, options: dict[str, Any], place: Place) -> dict[str, float]:
-    kind, steps = KINDS[name], options["steps"]
-    variant = LayerVariant(kind, replace(config, impl=kind.impl), place, None)
+def _grown(variant: LayerVariant, config: TrainConfig, options: dict[str, Any], place: Place) -> dict[str, float]:
+    steps = options["steps"]
     routed = _Routed(variant)
     x, dy = MockData(config, place).layer_input(0)
     draw = torch.Generator(device=x.device).manual_seed(config.seed + place.rank)
