@@ -1,8 +1,8 @@
 """The plan of a dispatch in chunks of experts: chunk c moves the rows of the c-th group of every rank's local experts.
 
 Plain rows only; ``token_chunk_plan`` says why. All splits come from the one exchange of counts. With local rows first
-the rows of this rank's own experts are a chunk before these, which nothing is exchanged for, and dW joins its rows with
-the others'. T tokens, N rows of this rank before dispatch, R rows of its experts, E experts, L local experts, P
+the rows of this rank's own experts are a chunk before these, which nothing is exchanged for, and dW is of its rows
+and the others'. T tokens, N rows of this rank before dispatch, R rows of its experts, E experts, L local experts, P
 expert-parallel ranks; no expert tensor parallelism.
 """
 
@@ -18,12 +18,12 @@ from fluid_npu.comm.all_to_all import Route
 from fluid_npu.comm.transports import Table
 from fluid_npu.device import kernels_of
 from fluid_npu.device.kernels.groups import GroupRows
+from fluid_npu.device.kernels.pieces import PieceRows
 from fluid_npu.mcore.dispatch_plan import ExpertGroups, PlainCounts
 from fluid_npu.mcore.dispatch_rows import PlainRows, RowForm
 from fluid_npu.ops.chunk_rows import chunk_of, experts_by_chunk, experts_own_first, in_chunk_order
 from fluid_npu.ops.payload import Merge, Pack
 from fluid_npu.ops.permute import PermuteLayout
-from fluid_npu.schedule.joined_rows import JoinedRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +83,8 @@ class ChunkedPlan:
     layout: PermuteLayout | None
     """Of all rows, by chunk; None where each chunk has tokens of its own."""
     chunks: list[ChunkPlan]
-    joined: JoinedRows | None = None
-    """The rows of all chunks by expert, where chunks share their experts."""
+    shared: PieceRows | None = None
+    """The rows of all experts in each chunk, where chunks share their experts."""
 
     def gather(self, hidden: int, wire: torch.dtype) -> Callable[[Tensor], tuple[Tensor | None, ...]]:
         """From the gradients of all N payload rows to those of tokens and probabilities."""
@@ -168,8 +168,8 @@ def _own_rows_first(
     counts = [_among_all(plan.tokens_per_expert, plan.experts, local) for plan in plans]
     # Of each chunk its own experts, of all others 0: [size, C, C] -> [C, C * size].
     by_chunk = torch.diag_embed(received_there.sum(0).view(chunks, -1).t()).permute(1, 2, 0).reshape(chunks, local)
-    joined = JoinedRows(counts, torch.cat([on_device[1][own : own + 1], by_chunk]))
-    return ChunkedPlan(tokens_shape=tokens_shape, layout=whole, chunks=plans, joined=joined)
+    shared = PieceRows(counts, torch.cat([on_device[1][own : own + 1], by_chunk]))
+    return ChunkedPlan(tokens_shape=tokens_shape, layout=whole, chunks=plans, shared=shared)
 
 
 def _own_chunk(whole: PermuteLayout, rows_L: GroupRows) -> ChunkPlan:

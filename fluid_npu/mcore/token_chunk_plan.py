@@ -3,10 +3,10 @@
 For rows that are sent once for each (token, rank). A chunk of experts would send a token once for each chunk that has
 one of its experts: with 64 experts, top-6 and two chunks 1.69 times the rows over 2 ranks, 1.36 over 4, 1.17 over 8. A
 chunk of tokens sends the rows that one piece sends, whatever the routing, and a hot expert's rows come in all chunks
-instead of making one of them long. The price is that each chunk reads all weights, and that the rows of all chunks are
-put together for dW (``schedule.joined_rows``): both are traffic of the device's own memory, which is some ten times as
-fast as NVLink and more than fifty times as fast as a network. A plain dispatch gains nothing from it, and keeps chunks
-of experts.
+instead of making one of them long. The price is that each chunk reads all weights, and that where no kernel reads rows
+in pieces those of all chunks are put together for dW (``kernels.pieces``): both are traffic of the device's own memory,
+which is some ten times as fast as NVLink and more than fifty times as fast as a network. A plain dispatch gains nothing
+from it, and keeps chunks of experts.
 
 With local rows first, rows for the rank itself, of all tokens, are a chunk before these and are not exchanged.
 
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from fluid_npu.device.kernels.groups import GroupRows
+from fluid_npu.device.kernels.pieces import PieceRows
 from fluid_npu.mcore.chunk_plan import ChunkedPlan, ChunkPlan
 from fluid_npu.mcore.dispatch_plan import DispatchPlan, ExpertGroups, ToldCounts, make_once_plan
 from fluid_npu.ops.once import OnceLayout
-from fluid_npu.schedule.joined_rows import JoinedRows
 
 
 def make_token_chunked_plan(
@@ -55,8 +55,8 @@ def make_token_chunked_plan(
         chunks.append(_chunk(plan, rows, mine, here=own_first and number == 0))
         start = rows.stop
     counts_CL = _of_all(told.on_device, len(tokens))[:, :, :, 1:].sum((0, 1))
-    joined = JoinedRows([chunk.tokens_per_expert for chunk in chunks], counts_CL)
-    return ChunkedPlan(tokens_shape=tokens_shape, layout=None, chunks=chunks, joined=joined)
+    shared = PieceRows([chunk.tokens_per_expert for chunk in chunks], counts_CL)
+    return ChunkedPlan(tokens_shape=tokens_shape, layout=None, chunks=chunks, shared=shared)
 
 
 def _chunk(plan: DispatchPlan, rows: slice, tokens: slice, here: bool) -> ChunkPlan:

@@ -3,7 +3,7 @@
 Chunks of experts: ``PermuteLayout`` orders rows by expert, so the rows of a chunk are one piece for each rank. Here
 whole experts are moved so that a chunk's rows are one piece altogether; the sum over a token's rows still runs in
 ascending expert order.
-Chunks of tokens: each has rows of every expert, and the rows of all chunks are brought together for dW.
+Chunks of tokens: each has rows of every expert.
 Rows that stay on their rank may be a chunk before all others, whose rows are then those of other ranks alone.
 T tokens, E experts, N rows, P ranks, L local experts, C chunks.
 """
@@ -65,15 +65,3 @@ def token_chunks(tokens: int, chunks: int) -> list[slice]:
     """So many neighbouring ranges of all tokens, as even as can be; some are empty where tokens are fewer."""
     ends = [tokens * number // chunks for number in range(chunks + 1)]
     return [slice(start, stop) for start, stop in zip(ends, ends[1:], strict=False)]
-
-
-def places_by_expert(counts_CL: Tensor, rows: int) -> Tensor:
-    """int64 [rows]: where each row, in the order (chunk, expert), stands in the order (expert, chunk).
-
-    ``counts_CL``: rows of each of L experts in each of C chunks; the host knows their sum.
-    """
-    counts = counts_CL.reshape(-1)
-    by_expert = counts_CL.t().reshape(-1)
-    start_CL = (by_expert.cumsum(0) - by_expert).view(counts_CL.t().shape).t().reshape(-1)
-    shift = start_CL - (counts.cumsum(0) - counts)
-    return torch.arange(rows, device=counts.device) + torch.repeat_interleave(shift, counts, output_size=rows)

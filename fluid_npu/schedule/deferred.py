@@ -10,31 +10,22 @@ One object per forward call: several micro-batches may be under way. L local exp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from fluid_npu.comm.sink import Passengers
-from fluid_npu.device import device_of
+from fluid_npu.device import device_of, kernels_of
 from fluid_npu.device.kernels.groups import Groups, rows_in
 from fluid_npu.device.kernels.known_rows import kernels_for
+from fluid_npu.device.kernels.pieces import DWPart, PieceRows
 from fluid_npu.ops.grouped_matmul import placeholder_grad
 from fluid_npu.schedule.scheduler import BackwardScheduler
 from fluid_npu.schedule.task import DWTask
 
-
-class DWPart(NamedTuple):
-    """Operands of the dW of some consecutive experts: ``[R, K]`` input rows, ``[R, N]`` gradient rows, rows of each."""
-
-    x: torch.Tensor
-    dy: torch.Tensor
-    counts: Groups
-
-
 GroupedDW = Callable[[torch.Tensor, torch.Tensor, Groups], None]
-JoinParts = Callable[[Sequence[DWPart]], Iterable[DWPart]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +85,10 @@ class DeferredWeights:
             return None
         return lambda x, dy, counts: self.submit(index, [DWPart(x, dy, counts)])
 
-    def submit(self, index: int, parts: Sequence[DWPart], join: JoinParts | None = None) -> None:
+    def submit(self, index: int, parts: Sequence[DWPart], rows: PieceRows | None = None) -> None:
         """Queues the dW of a weight: one task, whose parts are groups of experts, together all in their order.
 
-        ``join`` makes such parts of others, and is called when the task runs.
+        With ``rows`` the parts share experts: each has the rows of one piece.
         """
         weight = self._weights[index]
         first, parts = parts[0], list(parts)
@@ -106,7 +97,7 @@ class DeferredWeights:
         self._scheduler.submit(
             DWTask(
                 name=f"{self._label} {weight.name}",
-                run=lambda: self._land(index, parts if join is None else join(parts)),
+                run=lambda: self._land(index, parts, rows),
                 shape=(sum(rows_in(part.counts, part.x) for part in parts), first.x.shape[1], first.dy.shape[1]),
                 device=device_of(first.x),
                 carry=carry,
@@ -115,15 +106,16 @@ class DeferredWeights:
             )
         )
 
-    def _land(self, index: int, parts: Iterable[DWPart]) -> None:
+    def _land(self, index: int, parts: Sequence[DWPart], rows: PieceRows | None) -> None:
         weight = self._weights[index]
         parameter = weight.parameter
         fused = self._fuse and getattr(parameter, "main_grad", None) is not None
         with torch.no_grad():
             if fused:
-                _add_to_main_grad(weight, parts)
+                _add_to_main_grad(weight, parts, rows)
             else:
-                grads = [kernels_for(part.x, part.counts).grouped_dw(*part) for part in parts]
+                by_expert = parts if rows is None else rows.joined(parts)
+                grads = [kernels_for(part.x, part.counts).grouped_dw(*part) for part in by_expert]
                 self._grads[index] = (grads[0] if len(grads) == 1 else torch.cat(grads)).view(parameter.shape)
         self._fused[index] = fused
         if weight.late_hooks:
@@ -141,10 +133,16 @@ class DeferredWeights:
         return tuple(self._take(index) for index in self._delivered)
 
 
-def _add_to_main_grad(weight: DeferredWeight, parts: Iterable[DWPart]) -> None:
-    """Adds each part to its experts' part of ``main_grad`` and sets ``grad_added_to_main_grad``."""
+def _add_to_main_grad(weight: DeferredWeight, parts: Sequence[DWPart], rows: PieceRows | None) -> None:
+    """Adds each part to its experts' part of ``main_grad``, or with ``rows`` all of them to all in one pass.
+
+    Sets ``grad_added_to_main_grad``.
+    """
     parameter: Any = weight.parameter
     main_grad, first = parameter.main_grad.view(weight.view), 0
+    if rows is not None:
+        kernels_of(parts[0].x).grouped_dw_pieces_add_(main_grad, parts, rows)
+        parts = ()
     for part in parts:
         experts = slice(first, first + len(part.counts))
         kernels_for(part.x, part.counts).grouped_dw_add_(main_grad[experts], *part)

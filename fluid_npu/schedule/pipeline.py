@@ -19,7 +19,7 @@ computed while the first dispatch flies, and in backward while the first combine
 Two autograd nodes: the launch, whose backward lands the dispatches' gradients, and the run. What a caller records
 between the two (shared experts) runs between them in the backward too. The order inside a node is written out here, so
 it is the same on all ranks. No dW is split along tokens: a chunk holds whole experts, whose rows and their order are
-those of the layer in one piece, or chunks share their experts, as with L, and dW joins all rows (``joined_rows``).
+those of the layer in one piece, or chunks share their experts, as with L, and dW is of all rows (``kernels.pieces``).
 
 T tokens, N rows of this rank before the dispatch, R rows of its experts, H hidden, W payload width, E experts.
 """
@@ -36,9 +36,9 @@ from torch import Tensor
 from fluid_npu.comm.all_to_all import Flight, Route
 from fluid_npu.comm.cargo import Loading, Unloading
 from fluid_npu.device.kernels.groups import Groups
+from fluid_npu.device.kernels.pieces import DWPart, PieceRows
 from fluid_npu.ops.expert_mlp import ExpertMLP, WeightGradTarget, mlp_backward, mlp_forward
-from fluid_npu.schedule.deferred import DeferredWeights, DWPart
-from fluid_npu.schedule.joined_rows import JoinedRows
+from fluid_npu.schedule.deferred import DeferredWeights
 from fluid_npu.schedule.scheduler import BackwardScheduler
 
 
@@ -79,8 +79,8 @@ class Pipeline:
     """From the gradients of all N payload rows to those of tokens and probabilities."""
     merge: Callable[[Tensor], Tensor]
     """From all N rows that came back to tokens."""
-    joined: JoinedRows | None = None
-    """The rows of all chunks by expert, where chunks share their experts."""
+    shared: PieceRows | None = None
+    """The rows of all experts in each chunk, where chunks share their experts."""
     w1_LHF: Tensor
     w2_LFH: Tensor
     """Constants for autograd: ``deferred`` takes their gradients."""
@@ -240,7 +240,7 @@ def _backward(pipeline: Pipeline, flights: _Flights, dout: Tensor, kept: list[Se
     assert pipeline.deferred is not None, "without gradients there is no backward"
     combines = pipeline.start(lambda chunk: pipeline.fly(chunk.spread(dout), chunk.combine, back=True))
     pipeline.sink.fill("moe_combine", f"moe_combine AllToAlls of {pipeline.name}")
-    weight_grads = _WeightGrads(pipeline.deferred, pipeline.joined)
+    weight_grads = _WeightGrads(pipeline.deferred, pipeline.shared)
     for chunk in pipeline.chunks:
         flight = combines.pop(0)
         received = pipeline.land(flight)
@@ -261,8 +261,8 @@ def _backward(pipeline: Pipeline, flights: _Flights, dout: Tensor, kept: list[Se
 class _WeightGrads:
     """Operands of dW from all chunks: one task for each weight, queued when the last chunk is through."""
 
-    def __init__(self, deferred: DeferredWeights, joined: JoinedRows | None) -> None:
-        self._deferred, self._join = deferred, None if joined is None else joined.parts
+    def __init__(self, deferred: DeferredWeights, shared: PieceRows | None) -> None:
+        self._deferred, self._shared = deferred, shared
         self._parts: tuple[list[DWPart], list[DWPart]] = ([], [])
 
     def taken_from(self, mlp: ExpertMLP) -> ExpertMLP:
@@ -273,7 +273,7 @@ class _WeightGrads:
         """Queues FC2's task, then FC1's."""
         for index in (1, 0):
             if self._deferred.wants(index):
-                self._deferred.submit(index, self._parts[index], self._join)
+                self._deferred.submit(index, self._parts[index], self._shared)
 
     def _target(self, index: int) -> WeightGradTarget:
         def take(rows: Tensor, dy: Tensor, counts: Groups) -> None:

@@ -14,10 +14,12 @@ from torch import Tensor
 from fluid_npu.device import DeviceUnavailable
 from fluid_npu.device.kernels import gemm_chooser, gemm_timing, triton_support
 from fluid_npu.device.kernels.agreement import StoreAgreement, alone
+from fluid_npu.device.kernels.cuda_kernels import CudaKernels
 from fluid_npu.device.kernels.gemm_chooser import GemmChooser, class_of
-from fluid_npu.device.kernels.gemm_forms import FORMS, GemmCall, Loop, TritonForm
+from fluid_npu.device.kernels.gemm_forms import FORMS, GemmCall, Loop, TritonForm, call_of_pieces
 from fluid_npu.device.kernels.gemm_timing import Trial, try_forms
 from fluid_npu.device.kernels.groups import DeviceRows
+from fluid_npu.device.kernels.pieces import DWPart, PieceRows
 from fluid_npu.ops import reference
 from fluid_npu.ops.reference import relative_error
 
@@ -293,6 +295,75 @@ def test_forcing_triton_without_triton_names_it(monkeypatch: pytest.MonkeyPatch)
 
 def missing(name: str) -> Any:
     raise ModuleNotFoundError(f"No module named {name!r}")
+
+
+IN_PIECES = [[3, 0, 5, 4], [0, 0, 0, 0], [0, 0, 2, 6]]
+
+
+def pieces() -> tuple[list[DWPart], PieceRows, Tensor]:
+    """Operands of a dW, their rows, and what adding it to ones gives. The second piece has no rows."""
+    torch.manual_seed(0)
+    parts = [DWPart(torch.randn(sum(c), 8), torch.randn(sum(c), 16), c) for c in IN_PIECES]
+    dw = sum(reference.grouped_dw(*part) for part in parts)
+    return parts, PieceRows(IN_PIECES, torch.tensor(IN_PIECES)), 1 + dw  # type: ignore[return-value]
+
+
+class InPieces(Loop):
+    """Reads pieces where they lie."""
+
+    name = "triton-like"
+
+
+@pytest.mark.parametrize("forced", ["rule", "loop", "batched"])
+def test_a_dw_of_rows_in_pieces_is_one_sum_whatever_form_it_takes(forced: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLUID_GROUPED_GEMM", forced)
+    (parts, rows, wanted), main_grad = pieces(), torch.ones(4, 8, 16)
+    kernels = CudaKernels(GemmChooser(alone))
+    call = call_of_pieces(main_grad, parts, rows)
+    assert call is not None and len(call.more) == 1, "the piece without rows is left out"
+    assert kernels.chooser.choose(call).value == ("loop" if forced == "loop" else "joined")
+    try:
+        kernels.grouped_dw_pieces_add_(main_grad, parts, rows)
+    except DeviceUnavailable as error:  # what is forced does not fit what was joined either
+        assert forced == "batched" and "FLUID_GROUPED_GEMM=batched" in str(error)
+    else:
+        assert relative_error(main_grad, wanted) <= 1e-6
+
+
+def test_a_dw_of_rows_in_pieces_takes_the_form_that_was_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = timed(monkeypatch, {"loop": 5.0, "joined": 4.0, "triton-like": 1.0})
+    (parts, rows, wanted), main_grad = pieces(), torch.ones(4, 8, 16)
+    chooser = GemmChooser(alone, forms(InPieces(), Wrong()))
+    kernels = CudaKernels(chooser)
+    kernels.grouped_dw_pieces_add_(main_grad, parts, rows)
+    assert relative_error(main_grad, wanted) <= 1e-6, "measuring adds nothing"
+    (name, decision), *others = reversed(chooser.decisions().items())
+    assert (
+        name.endswith("-uneven-aligned-P2")
+        and decision["form"] == "triton-like"
+        and "wrong left out" in decision["reason"]
+    )
+    assert all("-P" not in other for other, _ in others) and {"joined", "triton-like", "wrong"} <= set(tried)
+    for name in ("grouped_mm", "batched"):
+        call = call_of_pieces(main_grad, parts, rows)
+        assert call is not None and FORMS[name].why_not(call) == "the rows are in several pieces"
+
+
+def test_pieces_of_which_one_or_none_has_rows_need_no_choice() -> None:
+    parts, rows, _ = pieces()
+    main_grad, kernels = torch.ones(4, 8, 16), CudaKernels(GemmChooser(alone))
+    empty = PieceRows([IN_PIECES[1]] * 2, torch.zeros(2, 4, dtype=torch.int64))
+    kernels.grouped_dw_pieces_add_(main_grad, [parts[1]] * 2, empty)
+    assert torch.equal(main_grad, torch.ones(4, 8, 16))
+    kernels.grouped_dw_pieces_add_(main_grad, parts[:2], PieceRows(IN_PIECES[:2], torch.tensor(IN_PIECES[:2])))
+    assert relative_error(main_grad, 1 + reference.grouped_dw(*parts[0])) <= 1e-6
+
+
+def test_more_pieces_than_the_kernel_reads_are_joined() -> None:
+    parts, counts = pieces()[0], [IN_PIECES[0]] * 5
+    call = call_of_pieces(torch.ones(4, 8, 16), [parts[0]] * 5, PieceRows(counts, torch.tensor(counts)))
+    assert call is not None
+    assert TritonForm(16, 16, 16, 4, 2).why_not(call) == "the Triton kernel reads up to 4 pieces, these are 5"
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,32 @@ def dw_is_written_with_zeros_for_an_empty_group(device: str) -> None:
 
 
 @case
+def dw_of_pieces_is_one_sum_over_the_rows_of_all(device: str) -> None:
+    """Two to four pieces; groups without rows in some or all of them; nothing read of a group's neighbours."""
+    from fluid_npu.device.kernels.triton_dw_pieces import grouped_dw_pieces_
+
+    each = [COUNTS, [0, 0, 18, 3], [1, 0, 0, 33], [16, 0, 2, 0]]
+    for number, dtype in ((2, torch.float32), (2, torch.float16), (3, torch.float16), (4, torch.float16)):
+        operands = []
+        for seed, counts in enumerate(each[:number]):
+            rows = sum(counts)
+            x, dy = (
+                random(rows + 3, 48, dtype=dtype, seed=seed)[:, :40],
+                random(rows + 3, 24, dtype=dtype, seed=9 + seed),
+            )
+            x[rows:], dy[rows:] = float("inf"), float("nan")
+            operands.append((x, dy, counts))
+        wanted = 1 + sum(reference.grouped_dw(x[: sum(c)], dy[: sum(c)], c) for x, dy, c in operands)
+        for flags in ({}, {"described": True}) if dtype == torch.float16 else ({},):
+            main_grad = torch.ones(4, 40, 24, device=device)
+            main_grad[1] = -0.0  # a zero that is added makes it +0.0
+            pieces = [(x.to(device), dy.to(device), ends_of(c, device)) for x, dy, c in operands]
+            grouped_dw_pieces_(main_grad, pieces, tiles(**flags))
+            assert main_grad[1].signbit().all() and not main_grad[1].any()
+            close(main_grad[[0, 2, 3]], wanted[[0, 2, 3]], torch.float32)
+
+
+@case
 def row_blocks_cover_every_row_once(device: str) -> None:
     from fluid_npu.device.kernels.triton_grouped_gemm import row_blocks
 

@@ -107,6 +107,7 @@ def _argument(note: list[Any], half: torch.dtype) -> Any:
 
 def grouped_matmuls(half: torch.dtype, *, every: bool) -> None:
     """Launches the grouped matmuls with the tile shapes that are used on a GPU, or the largest: forward, dX and dW."""
+    from fluid_npu.device.kernels import triton_dw_pieces
     from fluid_npu.device.kernels import triton_grouped_gemm as gemm
     from fluid_npu.device.kernels.gemm_forms import FORMS, TritonForm
 
@@ -118,6 +119,8 @@ def grouped_matmuls(half: torch.dtype, *, every: bool) -> None:
             gemm.grouped_mm(x, w, ends, tiles, trans_w=turned)
         for accumulate in (False, True):
             gemm.grouped_dw_(torch.empty(2, 256, 256), x, x, ends, tiles, accumulate)
+        for number in (2, 4) if every else (2,):
+            triton_dw_pieces.grouped_dw_pieces_(torch.empty(2, 256, 256), [(x, x, ends)] * number, tiles)
 
 
 def launch_again(launches: list[dict[str, Any]], half: torch.dtype) -> None:

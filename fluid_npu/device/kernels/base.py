@@ -19,6 +19,7 @@ from fluid_npu.device.kernels import e4m3_rows
 from fluid_npu.device.kernels.attention_blocks import AttentionBlocks
 from fluid_npu.device.kernels.fused import AttentionKernels, DifferentiableAttention, RotaryKernels
 from fluid_npu.device.kernels.groups import Groups
+from fluid_npu.device.kernels.pieces import DWPart, PieceRows
 from fluid_npu.device.kernels.routed import ChunkOrder, RoutedRows, RowIndices, Slots
 
 
@@ -107,6 +108,14 @@ class Kernels(ABC):
     @abstractmethod
     def grouped_dw_add_(self, main_grad_LKN: Tensor, x_RK: Tensor, dy_RN: Tensor, counts_L: Sequence[int]) -> None:
         """Adds ``grouped_dw`` to ``main_grad_LKN`` (fp32) in place."""
+
+    def grouped_dw_pieces_add_(self, main_grad_LKN: Tensor, parts: Sequence[DWPart], rows: PieceRows) -> None:
+        """Adds the sum of ``grouped_dw`` over pieces, in one pass; each part has the operands of one of ``rows``."""
+        first = 0
+        for x, dy, counts in rows.joined(parts):
+            groups = slice(first, first + len(counts))
+            self.grouped_dw_add_(main_grad_LKN[groups], x, dy, counts)  # type: ignore[arg-type]
+            first = groups.stop
 
     @abstractmethod
     def dense_dw_add_(self, main_grad_NK: Tensor, x_RK: Tensor, dy_RN: Tensor) -> None:

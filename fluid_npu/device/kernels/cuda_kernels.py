@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor
 
 from fluid_npu.device.kernels.base import OnceKernels, RowLayout, StaticKernels
 from fluid_npu.device.kernels.gemm_chooser import GemmChooser
-from fluid_npu.device.kernels.gemm_forms import GemmCall, add_product_, fuses_wide_mm
+from fluid_npu.device.kernels.gemm_forms import GemmCall, add_product_, call_of_pieces, fuses_wide_mm
 from fluid_npu.device.kernels.groups import DeviceRows, Groups
 from fluid_npu.device.kernels.known_rows import ExpertKernels, KnownRows
+from fluid_npu.device.kernels.pieces import DWPart, PieceRows
 from fluid_npu.device.kernels.routed import ChunkOrder, RoutedRows, Slots
 from fluid_npu.device.kernels.row_kernels import RowKernels, gather, gathered_sum, summed_payload
 from fluid_npu.device.kernels.torch_attention import MEGATRON, TORCH, torch_attention
@@ -57,6 +59,17 @@ class CudaKernels(TorchKernels):
             return self._plain(counts_L).grouped_dw_add_(main_grad_LKN, x_RK, dy_RN, counts_L)
         self.chooser.compute(call)
         return None
+
+    def grouped_dw_pieces_add_(self, main_grad_LKN: Tensor, parts: Sequence[DWPart], rows: PieceRows) -> None:
+        call = call_of_pieces(main_grad_LKN, parts, rows)
+        if call is None:
+            return
+        if not call.more:  # the others have no rows
+            self.grouped_dw_add_(main_grad_LKN, call.a, call.b, call.counts)
+        elif _has_work(call):
+            self.chooser.compute(call)
+        else:
+            super().grouped_dw_pieces_add_(main_grad_LKN, parts, rows)
 
     def _plain(self, counts_L: Groups | None) -> ExpertKernels:
         """Plain torch, for which the host reads the counts where only the device knows them."""

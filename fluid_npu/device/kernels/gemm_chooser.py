@@ -21,7 +21,7 @@ from torch import Tensor
 from fluid_npu.device.base import DeviceUnavailable
 from fluid_npu.device.choice import Choice
 from fluid_npu.device.kernels.agreement import Agreement, of_this_job
-from fluid_npu.device.kernels.gemm_forms import FORMS, Form, GemmCall, equal_groups
+from fluid_npu.device.kernels.gemm_forms import FORMS, Form, GemmCall, Joined, equal_groups
 from fluid_npu.device.kernels.gemm_timing import Trial, room_to_measure, try_forms
 from fluid_npu.device.kernels.groups import DeviceRows
 from fluid_npu.device.kernels.triton_support import GEMM_PROFILE, GROUPED_GEMM, setting
@@ -45,7 +45,8 @@ class GemmChooser:
         self, agreement: Agreement | None = None, forms: Mapping[str, Form] | None = None, budget_s: float = _BUDGET_S
     ) -> None:
         self._agreement = agreement
-        self._forms = FORMS if forms is None else forms
+        self._forms: dict[str, Form] = {**(FORMS if forms is None else forms)}
+        self._forms[Joined.name] = Joined(self.compute)
         self._budget_s = budget_s
         self._decided: dict[str, Choice[str]] = {}
         self._quick: dict[Any, str] = {}
@@ -66,7 +67,7 @@ class GemmChooser:
         Raises DeviceUnavailable when the environment forces a form that does not fit the call, ValueError for a
         form or a profile that does not exist.
         """
-        wanted = setting(GROUPED_GEMM, ("auto", "rule", "triton", *self._forms))
+        wanted = setting(GROUPED_GEMM, ("auto", "rule", "triton", *(n for n in self._forms if n != Joined.name)))
         if wanted not in ("auto", "rule"):
             return self._forced(wanted, call)
         if wanted == "rule" or call.multiply_adds < _SMALL or _capturing(call):
@@ -108,6 +109,8 @@ class GemmChooser:
         groups = len(call.counts)
         if isinstance(call.counts, DeviceRows):
             return self._by_rule_on_device(call)
+        if call.more:
+            return Choice(Joined.name, "rule: rows are put together, so that main_grad is read and written once")
         if call.multiply_adds >= _LOOP_FLOOR * groups:
             return Choice("loop", f"rule: {call.multiply_adds / groups:.1e} multiply-adds a group keep a GPU busy")
         for name in ("batched", "grouped_mm"):
@@ -129,12 +132,17 @@ class GemmChooser:
         fitting = [name for name, reason in reasons.items() if reason is None]
         if fitting:
             return Choice(fitting[0], f"{GROUPED_GEMM}={wanted}")
+        if call.more and self._forms[Joined.name].why_not(call) is None:
+            return Choice(Joined.name, f"{GROUPED_GEMM}={wanted} then takes rows in one buffer")
         missing = "; ".join(dict.fromkeys(str(reason) for reason in reasons.values()))
         raise DeviceUnavailable(f"{GROUPED_GEMM}={wanted} ({class_of(call)}): {missing}; unset it to choose by call")
 
 
 def _key(call: GemmCall) -> tuple[Any, ...]:
     """All that ``choose`` looks at, without making text of it; calls with the same key take the same form."""
+    if call.more:
+        total = (call.rows // len(call.counts)).bit_length(), call.multiply_adds < _SMALL
+        return total, tuple(_key(piece) for piece in call.pieces)
     a, b, out, work, groups = call.a, call.b, call.out, call.multiply_adds, len(call.counts)
     size = (call.rows // groups).bit_length(), work < _SMALL, work >= _LOOP_FLOOR * groups, _evenness(call)
     shape = groups, a.shape[1], b.shape[1:], a.stride(), b.stride(), a.data_ptr() % 16, b.data_ptr() % 16
@@ -147,15 +155,17 @@ def class_of(call: GemmCall) -> str:
     groups, inner, outer = call.weight_shape
     rows = max(1, call.rows // groups)
     even = _evenness(call)
-    aligned = "aligned" if all(_aligned(t) for t in (call.a, call.b)) else "unaligned"
+    operands = [t for piece in call.pieces for t in (piece.a, piece.b)]
+    aligned = "aligned" if all(map(_aligned, operands)) else "unaligned"
+    pieces = f"-P{1 + len(call.more)}" if call.more else ""
     dtype = str(call.a.dtype).removeprefix("torch.")
-    return f"{call.op}-{dtype}-K{inner}-N{outer}-L{groups}-rows{1 << (rows.bit_length() - 1)}-{even}-{aligned}"
+    return f"{call.op}-{dtype}-K{inner}-N{outer}-L{groups}-rows{1 << (rows.bit_length() - 1)}-{even}-{aligned}{pieces}"
 
 
 def _evenness(call: GemmCall) -> str:
     if isinstance(call.counts, DeviceRows):
         return "unknown"
-    return "even" if equal_groups(call.counts) else "uneven"
+    return "even" if all(equal_groups(piece.counts) for piece in call.pieces) else "uneven"
 
 
 def _fastest(rule: Choice[str], trials: Mapping[str, Trial], names: list[str]) -> Choice[str]:

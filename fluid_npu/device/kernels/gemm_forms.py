@@ -2,11 +2,14 @@
 
 ``loop``: one cuBLAS call a group. ``grouped_mm``: torch's own. ``batched``: one batched cuBLAS call, for groups of
 equal size. ``triton-...``: our kernel with those tiles. Where only the device knows the rows of each group, ``loop``
-and ``batched`` do not fit; ``loop`` is left where nothing does. Shapes: R rows, K inner, N outer, L groups.
+and ``batched`` do not fit; ``loop`` is left where nothing does. A dW of rows in several pieces (``kernels.pieces``)
+``triton-...`` reads where they lie; ``joined`` copies them together first, for whatever form their dW then takes.
+Shapes: R rows, K inner, N outer, L groups.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -17,6 +20,7 @@ from torch import Tensor
 from fluid_npu.device.choice import Choice
 from fluid_npu.device.kernels.groups import DeviceRows, GroupRows, Groups, ends_of, rows_in
 from fluid_npu.device.kernels.known_rows import known, whole
+from fluid_npu.device.kernels.pieces import DWPart, PieceRows
 from fluid_npu.device.kernels.torch_kernels import (
     _groups,
     _loop_grouped_dw,
@@ -28,6 +32,8 @@ from fluid_npu.device.kernels.triton_support import load, triton_on
 
 _HALVES = (torch.bfloat16, torch.float16)
 _MAX_FP32_TILE = 64 * 64
+_MAX_PIECES = 4  # as triton_dw_pieces
+_IN_PIECES = "the rows are in several pieces"
 _HOST_ROWS = "it wants the rows of each group on the host, and only the device knows them"
 
 
@@ -36,6 +42,7 @@ class GemmCall:
     """One grouped matmul; ``op`` is ``mm`` (x w), ``mm_t`` (x w^T, w as [L, N, K]), ``dw`` (x^T dy) or ``dw_add``.
 
     ``a`` is [R, K]; ``b`` the weight for ``mm`` and ``mm_t``, else dy [R, N]; ``out`` the main_grad of ``dw_add``.
+    Of ``dw_add`` alone: ``more`` are further pieces, whose rows follow these, and ``join`` copies all of them together.
     """
 
     op: str
@@ -43,6 +50,8 @@ class GemmCall:
     b: Tensor
     counts: Groups
     out: Tensor | None = None
+    more: tuple[DWPart, ...] = ()
+    join: Callable[[], Iterable[DWPart]] | None = None
 
     @property
     def weight_shape(self) -> tuple[int, int, int]:
@@ -54,14 +63,27 @@ class GemmCall:
 
     @property
     def rows(self) -> int:
-        """R, or what is expected of it."""
-        return rows_in(self.counts, self.a)
+        """R of all pieces, or what is expected of it."""
+        return rows_in(self.counts, self.a) + sum(rows_in(part.counts, part.x) for part in self.more)
 
     @property
     def multiply_adds(self) -> int:
         """R * K * N."""
         _, inner, outer = self.weight_shape
         return self.rows * inner * outer
+
+    @property
+    def pieces(self) -> list[GemmCall]:
+        """The same of each piece alone."""
+        first = replace(self, more=(), join=None)
+        return [first, *(replace(first, a=part.x, b=part.dy, counts=part.counts) for part in self.more)]
+
+    def negated(self) -> GemmCall:
+        """The same with a of the other sign."""
+        more = tuple(part._replace(x=-part.x) for part in self.more)
+        join = self.join
+        turned = None if join is None else lambda: (part._replace(x=-part.x) for part in join())
+        return replace(self, a=-self.a, more=more, join=turned)
 
     def on_host(self) -> GemmCall:
         """The same call over the rows in use, whose numbers the host then knows; it waits for them."""
@@ -79,6 +101,18 @@ class GemmCall:
         return ends_of(self.counts, self.a.device, torch.int32)
 
 
+def call_of_pieces(main_grad_LKN: Tensor, parts: Sequence[DWPart], rows: PieceRows) -> GemmCall | None:
+    """The dW over rows in pieces, of those that have some; None where none has."""
+    filled = [
+        DWPart(part.x, part.dy, counts) for part, counts in zip(parts, rows.counts, strict=True) if part.x.shape[0]
+    ]
+    if not filled:
+        return None
+    (x, dy, counts), *more = filled
+    join = (lambda: rows.joined(parts)) if more else None
+    return GemmCall(op="dw_add", a=x, b=dy, counts=counts, out=main_grad_LKN, more=tuple(more), join=join)
+
+
 class Loop:
     """One cuBLAS call for each group that has rows."""
 
@@ -90,6 +124,10 @@ class Loop:
 
     def run(self, call: GemmCall) -> Tensor | None:
         """The result, or None where it is added to ``call.out``."""
+        if call.more:
+            for piece in call.pieces:
+                self.run(piece)
+            return None
         capacity, call = call.a.shape[0], call.on_host()
         counts = call.counts
         assert not isinstance(counts, DeviceRows), "the host knows them now"
@@ -109,6 +147,8 @@ class Native:
     name = "grouped_mm"
 
     def why_not(self, call: GemmCall) -> str | None:
+        if call.more:
+            return _IN_PIECES
         a = call.a.t() if call.op.startswith("dw") else call.a
         if _native_grouped_mm is None:
             return f"torch {torch.__version__} has no grouped_mm (2.10 has)"
@@ -133,6 +173,8 @@ class Batched:
     name = "batched"
 
     def why_not(self, call: GemmCall) -> str | None:
+        if call.more:
+            return _IN_PIECES
         if isinstance(call.counts, DeviceRows):
             return _HOST_ROWS
         if not equal_groups(call.counts) or call.counts[0] == 0:
@@ -158,6 +200,34 @@ class Batched:
         return None
 
 
+class Joined:
+    """Rows of several pieces put together by group, then what ``compute`` does with them.
+
+    Args:
+        compute: adds the dW of rows in one buffer.
+    """
+
+    name = "joined"
+
+    def __init__(self, compute: Callable[[GemmCall], Tensor | None]) -> None:
+        self._compute = compute
+
+    def why_not(self, call: GemmCall) -> str | None:
+        if call.join is None:
+            return "the rows are in one buffer"
+        return _HOST_ROWS if isinstance(call.counts, DeviceRows) else None
+
+    def run(self, call: GemmCall) -> Tensor | None:
+        assert call.join is not None and call.out is not None, "why_not refuses what has no pieces"
+        first = 0
+        for x, dy, counts in call.join():
+            groups = slice(first, first + len(counts))
+            if x.shape[0]:
+                self._compute(GemmCall(op="dw_add", a=x, b=dy, counts=counts, out=call.out[groups]))
+            first = groups.stop
+        return None
+
+
 class TritonForm:
     """Our kernel with tiles of one shape: ``tiles`` are the arguments of ``triton_grouped_gemm.Tiles``."""
 
@@ -169,6 +239,10 @@ class TritonForm:
         self.name = f"triton-{bm}x{bn}x{bk}-w{warps}-s{stages}{flags}"
 
     def why_not(self, call: GemmCall) -> str | None:
+        if call.more:
+            if 1 + len(call.more) > _MAX_PIECES:
+                return f"the Triton kernel reads up to {_MAX_PIECES} pieces, these are {1 + len(call.more)}"
+            return next((reason for piece in call.pieces if (reason := self.why_not(piece)) is not None), None)
         found = triton_on(call.a.device)
         if not found.value:
             return found.reason
@@ -200,6 +274,10 @@ class TritonForm:
     def run(self, call: GemmCall) -> Tensor | None:
         module = load("triton_grouped_gemm")
         tiles = module.Tiles(*self._sizes, **self._arguments)
+        if call.more:
+            pieces = [(piece.a, piece.b, piece.ends()) for piece in call.pieces]
+            load("triton_dw_pieces").grouped_dw_pieces_(call.out, pieces, tiles)
+            return None
         ends = call.ends()
         if call.op in ("mm", "mm_t"):
             table = _row_blocks(module, call, ends, tiles.bm)
@@ -213,7 +291,7 @@ class TritonForm:
         return dw
 
 
-Form = Loop | Native | Batched | TritonForm
+Form = Loop | Native | Batched | Joined | TritonForm
 
 _TILES = (
     TritonForm(128, 256, 64, 8, 4, described=True),

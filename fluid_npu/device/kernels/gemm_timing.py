@@ -62,7 +62,7 @@ def room_to_measure(call: GemmCall) -> str | None:
     """Why there is not the memory to measure this call, or None."""
     if not call.a.is_cuda:
         return None
-    result = 4 * call.multiply_adds // max(call.a.shape[0], 1) if call.op.startswith("dw") else 0
+    result = 4 * call.multiply_adds // max(call.rows, 1) if call.op.startswith("dw") else 0
     rows = call.a.shape[0] * call.weight_shape[2] * call.a.element_size()
     needed = 2 * result * len(call.counts) if result else 2 * rows
     free = torch.cuda.mem_get_info(call.a.device)[0]
@@ -84,7 +84,7 @@ def _error(form: Form, call: GemmCall) -> float:
     # Added, then taken away again by the form under test: one scratch buffer instead of two.
     FORMS["loop"].run(call)
     size = float(call.out.abs().max())
-    form.run(replace(call, a=-call.a))
+    form.run(call.negated())
     left = float(call.out.abs().max())
     return left / max(size, 1e-30) if left == left else float("inf")
 

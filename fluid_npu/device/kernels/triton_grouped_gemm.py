@@ -270,38 +270,59 @@ def _dw_tile(
     start = tl.load(ends + group - 1, mask=group > 0, other=0).to(tl.int32)
     if (end > start) | (not ACCUMULATE):
         first_k, first_n = block_m * BM, block_n * BN
-        ks, ns = first_k + tl.arange(0, BM), first_n + tl.arange(0, BN)
-        acc = tl.zeros((BM, BN), dtype=tl.float32)
-        if DESCRIBED:
-            whole = (end - start) // BK * BK
-            for row in range(start, start + whole, BK):
-                a, b = x.load([row, first_k]), dy.load([row, first_n])
-                acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
-            if start + whole < end:
-                # The last step reaches into the next group's rows: both sides, since 0 * inf is no 0.
-                row = start + whole
-                inside = (row + tl.arange(0, BK) < end)[:, None]
-                a = tl.where(inside, x.load([row, first_k]), 0.0)
-                b = tl.where(inside, dy.load([row, first_n]), 0.0)
-                acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
-        else:
-            for row in range(start, end, BK):
-                rows = row + tl.arange(0, BK)
-                at = rows.to(tl.int64)
-                mask_a = (ks < inner)[:, None] & (rows < end)[None, :]
-                mask_b = (rows < end)[:, None] & (ns < outer)[None, :]
-                a = tl.load(x + at[None, :] * stride_x + ks[:, None], mask=mask_a, other=0.0)
-                b = tl.load(dy + at[:, None] * stride_dy + ns[None, :], mask=mask_b, other=0.0)
-                acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        out = dw + (group.to(tl.int64) * inner + ks.to(tl.int64)[:, None]) * outer
-        halves = tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)).split()
-        # One half at a time: the sum and all that is added to it do not fit into the registers together.
-        _store_dw(out, halves[0], ks, first_n + tl.arange(0, BN // 2), inner, outer, ACCUMULATE)
-        _store_dw(out, halves[1], ks, first_n + BN // 2 + tl.arange(0, BN // 2), inner, outer, ACCUMULATE)
+        acc = _sum_of_products(
+            tl.zeros((BM, BN), dtype=tl.float32), x, dy, start, end, first_k, first_n, inner, outer,
+            stride_x, stride_dy, BM, BN, BK, DESCRIBED, PRECISION,
+        )  # fmt: skip
+        _store_dw(dw, acc, group, first_k, first_n, inner, outer, BM, BN, ACCUMULATE)
 
 
 @triton.jit
-def _store_dw(out, acc, ks, ns, inner, outer, ACCUMULATE: tl.constexpr):
+def _sum_of_products(
+    acc, x, dy, start, end, first_k, first_n, inner, outer, stride_x, stride_dy,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc and the tile of x^T dy over some rows, in ascending order."""
+    if DESCRIBED:
+        whole = (end - start) // BK * BK
+        for row in range(start, start + whole, BK):
+            a, b = x.load([row, first_k]), dy.load([row, first_n])
+            acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
+        if start + whole < end:
+            # The last step reaches into the next group's rows: both sides, since 0 * inf is no 0.
+            row = start + whole
+            inside = (row + tl.arange(0, BK) < end)[:, None]
+            a = tl.where(inside, x.load([row, first_k]), 0.0)
+            b = tl.where(inside, dy.load([row, first_n]), 0.0)
+            acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
+    else:
+        ks, ns = first_k + tl.arange(0, BM), first_n + tl.arange(0, BN)
+        for row in range(start, end, BK):
+            rows = row + tl.arange(0, BK)
+            at = rows.to(tl.int64)
+            mask_a = (ks < inner)[:, None] & (rows < end)[None, :]
+            mask_b = (rows < end)[:, None] & (ns < outer)[None, :]
+            a = tl.load(x + at[None, :] * stride_x + ks[:, None], mask=mask_a, other=0.0)
+            b = tl.load(dy + at[:, None] * stride_dy + ns[None, :], mask=mask_b, other=0.0)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _store_dw(
+    dw, acc, group, first_k, first_n, inner, outer, BM: tl.constexpr, BN: tl.constexpr, ACCUMULATE: tl.constexpr
+):  # fmt: skip
+    """Writes or adds a tile of a group."""
+    ks = first_k + tl.arange(0, BM)
+    out = dw + (group.to(tl.int64) * inner + ks.to(tl.int64)[:, None]) * outer
+    halves = tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)).split()
+    # One half at a time: the sum and all that is added to it do not fit into the registers together.
+    _store_half(out, halves[0], ks, first_n + tl.arange(0, BN // 2), inner, outer, ACCUMULATE)
+    _store_half(out, halves[1], ks, first_n + BN // 2 + tl.arange(0, BN // 2), inner, outer, ACCUMULATE)
+
+
+@triton.jit
+def _store_half(out, acc, ks, ns, inner, outer, ACCUMULATE: tl.constexpr):
     mask = (ks < inner)[:, None] & (ns < outer)[None, :]
     out += ns[None, :]
     if ACCUMULATE:

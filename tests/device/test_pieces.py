@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fluid_npu.device.kernels.pieces import DWPart, PieceRows
+from fluid_npu.device.kernels.torch_kernels import TorchKernels
 from fluid_npu.ops.chunk_rows import token_chunks
-from fluid_npu.schedule.deferred import DWPart
-from fluid_npu.schedule.joined_rows import JoinedRows
 
 COUNTS = [[3, 0, 2, 4, 1], [0, 0, 5, 1, 0], [2, 0, 0, 1, 6]]
 
@@ -21,7 +21,7 @@ def test_all_rows_of_an_expert_come_together_in_the_order_of_the_chunks() -> Non
     xs = [torch.randn(sum(counts), 3) for counts in COUNTS]
     dys = [torch.randn(sum(counts), 2, dtype=torch.float64) for counts in COUNTS]
     chunks = [DWPart(x, dy, counts) for x, dy, counts in zip(xs, dys, COUNTS, strict=True)]
-    parts = list(JoinedRows(COUNTS, torch.tensor(COUNTS)).parts(chunks))
+    parts = list(PieceRows(COUNTS, torch.tensor(COUNTS)).joined(chunks))
     assert len(parts) == 4, "some experts at a time"
     assert [rows for part in parts for rows in part.counts] == [5, 0, 7, 6, 7]
     for at, rows in ((0, xs), (1, dys)):
@@ -29,9 +29,18 @@ def test_all_rows_of_an_expert_come_together_in_the_order_of_the_chunks() -> Non
         assert torch.equal(whole, torch.cat([by_hand(rows, expert) for expert in range(5)]))
 
 
+def test_dw_of_all_pieces_is_added_once() -> None:
+    xs, dys = ([torch.randn(sum(counts), width) for counts in COUNTS] for width in (3, 2))
+    main_grad = torch.ones(5, 3, 2)
+    parts = [DWPart(x, dy, counts) for x, dy, counts in zip(xs, dys, COUNTS, strict=True)]
+    TorchKernels().grouped_dw_pieces_add_(main_grad, parts, PieceRows(COUNTS, torch.tensor(COUNTS)))
+    for expert in range(5):
+        torch.testing.assert_close(main_grad[expert], 1 + by_hand(xs, expert).t() @ by_hand(dys, expert))
+
+
 def test_no_rows_at_all() -> None:
     empty = [DWPart(torch.empty(0, 3), torch.empty(0, 2), [0, 0])] * 2
-    parts = list(JoinedRows([[0, 0], [0, 0]], torch.zeros(2, 2, dtype=torch.int64)).parts(empty))
+    parts = list(PieceRows([[0, 0], [0, 0]], torch.zeros(2, 2, dtype=torch.int64)).joined(empty))
     assert [part.x.shape for part in parts] == [(0, 3), (0, 3)]
 
 

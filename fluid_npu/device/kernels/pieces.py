@@ -1,0 +1,83 @@
+"""Rows of the same groups in several pieces, each with operands of its own, such as the chunks of a pipeline.
+
+A weight gradient is the sum over the rows of all pieces. One dW for each piece, added up, would read and write all of
+``main_grad`` once more for each (fp32, of all groups), which is more than the rows where groups are many. A kernel that
+reads rows where they lie needs no copies (``gemm_forms``); for others rows are put together first, for a part of the
+groups at a time, which bounds the memory of the copies. C pieces, L groups, R rows of all pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fluid_npu.device.kernels.groups import GroupRows, Groups
+
+#: Parts in which groups are joined: the copies are this part of the operands of one weight.
+_PARTS = 4
+
+
+class DWPart(NamedTuple):
+    """Operands of the dW of some consecutive groups: ``[R, K]`` input rows, ``[R, N]`` gradient rows, rows of each."""
+
+    x: Tensor
+    dy: Tensor
+    counts: Groups
+
+
+class PieceRows:
+    """Rows of each group in each piece; never changed afterwards.
+
+    Args:
+        counts: for each piece the rows of all L groups.
+        counts_CL: the same numbers as int64 [C, L] on the device of the rows.
+    """
+
+    def __init__(self, counts: Sequence[Sequence[int]], counts_CL: Tensor) -> None:
+        self.counts = [
+            rows if isinstance(rows, GroupRows) else GroupRows(rows, there)
+            for rows, there in zip(counts, counts_CL.unbind(0), strict=True)
+        ]
+        self._counts_CL = counts_CL
+
+    @cached_property
+    def _places(self) -> Sequence[Tensor]:
+        """For each piece, where its rows stand in the order (group, piece)."""
+        rows = [sum(of_piece) for of_piece in self.counts]
+        return places_by_group(self._counts_CL, sum(rows)).split(rows)
+
+    def joined(self, pieces: Sequence[DWPart]) -> Iterator[DWPart]:
+        """Operands of some consecutive groups at a time, from those of each piece; together all, in their order."""
+        local = len(self.counts[0])
+        parts, start = min(_PARTS, local), 0
+        for number in range(parts):
+            groups = slice(local * number // parts, local * (number + 1) // parts)
+            counts = [sum(of_piece[group] for of_piece in self.counts) for group in range(local)[groups]]
+            x, dy = (self._together([part[which] for part in pieces], groups, start, sum(counts)) for which in (0, 1))
+            yield DWPart(x, dy, GroupRows(counts, self._counts_CL[:, groups].sum(0)))
+            start += sum(counts)
+
+    def _together(self, rows: Sequence[Tensor], groups: slice, start: int, size: int) -> Tensor:
+        """``[size, ...]``: the rows of some groups, which begin at place ``start``."""
+        out = rows[0].new_empty(size, rows[0].shape[1])
+        for of_piece, places, counts in zip(rows, self._places, self.counts, strict=True):
+            first = sum(counts[: groups.start])
+            mine = slice(first, first + sum(counts[groups]))
+            out.index_copy_(0, places[mine] - start, of_piece[mine])
+        return out
+
+
+def places_by_group(counts_CL: Tensor, rows: int) -> Tensor:
+    """int64 [rows]: where each row, in the order (piece, group), stands in the order (group, piece).
+
+    ``counts_CL``: rows of each of L groups in each of C pieces; the host knows their sum.
+    """
+    counts = counts_CL.reshape(-1)
+    by_group = counts_CL.t().reshape(-1)
+    start_CL = (by_group.cumsum(0) - by_group).view(counts_CL.t().shape).t().reshape(-1)
+    shift = start_CL - (counts.cumsum(0) - counts)
+    return torch.arange(rows, device=counts.device) + torch.repeat_interleave(shift, counts, output_size=rows)
