@@ -22,8 +22,8 @@ OF_TRANSPORT = ("a2a_transport", "a2a_node_size", "a2a_bytes", "device")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """``overlap``, ``carry_over``, ``dispatch``, ``chunks``, ``attention_chunks`` and ``payload_dtype`` mean what they
-    mean to ``get_fluid_moe_layer_spec``.
+    """``overlap``, ``carry_over``, ``dispatch``, ``chunks``, ``local_first``, ``attention_chunks``, ``payload_dtype``
+    and ``cuda_graph`` mean what they mean to ``get_fluid_moe_layer_spec``.
 
     ``gemm_fusion``: the experts' weight gradients go straight into ``main_grad``, also where the model's configuration
     has no ``gradient_accumulation_fusion``. ``a2a_transport`` moves the bytes of AllToAlls of tensors on ``device``
@@ -36,9 +36,11 @@ class Settings:
     gemm_fusion: bool = False
     dispatch: str = "plain"
     chunks: int | str = "auto"
+    local_first: bool = False
     attention_chunks: int = 1
     interleave_batches: bool = False
     payload_dtype: str = "same"
+    cuda_graph: bool | str = False
     a2a_transport: str = "collective"
     a2a_node_size: int = 0
     a2a_bytes: int = 0
@@ -47,9 +49,11 @@ class Settings:
     def __post_init__(self) -> None:
         if self.overlap not in OVERLAPS:
             raise PatchError(f"adapt(overlap={self.overlap!r}): allowed are {', '.join(OVERLAPS)}")
-        for name in ("carry_over", "gemm_fusion", "interleave_batches"):
+        for name in ("carry_over", "gemm_fusion", "interleave_batches", "local_first"):
             if not isinstance(getattr(self, name), bool):
                 raise PatchError(f"adapt({name}={getattr(self, name)!r}): allowed are True and False")
+        if self.cuda_graph not in (True, False, "auto"):
+            raise PatchError(f"adapt(cuda_graph={self.cuda_graph!r}): allowed are True, False and 'auto'")
         if self.dispatch not in DISPATCHES:
             raise PatchError(f"adapt(dispatch={self.dispatch!r}): allowed are {', '.join(DISPATCHES)}")
         if self.payload_dtype not in PAYLOAD_DTYPES:
@@ -64,6 +68,10 @@ class Settings:
             )
         if not _at_least_one(self.attention_chunks):
             raise PatchError(f"adapt(attention_chunks={self.attention_chunks!r}): a number of at least 1")
+        if self.local_first and self.overlap != "full":
+            raise PatchError(
+                f"adapt(local_first=True): overlap={self.overlap!r} has no chunks; use overlap='full', or leave it out"
+            )
         self._check_chunks()
 
     def _check_chunks(self) -> None:

@@ -92,6 +92,37 @@ def test_a_launch_in_chunks_trains_as_the_layer_spec_and_as_one_piece(
             assert not same_bits(launch["grads"], other["grads"])
 
 
+LOCAL = ["--fluid-overlap", "full", "--fluid-moe-chunks", "1", "--fluid-local-first", "--fluid-moe-cuda-graph", "auto"]
+
+
+def launched_with_local_rows_first(folder: str) -> dict[str, Any]:
+    """What a launch with ``LOCAL`` builds and trains, and what the Layer Spec does with the same words."""
+    from fluid_npu.device import choice
+    from fluid_npu.mcore.layer_spec import get_fluid_moe_block_spec
+
+    run = Run(config={"gradient_accumulation_fusion": False, "moe_layer_freq": [0, 1]})
+    config = make_config(run)
+    found = {"spec": train(get_fluid_moe_block_spec(config, overlap="full", chunks=1, local_first=True), config, run)}
+    launch(folder, *WORDS, *LOCAL, "--overlap-grad-reduce")
+    found["launch"] = train(through_megatron(config), config, run)
+    model = model_of(through_megatron(config), config)
+    first = [tuple(module.local_first) for module in model.modules() if hasattr(module, "token_dispatcher")]
+    said = {what: one for what, one in choice.announced()}
+    return {"found": found, "first": first, "said": said}
+
+
+def test_a_launch_with_local_rows_first_trains_as_the_layer_spec(
+    run_ranks: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    for rank in run_ranks(2, launched_with_local_rows_first, str(tmp_path), sizes={"expert_model_parallel_size": 2}):
+        assert rank["first"] == [(True, "as asked")]
+        recorded, reduced = (rank["said"][what] for what in ("recorded MoE layers", "last reduction of gradients"))
+        assert not recorded.value and "use dispatch='static'" in recorded.reason and "local_first=" in recorded.reason
+        assert reduced.value == "nothing" and "--fluid-carry-over" in reduced.reason
+        launch, spec = (rank["found"][door] for door in ("launch", "spec"))
+        assert torch.equal(launch["losses"], spec["losses"]) and not same_bits(launch["grads"], spec["grads"])
+
+
 def launched_over_peer_copies(folder: str) -> dict[str, Any]:
     """What a launch with another transport trains, over which one, and what the Layer Spec does without."""
     from fluid_npu.mcore.layer_spec import get_fluid_moe_block_spec

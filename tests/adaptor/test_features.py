@@ -17,7 +17,8 @@ MTP = "megatron.core.models.gpt.gpt_layer_specs.get_gpt_mtp_block_spec"
 
 def late_by_feature_and_by_hand() -> dict[str, Any]:
     """Where each weight gradient was computed, and what differs in the bits."""
-    run = Run(steps=1, config={"num_layers": 3}, spec={"carry_over": True}, ddp={"overlap_grad_reduce": True})
+    # Two steps: Megatron reduces during the backward from the second one on.
+    run = Run(steps=2, config={"num_layers": 3}, spec={"carry_over": True}, ddp={"overlap_grad_reduce": True})
     by_hand = train(replace(run, ddp={**run.ddp, "delay_wgrad_compute": True}))
     with adapt(["late_gradients"]):
         by_feature = train(run)
@@ -33,6 +34,8 @@ def test_late_gradients_lets_carry_over_carry_as_a_ddp_with_delay_wgrad_compute_
     for found in run_ranks(2, late_by_feature_and_by_hand, sizes={"expert_model_parallel_size": 2}):
         regions = found["regions"]
         assert regions["feature"] == regions["hand"] != regions["without"]
+        beside = [regions[way]["layer 1 fc2"] == "end of backward" for way in ("feature", "without")]
+        assert beside == [True, False], "FC2 of the lowest layer is left for the last reduction"
         assert found["bits"] == [[]] * 4
 
 

@@ -49,6 +49,7 @@ def test_defaults_change_nothing() -> None:
     assert (args.fluid_dispatch, args.fluid_moe_chunks, args.fluid_attention_chunks) == ("plain", "auto", 1)
     assert (args.fluid_a2a_transport, args.fluid_a2a_node_size) == ("collective", 0)
     assert args.fluid_a2a_payload_dtype == "same"
+    assert not args.fluid_local_first and args.fluid_moe_cuda_graph == "off"
     assert args.fluid_report is None and args.fluid_twin_every == 0 and args.fluid_fingerprints is None
 
 
@@ -84,6 +85,7 @@ def test_a_wrong_value_is_refused_by_the_parser(words: list[str], capsys: pytest
     assert words[0] in capsys.readouterr().err
 
 
+STATIC = ("--fluid-dispatch", "static")
 REFUSED: list[tuple[list[str], dict[str, Any], str, str]] = [
     (["--fluid-overlap", "full"], {"moe_grouped_gemm": False}, "0.16", "--fluid-overlap full without --moe-grouped"),
     (["--fluid-overlap", "full"], {"expert_model_parallel_size": 1}, "0.16", "full with --expert.*-size 1: there is"),
@@ -176,6 +178,65 @@ REFUSED: list[tuple[list[str], dict[str, Any], str, str]] = [
         "0.16",
         "--micro-batch-size 3: .*use --micro-batch-size 4",
     ),
+    (["--fluid-local-first"], {}, "0.16", "--fluid-local-first with --fluid-overlap auto: .*use --fluid-overlap full"),
+    (
+        ["--fluid-local-first", "--fluid-overlap", "full"],
+        {"expert_model_parallel_size": 1},
+        "0.16",
+        "--fluid-local-first with --expert-model-parallel-size 1: all rows are local; raise it",
+    ),
+    (
+        ["--fluid-local-first", "--fluid-overlap", "full", "--fluid-dispatch", "static"],
+        {},
+        "0.16",
+        "--fluid-local-first with --fluid-dispatch static: .*use once-per-rank, or drop",
+    ),
+    (
+        ["--fluid-local-first", "--fluid-overlap", "full", "--fluid-a2a-payload-dtype", "fp8"],
+        {},
+        "0.16",
+        "--fluid-local-first with --fluid-a2a-payload-dtype fp8: chunks are not coded; drop one",
+    ),
+    (["--fluid-local-first"], {"moe_grouped_gemm": False}, "0.16", "--fluid-local-first without --moe-grouped-gemm"),
+    (["--fluid-moe-cuda-graph"], {}, "0.16", "--fluid-moe-cuda-graph on with --fluid-dispatch plain: .*use static"),
+    (
+        ["--fluid-moe-cuda-graph", *STATIC, "--fluid-device", "cpu"],
+        {},
+        "0.16",
+        "on with --fluid-device cpu: .*use cuda",
+    ),
+    (["--fluid-moe-cuda-graph", *STATIC, "--fluid-carry-over"], {}, "0.16", "on with --fluid-carry-over: .*drop one"),
+    (
+        ["--fluid-moe-cuda-graph", *STATIC, "--fluid-a2a-transport", "peer-copy"],
+        {},
+        "0.16",
+        "on with --fluid-a2a-transport peer-copy: .*use collective",
+    ),
+    (
+        ["--fluid-moe-cuda-graph", *STATIC, "--fluid-interleave-batches"],
+        {},
+        "0.16",
+        "on with --fluid-interleave-batches: .*drop one",
+    ),
+    (
+        ["--fluid-moe-cuda-graph", *STATIC],
+        {"pipeline_model_parallel_size": 2},
+        "0.16",
+        "on with --pipeline-model-parallel-size 2: .*use 1, or auto",
+    ),
+    (
+        ["--fluid-moe-cuda-graph", *STATIC],
+        {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
+        "0.16",
+        "on with --tensor-model-parallel-size 2: .*use 1, or auto",
+    ),
+    (
+        ["--fluid-moe-cuda-graph", *STATIC],
+        {"recompute_granularity": "full"},
+        "0.16",
+        "on with --recompute-granularity full",
+    ),
+    (["--fluid-moe-cuda-graph", "auto"], {"moe_grouped_gemm": False}, "0.16", "graph auto without --moe-grouped-gemm"),
     (["--fluid-interleave-batches", "--fluid-overlap", "off"], {}, "0.16", "with --fluid-overlap off: .*drop one"),
     (["--fluid-interleave-batches"], {}, "0.12", "layers of Megatron 0.12 have no steps; drop the flag"),
     (["--fluid-interleave-batches"], {"moe_grouped_gemm": False}, "0.16", "--fluid-interleave-batches without --moe-g"),
@@ -203,6 +264,9 @@ def test_contradictions_are_refused_with_the_fix(
         (["--fluid-attention-chunks", "2"], {"context_parallel_size": 2}, "0.16"),
         (["--gemm-gradient-accumulation-fusion"], {"bf16": False}, "0.12"),
         (["--fluid-interleave-batches"], {"micro_batch_size": 4}, "0.16"),
+        (["--fluid-local-first", "--fluid-overlap", "full", "--fluid-moe-chunks", "1"], {}, "0.16"),
+        (["--fluid-moe-cuda-graph", *STATIC], {}, "0.16"),
+        (["--fluid-moe-cuda-graph", "auto", "--fluid-carry-over"], {"pipeline_model_parallel_size": 2}, "0.16"),
         ([], {"bf16": False, "fp16": True}, "0.16"),
         ([], {"bf16": False, "fp16": True, "expert_model_parallel_size": 1}, "0.12"),
         ([], {"moe_grouped_gemm": False, "num_experts": None, "add_bias_linear": True}, "0.19"),
@@ -224,6 +288,35 @@ def test_all_contradictions_are_told_at_once() -> None:
 def test_arguments_from_a_yaml_file_are_refused() -> None:
     with pytest.raises(FlagError, match="--yaml-cfg"):
         checks.check(argparse.Namespace(**MEGATRON), "0.16")
+
+
+@pytest.mark.parametrize(
+    ("words", "megatron", "overlap", "value", "said"),
+    [
+        (["--fluid-carry-over"], {}, "dw", "FC2 of the lowest layer", "no other rank holds the same experts"),
+        ([], {}, "dw", "nothing", "with --fluid-carry-over alone; add it"),
+        (["--fluid-carry-over"], {}, "off", "nothing", "with overlap off"),
+        (["--fluid-carry-over"], {"world_size": 8}, "dw", "nothing", "4 ranks hold the same experts"),
+        (["--fluid-carry-over"], {"world_size": 8, "tensor_model_parallel_size": 4}, "dw", "FC2 of the lowest", ""),
+        (
+            ["--fluid-carry-over"],
+            {"world_size": 4, "pipeline_model_parallel_size": 2},
+            "dw",
+            "nothing",
+            "with --pipeline-model-parallel-size 2",
+        ),
+        (["--fluid-carry-over", "--fluid-interleave-batches"], {}, "dw", "nothing", "--fluid-interleave-batches"),
+        (["--fluid-carry-over"], {"use_megatron_fsdp": True}, "dw", "nothing", "FSDP takes no late gradients"),
+    ],
+    ids=str,
+)
+def test_what_runs_beside_the_last_reduction_follows_from_the_flags(
+    words: list[str], megatron: dict[str, Any], overlap: str, value: str, said: str
+) -> None:
+    sizes = {"world_size": 2, "pipeline_model_parallel_size": 1, "tensor_model_parallel_size": 1}
+    args = launch(*words, **{**sizes, "expert_tensor_parallel_size": None, **megatron})
+    chosen = startup.choose_reduction(args, overlap)
+    assert chosen.value.startswith(value) and said in chosen.reason
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,15 @@ import torch
 
 
 def add_megatron_arguments{add_megatron_arguments}:
-    for name in ("moe-grouped-gemm", "bf16", "fp16", "disable-bias-linear"):
+    for name in ("moe-grouped-gemm", "bf16", "fp16", "disable-bias-linear", "overlap-grad-reduce"):
         parser.add_argument("--" + name, action="store_true")
     for name in ("num-experts", "expert-model-parallel-size", "context-parallel-size"):
         parser.add_argument("--" + name, type=int)
     parser.add_argument("--moe-token-dispatcher-type", default="alltoall")
     parser.add_argument("--distributed-backend", default="nccl")
     parser.add_argument("--transformer-impl", default="transformer_engine")
-    parser.set_defaults(expert_model_parallel_size=1, context_parallel_size=1)
+    parser.set_defaults(expert_model_parallel_size=1, context_parallel_size=1, tensor_model_parallel_size=1)
+    parser.set_defaults(pipeline_model_parallel_size=1, expert_tensor_parallel_size=None)
     return parser
 
 
@@ -35,6 +36,7 @@ def parse_args(extra_args_provider=None, ignore_unknown_args=False):
     if extra_args_provider is not None:
         parser = extra_args_provider(parser)
     args = parser.parse_known_args()[0] if ignore_unknown_args else parser.parse_args()
+    args.world_size = int(os.environ.get("WORLD_SIZE", "1"))
     args.add_bias_linear = not args.disable_bias_linear
     return args
 

@@ -28,7 +28,7 @@ def check(args: Namespace, line: str) -> None:
             "the arguments lack fluid_npu's (--yaml-cfg replaces the parsed ones): pass flags instead of a YAML file"
         )
     ours = (*_overlap(args), *_chunks(args), *_dispatch(args), *_transport(args), *_payload(args))
-    ours += tuple(_interleave(args, line))
+    ours += (*_interleave(args, line), *_local_first(args), *_recorded(args))
     problems = [*ours, *_grouped(args, line), *_others(args)]
     if problems:
         raise FlagError("fluid_npu: " + "\nfluid_npu: ".join(problems))
@@ -81,6 +81,52 @@ def _chunks(args: Namespace) -> Iterator[str]:
             f"--fluid-attention-chunks {args.fluid_attention_chunks} with --context-parallel-size 1: there is no "
             "AllToAll to compute beside; drop the flag, or raise the size"
         )
+
+
+def _local_first(args: Namespace) -> Iterator[str]:
+    if not args.fluid_local_first:
+        return
+    if args.fluid_overlap != "full":
+        yield (
+            f"--fluid-local-first with --fluid-overlap {args.fluid_overlap}: it is a chunk, and layers are in chunks "
+            "with full alone; use --fluid-overlap full, or drop the flag"
+        )
+    if args.expert_model_parallel_size == 1:
+        yield "--fluid-local-first with --expert-model-parallel-size 1: all rows are local; raise it, or drop the flag"
+    if args.fluid_dispatch in ("static", "once-per-node"):
+        yield (
+            f"--fluid-local-first with --fluid-dispatch {args.fluid_dispatch}: it sends all tokens in one piece; use "
+            "once-per-rank, or drop the flag"
+        )
+    if args.fluid_a2a_payload_dtype != "same":
+        yield (
+            f"--fluid-local-first with --fluid-a2a-payload-dtype {args.fluid_a2a_payload_dtype}: chunks are not coded; "
+            "drop one of the two"
+        )
+
+
+def _recorded(args: Namespace) -> Iterator[str]:
+    """What ``mcore.graph_choice`` would refuse when the model is built, as far as flags say it; 'auto' asks it."""
+    if args.fluid_moe_cuda_graph != "on":
+        return
+    stages, shards = (getattr(args, f"{kind}_model_parallel_size", 1) for kind in ("pipeline", "tensor"))
+    obstacles = (
+        (args.fluid_device in ("cpu", "npu"), f"--fluid-device {args.fluid_device}", "records no graphs; use cuda"),
+        (args.fluid_dispatch != "static", f"--fluid-dispatch {args.fluid_dispatch}", "may wait for sizes; use static"),
+        (args.fluid_carry_over, "--fluid-carry-over", "leaves weight gradients for another layer; drop one of the two"),
+        (args.fluid_interleave_batches, "--fluid-interleave-batches", "has two halves under way; drop one of the two"),
+        (
+            args.fluid_a2a_transport != "collective",
+            f"--fluid-a2a-transport {args.fluid_a2a_transport}",
+            "may count its exchanges on the host; use collective",
+        ),
+        (stages > 1, f"--pipeline-model-parallel-size {stages}", "has several forwards waiting; use 1, or auto"),
+        (getattr(args, "recompute_granularity", None) == "full", "--recompute-granularity full", "keeps random states"),
+        (shards > 1, f"--tensor-model-parallel-size {shards}", "has collectives not recorded yet; use 1, or auto"),
+    )
+    for given, flag, fix in obstacles:
+        if given:
+            yield f"--fluid-moe-cuda-graph on with {flag}: it {fix}"
 
 
 def _dispatch(args: Namespace) -> Iterator[str]:
@@ -176,7 +222,13 @@ def _grouped(args: Namespace, line: str) -> Iterator[str]:
                 f"--fluid-attention-chunks {args.fluid_attention_chunks} without --moe-grouped-gemm: the attention is "
                 "Megatron's then; add --moe-grouped-gemm"
             )
-        for flag in ("gemm_gradient_accumulation_fusion", "fluid_carry_over", "fluid_interleave_batches"):
+        if args.fluid_moe_cuda_graph != "off":
+            yield (
+                f"--fluid-moe-cuda-graph {args.fluid_moe_cuda_graph} without --moe-grouped-gemm: it is about our MoE "
+                "layers; add --moe-grouped-gemm"
+            )
+        switches = ("fluid_carry_over", "fluid_interleave_batches", "fluid_local_first")
+        for flag in ("gemm_gradient_accumulation_fusion", *switches):
             if getattr(args, flag):
                 yield f"{_name(flag)} without --moe-grouped-gemm: it is about grouped experts; add --moe-grouped-gemm"
         return

@@ -15,6 +15,7 @@ from fluid_npu.adaptor.settings import DISPATCHES, PAYLOAD_DTYPES, TRANSPORTS
 
 GROUP = "fluid_npu"
 OVERLAPS = ("off", "dw", "full", "auto")
+GRAPHS = ("on", "off", "auto")
 DEVICES = ("auto", "cpu", "cuda", "npu")
 
 
@@ -53,6 +54,14 @@ FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
         },
     ),
     (
+        "--fluid-local-first",
+        {
+            "action": "store_true",
+            "help": "with --fluid-overlap full: rows that stay on their rank are a chunk before the others, computed "
+            "while the first of those travels",
+        },
+    ),
+    (
         "--fluid-dispatch",
         {
             "choices": DISPATCHES,
@@ -60,6 +69,17 @@ FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
             "help": "how often a token is sent to a rank with several of its experts: plain once for each of them, "
             "once-per-rank once, once-per-node once to its node and from there once, static once whether it has some "
             "or not, so that no rank waits for sizes, auto what has clearly fewer rows (plain)",
+        },
+    ),
+    (
+        "--fluid-moe-cuda-graph",
+        {
+            "choices": GRAPHS,
+            "nargs": "?",
+            "const": "on",
+            "default": "off",
+            "help": "with --fluid-dispatch static on CUDA: record each MoE layer and replay it by one call of the "
+            "host; on (the flag alone), off, or auto: where nothing is in the way, which is said (off)",
         },
     ),
     (

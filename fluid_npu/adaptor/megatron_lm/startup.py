@@ -82,6 +82,8 @@ def switch_on(args: Namespace, device: str) -> None:
             Choice("stock", "no --moe-grouped-gemm; add it for grouped experts and overlap").announce("MoE layers")
         return
     overlap = choose_overlap(args, device).announce("overlap")
+    if getattr(args, "overlap_grad_reduce", False):
+        choose_reduction(args, overlap.value).announce("last reduction of gradients")
     adapt(
         wanted(args),
         fingerprints=args.fluid_fingerprints,
@@ -90,9 +92,11 @@ def switch_on(args: Namespace, device: str) -> None:
         gemm_fusion=args.gemm_gradient_accumulation_fusion,
         dispatch=args.fluid_dispatch,
         chunks=args.fluid_moe_chunks,
+        local_first=args.fluid_local_first,
         attention_chunks=args.fluid_attention_chunks,
         interleave_batches=args.fluid_interleave_batches,
         payload_dtype=args.fluid_a2a_payload_dtype,
+        cuda_graph={"on": True, "off": False}.get(args.fluid_moe_cuda_graph, args.fluid_moe_cuda_graph),
         a2a_transport=args.fluid_a2a_transport,
         a2a_node_size=args.fluid_a2a_node_size,
         a2a_bytes=exchanged_bytes(args),
@@ -137,6 +141,34 @@ def choose_overlap(args: Namespace, device: str) -> Choice[str]:
     if device == "cpu" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == int(os.environ.get("WORLD_SIZE", "1")):
         return Choice("off", "on one machine's loopback the copy itself is CPU work, so nothing can hide")
     return Choice("dw", f"the {device} computes weight gradients while the AllToAll flies")
+
+
+def choose_reduction(args: Namespace, overlap: str) -> Choice[str]:
+    """What runs beside the last reduction of a step with ``--overlap-grad-reduce``, and why; equal on all ranks.
+
+    What ``mcore.reduction`` will find in Megatron's DDP, from the flags: 'FC2 of the lowest layer' or 'nothing'.
+    """
+    shards = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    copies = args.world_size // (args.pipeline_model_parallel_size * args.expert_model_parallel_size * shards)
+    obstacles = (
+        (overlap == "off", "with overlap off no weight gradient is kept"),
+        (not args.fluid_carry_over, "weight gradients are kept with --fluid-carry-over alone; add it"),
+        (args.fluid_interleave_batches, "--fluid-interleave-batches keeps no weight gradient"),
+        (
+            any(getattr(args, name, False) for name in ("use_megatron_fsdp", "use_torch_fsdp2")),
+            "FSDP takes no late gradients; Megatron's DDP does",
+        ),
+        (
+            args.pipeline_model_parallel_size > 1,
+            f"with --pipeline-model-parallel-size {args.pipeline_model_parallel_size} the stage below waits for the "
+            "end of the backward",
+        ),
+        (copies > 1, f"{copies} ranks hold the same experts, and the reduction of FC2 would come last"),
+    )
+    for there, reason in obstacles:
+        if there:
+            return Choice("nothing", reason)
+    return Choice("FC2 of the lowest layer", "no other rank holds the same experts, so nothing is reduced of it")
 
 
 def dtype_of(args: Namespace) -> str:
