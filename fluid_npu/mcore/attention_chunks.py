@@ -106,6 +106,7 @@ class _Flights:
 
     def attend(self, number: int) -> None:
         """Attention of a chunk's heads over the whole sequence; starts its hp2sp."""
+        self._fill_again("sp2hp", number, 2 * len(self._chunks.chunks) - 1 - number)
         got = self._there[number].wait()
         query, *keys = (got,) if isinstance(got, Tensor) else got
         self._keys = keys or self._keys
@@ -117,12 +118,21 @@ class _Flights:
 
     def collect(self) -> Tensor:
         """``[T, B, N * D]`` of all chunks: of each rank its part of every chunk."""
-        out = torch.stack([flight.wait() for flight in self._back], -2).flatten(-3)
+        landed = []
+        for number, flight in enumerate(self._back):
+            self._fill_again("hp2sp", number, len(self._back) - 1 - number)
+            landed.append(flight.wait())
+        out = torch.stack(landed, -2).flatten(-3)
         return out if self._packed is None else out.unsqueeze(1)
 
     def _how(self, number: int) -> dict[str, Any]:
-        label = f"chunk {number + 1} of {len(self._chunks.chunks)}, {self._context.label}"
-        return {"label": label, "sink": self._context.sink}
+        return {"label": self._label(number), "sink": self._context.sink}
+
+    def _label(self, number: int) -> str:
+        return f"chunk {number + 1} of {len(self._chunks.chunks)}, {self._context.label}"
+
+    def _fill_again(self, kind: str, number: int, ahead: int) -> None:
+        self._context.fill_again(kind, self._label(number), ahead)
 
 
 def _shared(attention: Any) -> int:
