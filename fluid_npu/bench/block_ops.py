@@ -123,7 +123,7 @@ class _Run:
             parts["forward"]()
             parts["backward"]()
             self.place.device.synchronize()
-        events = list(recording.profiler.kineto_results.events())  # type: ignore[union-attr]
+        events = list(recording.profiler.kineto_results.events())
         return [*_on_device(events), *_on_host(recording.key_averages())]
 
 
