@@ -111,9 +111,18 @@ def start_sp2hp(
 
 
 def start_hp2sp(
-    peers: Peers, x: Tensor, shards: SequenceShards, *, label: str = "", sink: OverlapSink | None = None
+    peers: Peers,
+    x: Tensor,
+    shards: SequenceShards,
+    *,
+    label: str = "",
+    sink: OverlapSink | None = None,
+    by_rank: bool = False,
 ) -> AllToAllHandle:
-    """hp2sp of ``[S, ..., n, D]``; ``shards`` are taken as right."""
+    """hp2sp of ``[S, ..., n, D]``; ``shards`` are taken as right.
+
+    With ``by_rank`` the handle gives ``[T, ..., P, n * D]``, a view of what arrived, for who copies it anyway.
+    """
     ranks = len(peers.ranks)
     heads, size = x.shape[-2:]
     split = HeadSplit(heads * ranks, size, ranks=ranks)
@@ -121,7 +130,8 @@ def start_hp2sp(
     route = Route(
         peers=peers, output_splits=[rows] * ranks, input_splits=list(shards.lengths), comm_type="hp2sp", label=label
     )
-    return start_exchange(route, [x], loading=_DealRows(split, shards), unloading=_WholeHeads(split), sink=sink)
+    unloading = _WholeHeads(split, by_rank)
+    return start_exchange(route, [x], loading=_DealRows(split, shards), unloading=unloading, sink=sink)
 
 
 @dataclass(frozen=True)
@@ -225,16 +235,19 @@ class _DealRows:
 
 @dataclass(frozen=True)
 class _WholeHeads:
-    """Unloads hp2sp: ``[P * T, ..., W]`` rows, source by source, as ``[T, ..., P * n, D]``."""
+    """Unloads hp2sp: ``[P * T, ..., W]`` rows, source by source, as ``[T, ..., P * n, D]``, or ``[T, ..., P, W]``."""
 
     split: HeadSplit
+    by_rank: bool = False
 
     def unload(self, rows: Tensor) -> tuple[Tensor, ...]:
-        ranks = self.split.ranks
-        return (self.split.collect(rows.unflatten(0, (ranks, rows.shape[0] // ranks))),)
+        parts = rows.unflatten(0, (self.split.ranks, rows.shape[0] // self.split.ranks))
+        return (parts.movedim(0, -2) if self.by_rank else self.split.collect(parts),)
 
     def load_grad(self, *grads: Tensor) -> Tensor:
         (grad,) = grads
+        if self.by_rank:
+            return grad.movedim(-2, 0).flatten(0, 1)
         rows = grad.new_empty(self.split.ranks, *grad.shape[:-2], self.split.width)
         self.split.deal(rows, grad)
         return rows.flatten(0, 1)

@@ -2,9 +2,10 @@
 
     qkv of chunk 0 -> sp2hp of chunk 0 || qkv of chunk 1 -> sp2hp of chunk 1 || ...
     attention of chunk 0 || sp2hp of the others -> hp2sp of chunk 0 || attention of chunk 1 -> ...
-    projection of chunk 0 || hp2sp of the others -> added to it, in order, that of chunk 1 -> ...
+    output projection of all chunks, once
 
-The backward is the same, read from right to left: autograd runs later nodes first. T rows of this rank, B batch.
+The backward is the same, read from right to left: autograd runs later nodes first. A projection chunk by chunk would
+add up products in fp32, whose memory traffic takes as long as what it could hide. T rows of this rank, B batch.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
 from fluid_npu.comm.all_to_all import AllToAllHandle
 from fluid_npu.comm.ulysses import start_hp2sp, start_sp2hp
 from fluid_npu.mcore.context import ContextParallelCore, check_mask, packed_bounds
-from fluid_npu.mcore.head_chunks import HeadChunks
+from fluid_npu.mcore.head_chunks import HeadChunk, HeadChunks
 from fluid_npu.mcore.linear import InParts
 from fluid_npu.mcore.lines.rotary import apply_rotary
 
@@ -78,8 +80,7 @@ def in_chunks(
     attention.linear_qkv(InParts(parts=blocks, size=size, x=hidden_states, consume=send))
     for number in range(len(blocks)):
         flights.attend(number)
-    queries = [chunk.queries for chunk in chunks.chunks]
-    out, bias = attention.linear_proj(InParts(parts=queries, size=size, produce=flights.collect))
+    out, bias = attention.linear_proj(flights.collect())
     return out, bias
 
 
@@ -105,22 +106,33 @@ class _Flights:
 
     def attend(self, number: int) -> None:
         """Attention of a chunk's heads over the whole sequence; starts its hp2sp."""
+        self._fill_again("sp2hp", number, 2 * len(self._chunks.chunks) - 1 - number)
         got = self._there[number].wait()
         query, *keys = (got,) if isinstance(got, Tensor) else got
         self._keys = keys or self._keys
         share, bounds = (self._chunks.heads, self._chunks.key_heads), self._bounds if self._packed is not None else None
         how = {"bounds": bounds, "share": share, "attn_mask_type": self._mask_type}
         out = self._core.attend_whole((query, *self._keys), self._mask, **how)
-        self._back.append(start_hp2sp(self._context.peers, out.unsqueeze(-2), self._shards, **self._how(number)))
+        how = {"by_rank": True, **self._how(number)}
+        self._back.append(start_hp2sp(self._context.peers, out.unsqueeze(-2), self._shards, **how))
 
-    def collect(self, number: int) -> Tensor:
-        """``[T, B, heads * D]`` of a chunk, in the order of its queries."""
-        out: Tensor = self._back[number].wait().flatten(-2)
+    def collect(self) -> Tensor:
+        """``[T, B, N * D]`` of all chunks: of each rank its part of every chunk."""
+        landed = []
+        for number, flight in enumerate(self._back):
+            self._fill_again("hp2sp", number, len(self._back) - 1 - number)
+            landed.append(flight.wait())
+        out = torch.stack(landed, -2).flatten(-3)
         return out if self._packed is None else out.unsqueeze(1)
 
     def _how(self, number: int) -> dict[str, Any]:
-        label = f"chunk {number + 1} of {len(self._chunks.chunks)}, {self._context.label}"
-        return {"label": label, "sink": self._context.sink}
+        return {"label": self._label(number), "sink": self._context.sink}
+
+    def _label(self, number: int) -> str:
+        return f"chunk {number + 1} of {len(self._chunks.chunks)}, {self._context.label}"
+
+    def _fill_again(self, kind: str, number: int, ahead: int) -> None:
+        self._context.fill_again(kind, self._label(number), ahead)
 
 
 def _shared(attention: Any) -> int:
@@ -132,15 +144,31 @@ def _heads(
     attention: Any, mixed: Tensor, chunks: HeadChunks, number: int, rotary: Any, bounds: Tensor | None
 ) -> list[Tensor]:
     """q, and k and v if the chunk has some, of its columns ``[T, B, blocks * D]``, packed without B: normed, turned."""
-    chunk = chunks.chunks[number]
-    heads = mixed.unflatten(-1, (-1, attention.hidden_size_per_attention_head))
-    counts = [len(chunk.queries), *([len(chunk.keys)] * 2 if chunk.keys else [])]
+    chunk, shared, size = chunks.chunks[number], _shared(attention), attention.hidden_size_per_attention_head
     turns = rotary if isinstance(rotary, tuple) else (rotary, rotary)
+    norms = [None if isinstance(norm, IdentityOp) else norm for norm in (attention.q_layernorm, attention.k_layernorm)]
+    if chunk.whole_groups(shared) and norms == [None, None] and turns[0] is turns[1]:
+        # Queries and keys alike: a call for both is half the launches.
+        both, value = mixed.unflatten(-1, (-1, shared + 2, size)).split([shared + 1, 1], -2)
+        both = _turned(attention, both.flatten(-3, -2), turns[0], bounds).unflatten(-2, (-1, shared + 1))
+        query, key = both.split([shared, 1], -2)
+        return [query.flatten(-3, -2), key.squeeze(-2), value.squeeze(-2)]
+    query, *rest = _apart(mixed, chunk, shared, size)
     made = []
-    for which, part in enumerate(heads.split(counts, -2)):
-        norm = (attention.q_layernorm, attention.k_layernorm, None)[which]
-        part = part if norm is None else norm(part)
-        if which < 2 and turns[which] is not None:
-            part = apply_rotary(attention, part, turns[which], bounds)
-        made.append(part)
-    return made
+    for part, norm, turn in zip((query, *rest[:1]), norms, turns, strict=False):
+        made.append(_turned(attention, part if norm is None else norm(part), turn, bounds))
+    return [*made, *rest[1:]]
+
+
+def _apart(mixed: Tensor, chunk: HeadChunk, shared: int, size: int) -> list[Tensor]:
+    """The same without norm and turn."""
+    if chunk.whole_groups(shared):
+        query, key, value = mixed.unflatten(-1, (-1, shared + 2, size)).split([shared, 1, 1], -2)
+        return [query.flatten(-3, -2), key.squeeze(-2), value.squeeze(-2)]
+    query, keys = mixed.split([len(chunk.queries) * size, 2 * len(chunk.keys) * size], -1)
+    query = query.unflatten(-1, (-1, size))
+    return [query, *keys.unflatten(-1, (-1, 2, size)).unbind(-2)] if chunk.keys else [query]
+
+
+def _turned(attention: Any, x: Tensor, angles: Tensor | None, bounds: Tensor | None) -> Tensor:
+    return x if angles is None else apply_rotary(attention, x, angles, bounds)

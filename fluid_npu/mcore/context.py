@@ -36,8 +36,11 @@ from fluid_npu.comm.ulysses import start_hp2sp, start_sp2hp
 from fluid_npu.device import device_of
 from fluid_npu.device.choice import Choice
 from fluid_npu.ops.ring_attention import RingCall, ring_attention, ring_block
+from fluid_npu.schedule.scheduler import BackwardScheduler
 
 _FIX = "use --context-parallel-size"
+#: A recomputed layer's dispatch, its combine, and the combine's backward, which takes what is left.
+_EXPERTS_GAPS = 3
 #: What ``cp_comm_type`` may ask for, and what it means here.
 _ASKED = {"ring": "ring", "ulysses": "ulysses", "a2a": "ulysses"}
 
@@ -70,6 +73,14 @@ class ContextParallel:
             raise ValueError(f"cu_seqlens={whole}: {self.ranks} ranks hold {shards.lengths[0]} rows each, not {rows}")
         self._last = (rows if bounds is None else bounds, shards, whole)
         return shards, whole
+
+    def fill_again(self, kind: str, label: str, ahead: int) -> None:
+        """Beside an exchange of a forward that is repeated in a backward, when the layer is recomputed: a share of dW.
+
+        ``ahead`` more exchanges of this attention follow, then those of the layer's experts.
+        """
+        if isinstance(self.sink, BackwardScheduler):
+            self.sink.fill_again(f"{kind} AllToAll of {label}", gaps=1 + ahead + _EXPERTS_GAPS)
 
 
 class ContextParallelCore:
@@ -138,10 +149,14 @@ class ContextParallelCore:
         shards, bounds = context.shards(query.shape[0], packed_bounds(packed), query.device)
         check_mask(attention_mask, shards.total, packed)
         how: dict[str, Any] = {"label": context.label, "sink": context.sink}
-        whole = start_sp2hp(context.peers, [query, key, value], shards, **how).wait()
+        there = start_sp2hp(context.peers, [query, key, value], shards, **how)
+        context.fill_again("sp2hp", context.label, ahead=1)
+        whole = there.wait()
         packing = None if packed is None else bounds
         out = self.attend_whole(whole, attention_mask, *args, bounds=packing, **kwargs)
-        mine: Tensor = start_hp2sp(context.peers, out.unsqueeze(-2), shards, **how).wait()
+        back = start_hp2sp(context.peers, out.unsqueeze(-2), shards, **how)
+        context.fill_again("hp2sp", context.label, ahead=0)
+        mine: Tensor = back.wait()
         return mine.flatten(-2)
 
     def attend_whole(
@@ -174,15 +189,15 @@ class ContextParallelCore:
         if share is None:
             yield
             return
-        core, names = _fields(self), ("num_attention_heads_per_partition", "num_query_groups_per_partition")
-        before = [*(getattr(core, name) for name in names), core.hidden_size_per_partition]
-        core.num_attention_heads_per_partition, core.num_query_groups_per_partition = share
-        core.hidden_size_per_partition = before[2] // before[0] * share[0]
+        core, names = vars(self), ("num_attention_heads_per_partition", "num_query_groups_per_partition")
+        before = {name: core[name] for name in (*names, "hidden_size_per_partition")}
+        hidden = before["hidden_size_per_partition"] // before[names[0]] * share[0]
+        # Past Module.__setattr__, which looks for parameters and modules at every name.
+        core.update(zip(names, share, strict=True), hidden_size_per_partition=hidden)
         try:
             yield
         finally:
-            core.num_attention_heads_per_partition, core.num_query_groups_per_partition = before[:2]
-            core.hidden_size_per_partition = before[2]
+            core.update(before)
 
     def _ring(self, context: ContextParallel) -> RingCall:
         """What Megatron's masked softmax computes without a mask, around the ranks."""

@@ -18,12 +18,20 @@ class HeadChunk:
     queries: tuple[int, ...]
     keys: tuple[int, ...]
 
+    def whole_groups(self, shared: int) -> bool:
+        """Whether it has all ``shared`` query heads of each of its key heads."""
+        return len(self.queries) == shared * len(self.keys)
+
     def blocks(self, shared: int) -> list[int]:
-        """Its blocks of Megatron's qkv weight: of each key head its ``shared`` query heads, then key, then value."""
+        """Its blocks of Megatron's qkv weight, which has of each key head ``shared`` query heads, then key, then value.
+
+        Whole groups in that order; else the query heads, then key and value of each key head.
+        """
         width = shared + 2
+        if self.whole_groups(shared):
+            return [key * width + block for key in self.keys for block in range(width)]
         queries = [head // shared * width + head % shared for head in self.queries]
-        keys = [key * width + shared for key in self.keys]
-        return [*queries, *keys, *(key + 1 for key in keys)]
+        return [*queries, *(key * width + shared + block for key in self.keys for block in range(2))]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -28,36 +28,28 @@ from fluid_npu.comm.sink import DirectSink
 from fluid_npu.comm.tensor_parallel import TensorRegion
 from fluid_npu.device import device_of
 from fluid_npu.device.choice import Choice
-from fluid_npu.mcore.lines.linears import enter_columns, leave_rows, only_stock_can, stock_product, tensor_group
+from fluid_npu.mcore.lines.linears import enter_columns, only_stock_can, stock_product, tensor_group
 from fluid_npu.ops.dense_linear import DenseGradInParts, dense_weight_grad
 from fluid_npu.ops.grouped_matmul import placeholder_grad
-from fluid_npu.ops.linear_parts import ColumnParts, RowParts
+from fluid_npu.ops.linear_parts import ColumnParts
 from fluid_npu.ops.parallel_linear import LinearBackward, parallel_linear
 from fluid_npu.schedule.late_weight import LateWeight
 from fluid_npu.schedule.scheduler import BackwardScheduler
 from fluid_npu.schedule.task import DWTask
 
-PartsT = TypeVar("PartsT", ColumnParts, RowParts)
-
 
 @dataclass(frozen=True, kw_only=True)
 class InParts:
-    """What a Fluid linear is called with instead of a tensor, to compute in parts of its heads (``ops.linear_parts``).
+    """What a Fluid column-parallel linear is called with instead of ``x``, to compute in parts of its heads.
 
-    ``parts``: heads of each part, blocks of ``size`` outputs of a column-parallel linear or inputs of a row-parallel
-    one. A column-parallel linear hands the outputs of each part of ``x`` to ``consume(number, y)`` and returns (None,
-    None); a row-parallel one gets its inputs from ``produce(number)`` and returns what it returns of all together.
+    ``parts``: heads of each part, blocks of ``size`` outputs (``ops.linear_parts``). The outputs of each part are
+    handed to ``consume(number, y)``.
     """
 
     parts: Sequence[Sequence[int]]
     size: int
-    x: Tensor | None = None
-    consume: Callable[[int, Tensor], None] | None = None
-    produce: Callable[[int], Tensor] | None = None
-
-    def indices(self, device: torch.device) -> list[Tensor]:
-        """``parts`` as tensors."""
-        return [torch.tensor(part, dtype=torch.int64, device=device) for part in self.parts]
+    x: Tensor
+    consume: Callable[[int, Tensor], None]
 
 
 class FluidLinear(torch.nn.Module):
@@ -119,13 +111,13 @@ class FluidLinear(torch.nn.Module):
         at_once = LinearBackward(take_dw=lambda x, dy: self._run(weight, region, x, dy), region=region)
         return parallel_linear(input, weight, bias, at_once)
 
-    def _in_parts(self, kind: type[PartsT], call: InParts) -> PartsT:
+    def _in_parts(self, call: InParts) -> ColumnParts:
         """The product of one call in parts. The weight is a constant to it; its dW reaches DDP through the gate."""
         weight: Any = self.weight
         trained = weight.requires_grad and torch.is_grad_enabled()
         gate = self._late.gate(weight.device) if trained else None
         take = (lambda x, dy: self._take_late(weight, x, dy)) if trained else None
-        return kind(weight.detach(), call.indices(weight.device), call.size, take, gate)
+        return ColumnParts(weight.detach(), call.parts, call.size, take, gate)
 
     def _take_late(self, weight: Any, x: Tensor, dy: Tensor) -> None:
         """dW queued where it may be, else computed now, and delivered to autograd by itself either way."""
@@ -226,12 +218,11 @@ class FluidColumnParallelLinear(FluidLinear, ColumnParallelLinear):
         """As Megatron's; with ``InParts`` (None, None)."""
         if not isinstance(input_, InParts):
             return super().forward(input_, *args, **kwargs)
-        assert input_.x is not None and input_.consume is not None
-        x, product = enter_columns(self, input_.x), self._in_parts(ColumnParts, input_)
+        x, product = enter_columns(self, input_.x), self._in_parts(input_)
         bias: Any = self.bias
-        for number, heads in enumerate(product.parts):
+        for number in range(len(product.parts)):
             y = product.compute(x, number)
-            input_.consume(number, y if bias is None else y + bias.view(-1, input_.size)[heads].flatten())
+            input_.consume(number, y if bias is None else y + product.of_part(bias, number))
         return None, None
 
     def _exchanges_dx(self) -> bool:
@@ -239,23 +230,7 @@ class FluidColumnParallelLinear(FluidLinear, ColumnParallelLinear):
 
 
 class FluidRowParallelLinear(FluidLinear, RowParallelLinear):
-    """Megatron's RowParallelLinear, same arguments and results. Its dX is not exchanged: the forward's output is.
-
-    ``InParts`` instead of the input adds up the products of parts, in order.
-    """
-
-    def forward(self, input_: Any) -> Any:
-        """As Megatron's."""
-        if not isinstance(input_, InParts):
-            return super().forward(input_)
-        assert input_.produce is not None
-        product = self._in_parts(RowParts, input_)
-        for number in range(len(product.parts)):
-            y = product.add(input_.produce(number), number)
-        y, bias = leave_rows(self, y), cast(Any, self.bias)
-        if self.skip_bias_add or bias is None:
-            return y, bias
-        return y + bias, None
+    """Megatron's RowParallelLinear, same arguments and results. Its dX is not exchanged: the forward's output is."""
 
     def _column_below(self) -> bool:
         return bool(self.input_size_per_partition != self.input_size) and not self.explicit_expert_comm

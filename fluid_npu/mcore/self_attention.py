@@ -87,10 +87,10 @@ class FluidSelfAttention(_Connected, SelfAttention):
         submodules: as SelfAttention's.
         layer_number: global number of the layer, from 1.
         binder: gives the layers of one model one scheduler; None: the exchanges have none of their own.
-        attention_chunks: 1, or with Ulysses 2, 4 or 8: qkv, attention and output projection are computed in so many
-            parts of this rank's heads, and each part's AllToAlls fly beside the computation of others. It must divide
-            the query heads of a rank, and divide or be divided by its key heads. The sums over heads are taken part by
-            part, so results differ from those without chunks by rounding.
+        attention_chunks: 1, or with Ulysses 2, 4 or 8: qkv and attention are computed in so many parts of this rank's
+            heads, and each part's AllToAlls fly beside the computation of others. It must divide the query heads of a
+            rank, and divide or be divided by its key heads. Sums are those without chunks; results may differ by
+            rounding where a smaller matrix is multiplied by another kernel.
         args, kwargs: passed on to SelfAttention.
 
     Raises ValueError for a configuration that is not implemented, naming the option and the fix.

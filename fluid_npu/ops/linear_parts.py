@@ -1,24 +1,79 @@
-"""A linear layer in parts of its heads, so that each part's exchange may fly while the next is computed.
+"""A linear layer whose outputs are computed part by part, so that each part's exchange may fly while the next is made.
 
-    columns   y_c = x W[part c]^T          one autograd node a part; the last one's backward computes dX of all parts
-    rows      y = sum over c of x_c W[:, part c]^T, in the order of the parts, added up in fp32 or wider
+    y_c = x W[part c]^T     one autograd node a part; the last one's backward computes dX of all parts
 
-A part is a list of heads: blocks of ``size`` rows (columns) of the weight, anywhere in it. dW is computed once, of all
-parts, as without parts. R rows of the input (all dimensions but the last), K inputs, N outputs, D size of a head.
+A part is a list of heads: blocks of ``size`` rows of the weight, anywhere in it. Heads that lie as equal runs at equal
+distances are a view of the weight, and one batched product; nothing of the weight is copied, and no table of heads goes
+to the device, for which the host would wait. dW is computed once, of all parts, as without parts. R rows of the input
+(all dimensions but the last), K inputs, N outputs, D size of a head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fluid_npu.device import kernels_of
-
 TakeDW = Callable[[Tensor, Tensor], Any]
 """Takes (x_RK, dy_RN) once in a backward, and computes or keeps dW."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """``count`` runs of ``length`` heads from head ``start`` on, ``step`` apart."""
+
+    start: int
+    count: int
+    step: int
+    length: int
+
+    @property
+    def heads(self) -> int:
+        """Of all runs."""
+        return self.count * self.length
+
+    def of(self, x: Tensor, size: int) -> Tensor:
+        """``[count, length * size, ...]``: a view of these heads of ``[heads * size, ...]``."""
+        x = x.narrow(0, self.start * size, ((self.count - 1) * self.step + self.length) * size)
+        return x.unfold(0, self.length * size, self.step * size).movedim(-1, 1)
+
+    def within(self, y: Tensor, size: int) -> Tensor:
+        """The same of the last dimension of ``[..., heads * size]``: ``[..., count, length * size]``."""
+        y = y.narrow(-1, self.start * size, ((self.count - 1) * self.step + self.length) * size)
+        return y.unfold(-1, self.length * size, self.step * size)
+
+
+def runs_of(heads: Sequence[int]) -> list[Runs]:
+    """The heads in their order, in as few runs as are found from the left."""
+    stretches: list[list[int]] = []
+    for head in heads:
+        if stretches and stretches[-1][-1] + 1 == head:
+            stretches[-1].append(head)
+        else:
+            stretches.append([head])
+    found: list[Runs] = []
+    for stretch in stretches:
+        start, length = stretch[0], len(stretch)
+        last = found[-1] if found else None
+        if last is not None and last.length == length and _continues(last, start):
+            found[-1] = Runs(start=last.start, count=last.count + 1, step=start - _end(last), length=length)
+        else:
+            found.append(Runs(start=start, count=1, step=length, length=length))
+    return found
+
+
+def _end(runs: Runs) -> int:
+    """Where its last run begins."""
+    return runs.start + (runs.count - 1) * runs.step
+
+
+def _continues(runs: Runs, start: int) -> bool:
+    """Whether a run that begins at ``start`` is the next one."""
+    step = start - _end(runs)
+    return step >= runs.length and runs.count == 1 or step == runs.step
 
 
 class ColumnParts:
@@ -26,18 +81,19 @@ class ColumnParts:
 
     Args:
         w_NK: the weight, detached.
-        parts: heads of each part; together every head once. int64 on the device of the weight.
+        parts: heads of each part; together every head once.
         size: D.
         take_dw: see ``TakeDW``; None for a frozen weight.
         gate: an empty tensor that gets a gradient once all parts' backwards are done, or None.
     """
 
     def __init__(
-        self, w_NK: Tensor, parts: Sequence[Tensor], size: int, take_dw: TakeDW | None, gate: Tensor | None
+        self, w_NK: Tensor, parts: Sequence[Sequence[int]], size: int, take_dw: TakeDW | None, gate: Tensor | None
     ) -> None:
-        self.w_NK, self.parts, self.size = w_NK, list(parts), size
+        self.w_NK, self.size = w_NK, size
+        self.parts = [runs_of(part) for part in parts]
         self.take_dw, self.gate = take_dw, gate
-        self._dy: Tensor | None = None
+        self._dy_RN: Tensor | None = None
         self._missing = len(self.parts)
 
     def compute(self, x: Tensor, number: int) -> Tensor:
@@ -45,86 +101,35 @@ class ColumnParts:
         y: Tensor = _Columns.apply(x, self.w_NK, self.gate, self, number)
         return y
 
+    def of_part(self, x: Tensor, number: int) -> Tensor:
+        """``[n * D]``: a part's entries of a vector ``[N]``, such as a bias."""
+        return torch.cat([runs.of(x, self.size).flatten() for runs in self.parts[number]])
+
     def product(self, x: Tensor, number: int) -> Tensor:
         """As ``compute``, without a graph."""
-        w_NK = self.w_NK.view(-1, self.size, self.w_NK.shape[1]).index_select(0, self.parts[number])
-        return x.matmul(w_NK.flatten(0, 1).t())
+        x_RK, parts = x.reshape(-1, x.shape[-1]), self.parts[number]
+        widths = [runs.heads * self.size for runs in parts]
+        y_RN = x.new_empty(x_RK.shape[0], sum(widths))
+        for runs, y in zip(parts, y_RN.split(widths, 1), strict=True):
+            w_PKN = runs.of(self.w_NK, self.size).transpose(1, 2)
+            y_PRN = y.unflatten(1, (runs.count, -1)).transpose(0, 1)
+            torch.bmm(x_RK.expand(runs.count, -1, -1), w_PKN, out=y_PRN)
+        return y_RN.view(*x.shape[:-1], -1)
 
     def collect(self, x: Tensor, dy: Tensor, number: int, wants_dx: bool) -> Tensor | None:
         """Takes the gradient of one part; with the last one dX of all parts, and dW is handed over."""
-        if self._dy is None:
-            self._dy = dy.new_empty(*dy.shape[:-1], self.w_NK.shape[0] // self.size, self.size)
-        self._dy.index_copy_(-2, self.parts[number], dy.unflatten(-1, (-1, self.size)))
+        dy_Rn, parts = dy.reshape(-1, dy.shape[-1]), self.parts[number]
+        if self._dy_RN is None:
+            self._dy_RN = dy.new_empty(dy_Rn.shape[0], self.w_NK.shape[0])
+        for runs, part in zip(parts, dy_Rn.split([runs.heads * self.size for runs in parts], 1), strict=True):
+            runs.within(self._dy_RN, self.size).copy_(part.unflatten(1, (runs.count, -1)))
         self._missing -= 1
         if self._missing:
             return None
-        dy_RN, self._dy, self._missing = self._dy.view(-1, self.w_NK.shape[0]), None, len(self.parts)
+        dy_RN, self._dy_RN, self._missing = self._dy_RN, None, len(self.parts)
         dx = (dy_RN @ self.w_NK).view(x.shape) if wants_dx else None
         if self.take_dw is not None:
             self.take_dw(x.reshape(-1, x.shape[-1]), dy_RN)
-        return dx
-
-
-class RowParts:
-    """One forward of a layer whose inputs come part by part. Arguments as ``ColumnParts``; parts of the inputs.
-
-    ``add`` is called once for each part, in order; the last call gives the sum.
-    """
-
-    def __init__(
-        self, w_NK: Tensor, parts: Sequence[Tensor], size: int, take_dw: TakeDW | None, gate: Tensor | None
-    ) -> None:
-        self.w_NK, self.parts, self.size = w_NK, list(parts), size
-        self.take_dw, self.gate = take_dw, gate
-        self._token: Tensor | None = None
-        self._sum_RN: Tensor | None = None
-        self._dy_RN: Tensor | None = None
-        self._x: Tensor | None = None
-
-    def add(self, x_c: Tensor, number: int) -> Tensor:
-        """Adds the products of ``[..., n * D]``; ``[..., N]`` from the last part, an empty tensor from the others."""
-        out: Tensor = _Rows.apply(x_c, self._token, self.w_NK, self.gate, self, number)
-        # The graph holds this object: with its own output in it neither would ever be freed.
-        self._token = None if self.last(number) else out
-        return out
-
-    def weight_of(self, number: int) -> Tensor:
-        """``[N, n * D]``: the columns of one part."""
-        heads = self.w_NK.view(self.w_NK.shape[0], -1, self.size)
-        return heads.index_select(1, self.parts[number]).flatten(1)
-
-    def last(self, number: int) -> bool:
-        """Whether the sum is whole after this part."""
-        return number == len(self.parts) - 1
-
-    def accumulate(self, x_c: Tensor, number: int) -> Tensor:
-        """Adds one product to the sum, which is given and forgotten with the last."""
-        x_RK = x_c.reshape(-1, x_c.shape[-1])
-        if self._sum_RN is None:
-            wide = torch.float32 if x_c.dtype in (torch.bfloat16, torch.float16) else x_c.dtype
-            self._sum_RN = x_c.new_zeros(x_RK.shape[0], self.w_NK.shape[0], dtype=wide)
-        kernels_of(x_c).dense_dw_add_(self._sum_RN, self.weight_of(number).t(), x_RK.t())
-        if not self.last(number):
-            return x_c.new_empty(0)
-        whole, self._sum_RN = self._sum_RN, None
-        return whole.to(x_c.dtype).view(*x_c.shape[:-1], -1)
-
-    def start_backward(self, dy: Tensor) -> None:
-        """The gradient of the sum, which the last part's node gets first."""
-        self._dy_RN = dy.reshape(-1, dy.shape[-1]).contiguous()
-
-    def collect(self, x_c: Tensor, number: int) -> Tensor:
-        """dX of one part; with the first, which comes last, dW is handed over."""
-        assert self._dy_RN is not None, "the last part's backward comes first"
-        dx = (self._dy_RN @ self.weight_of(number)).view(x_c.shape)
-        if self.take_dw is not None:
-            if self._x is None:
-                self._x = x_c.new_empty(self._dy_RN.shape[0], self.w_NK.shape[1] // self.size, self.size)
-            self._x.index_copy_(1, self.parts[number], x_c.reshape(self._x.shape[0], -1, self.size))
-        if number == 0:
-            dy_RN, x, self._dy_RN, self._x = self._dy_RN, self._x, None, None
-            if self.take_dw is not None and x is not None:
-                self.take_dw(x.flatten(1), dy_RN)
         return dx
 
 
@@ -133,6 +138,7 @@ class _Columns(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w_NK: Tensor, gate: Tensor | None, call: ColumnParts, number: int) -> Tensor:
         ctx.save_for_backward(x, w_NK)  # the weight only so that a change of it before the backward is noticed
         ctx.call, ctx.number = call, number
+        ctx.gate_dtype = None if gate is None else gate.dtype
         return call.product(x, number)
 
     @staticmethod
@@ -140,24 +146,4 @@ class _Columns(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, _ = ctx.saved_tensors
         dx = ctx.call.collect(x, dy, ctx.number, ctx.needs_input_grad[0])
-        return dx, None, dy.new_empty(0) if ctx.needs_input_grad[2] else None, None, None
-
-
-class _Rows(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x_c: Tensor, _token: Tensor | None, w_NK: Tensor, gate: Tensor | None, call: RowParts, number: int
-    ) -> Tensor:
-        ctx.save_for_backward(x_c, w_NK)
-        ctx.call, ctx.number = call, number
-        return call.accumulate(x_c, number)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x_c, _ = ctx.saved_tensors
-        if ctx.call.last(ctx.number):
-            ctx.call.start_backward(dy)
-        dx = ctx.call.collect(x_c, ctx.number)
-        empty = dy.new_empty(0)
-        return dx, empty if ctx.number else None, None, empty if ctx.needs_input_grad[3] else None, None, None
+        return dx, None, dy.new_empty(0, dtype=ctx.gate_dtype) if ctx.needs_input_grad[2] else None, None, None

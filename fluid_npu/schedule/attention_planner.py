@@ -2,8 +2,9 @@
 
 One layer, forward and backward, the slowest rank, milliseconds. Forward: qkv, AllToAll to heads, attention, AllToAll
 back to rows, projection. As ``mcore.attention_chunks`` runs it: qkv of all chunks, each sent when it is computed, then
-attention of each that has landed, then the projection of each that is back; the backward from right to left. Link and
-compute each take what they are given in order. As in ``planner``, what runs on both at once is credited only with the
+attention of each that has landed, then one projection when all are back. Backward: the projection's input gradient,
+once, then attention of each chunk, then qkv's input gradient, once. Link and compute each take what they are given in
+order. As in ``planner``, what runs on both at once is credited only with the
 share that was measured to hide, and a gain within the spread is none.
 """
 
@@ -65,20 +66,22 @@ def expected_attention_ms(costs: AttentionCosts, chunks: int) -> float:
     more = (chunks - 1) * costs.chunk_ms
     compute = sum(sum(pair) for pair in (qkv, core, proj)) + 2 * more
     serial = compute + costs.dw_ms + 2 * chunks * (there + back)
-    forward = _three_stages((qkv[0], core[0] + more, proj[0]), (there, back), chunks)
-    backward = _three_stages((proj[1], core[1] + more, qkv[1]), (back, there), chunks)
+    once = [0.0] * (chunks - 1)
+    each = [[ms / chunks] * chunks for ms in (qkv[0], core[0] + more, core[1] + more)]
+    forward = _three_stages((each[0], each[1], [*once, proj[0]]), (there, back))
+    backward = _three_stages(([proj[1], *once], each[2], [*once, qkv[1]]), (back, there))
     idle = backward - (qkv[1] + core[1] + proj[1] + more)  # dW runs while compute waits for the link, the rest after
     ideal = forward + backward + max(0.0, costs.dw_ms - idle)
     return serial - costs.hiding * (serial - ideal)
 
 
-def _three_stages(stages: tuple[float, float, float], exchanges: tuple[float, float], chunks: int) -> float:
-    """When all chunks are through three stages with an exchange of each chunk between two of them."""
+def _three_stages(stages: tuple[list[float], list[float], list[float]], exchanges: tuple[float, float]) -> float:
+    """When all chunks are through three stages, of so long for each chunk, with an exchange of each between two."""
     computed = link = 0.0
-    landed = [0.0] * chunks
+    landed = [0.0] * len(stages[0])
     for number, stage in enumerate(stages):
-        for chunk in range(chunks):
-            computed = max(computed, landed[chunk]) + stage / chunks
+        for chunk, ms in enumerate(stage):
+            computed = max(computed, landed[chunk]) + ms
             if number < len(exchanges):
                 link = max(link, computed) + exchanges[number]
                 landed[chunk] = link

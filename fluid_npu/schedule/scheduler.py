@@ -11,8 +11,9 @@
     dX of qkv: hands its dW here with carry_over
 
 Where a layer is recomputed in the backward, its forward's AllToAlls come once more before all that, and what the layers
-above left over is shared out among the three that follow each other:
+above left over is shared out among those that follow each other, three, or with attention's five (more in chunks):
 
+    sp2hp, hp2sp AllToAll        ||  a fifth of the tasks, a quarter of the rest
     dispatch AllToAll            ||  a third of the tasks
     combine AllToAll             ||  half of the rest
     combine-backward AllToAll    ||  the rest

@@ -123,12 +123,13 @@ def test_the_heads_of_a_chunk() -> None:
     made = HeadChunks.of(8, 4, 2, 2)
     assert [(chunk.queries, chunk.keys) for chunk in made.chunks] == [((0, 1, 4, 5), (0, 2)), ((2, 3, 6, 7), (1, 3))]
     assert (made.heads, made.key_heads) == (2, 1)
-    assert made.chunks[1].blocks(2) == [4, 5, 12, 13, 6, 14, 7, 15]
+    assert made.chunks[1].blocks(2) == [4, 5, 6, 7, 12, 13, 14, 15] and made.chunks[1].whole_groups(2)
     shared = HeadChunks.of(16, 2, 4, 2)
     assert shared.chunks[0].queries == (0, 1, 4, 5, 8, 9, 12, 13) and shared.chunks[0].keys == (0, 1)
     assert shared.chunks[1].keys == () and (shared.heads, shared.key_heads) == (2, 1)
     late = HeadChunks.of(8, 4, 2, 4)
     assert [chunk.keys for chunk in late.chunks] == [(0, 2), (), (1, 3), ()]
+    assert [chunk.blocks(2) for chunk in late.chunks[:2]] == [[0, 8, 2, 3, 10, 11], [1, 9]]
 
 
 @pytest.mark.parametrize(
@@ -174,11 +175,11 @@ def test_what_cannot_be_cut_is_refused_by_name(run_ranks: Ranks) -> None:
 
 
 def checkpointed() -> list[dict[str, Any]]:
-    """Chunked layers as they are, and each inside torch's activation checkpointing, re-entrant and not."""
+    """Layers whole and in chunks as they are, each inside torch's activation checkpointing, re-entrant and not."""
     from torch.utils.checkpoint import checkpoint
 
-    case = Case(layers=2, chunks=2, carry=True, key_heads=4, micro_batches=2)
-    found = [run_stack(case)]
+    cases = [Case(layers=2, chunks=chunks, carry=True, key_heads=4, micro_batches=2) for chunks in (2, 1)]
+    found, plain = run_cases(cases), Stack.forward
     for reentrant in (True, False):
 
         def forward(self: Stack, x: torch.Tensor, rotary: torch.Tensor, reentrant: bool = reentrant) -> torch.Tensor:
@@ -188,13 +189,21 @@ def checkpointed() -> list[dict[str, Any]]:
             return x
 
         Stack.forward = forward
-        found.append(run_stack(case))
+        found += run_cases(with_twins(cases) if reentrant else cases)
+    Stack.forward = plain
     return found
 
 
-def test_activation_checkpointing_of_chunked_layers_changes_no_bit(run_ranks: Ranks) -> None:
-    for plain, again, other in run_ranks(2, checkpointed, sizes=Case().sizes):
-        assert equal(plain, again) and equal(plain, other)
+def test_activation_checkpointing_of_layers_changes_no_bit_and_its_exchanges_are_filled(run_ranks: Ranks) -> None:
+    first, second = run_ranks(2, checkpointed, sizes=Case().sizes)
+    for chunked, whole, *again in (first, second):
+        for number, one in enumerate(again):  # re-entrant in chunks, its twin, whole, its twin; not re-entrant
+            assert equal(one, chunked if number in (0, 1, 4) else whole)
+    assert [one["regions"] for one in first] == [one["regions"] for one in second], "no rank decides alone"
+    qkv = [one["regions"]["layer 2 self_attention.linear_qkv"] for one in first[2:]]
+    beside = [f"recompute of sp2hp AllToAll of {where}layer 1" for where in ("chunk 1 of 2, ", "")]
+    # Without re-entrance the first tensor asked for is the combine's, whose backward is under way by then.
+    assert qkv == [beside[0], beside[0], beside[1], beside[1], *["backward of moe_combine AllToAll of layer 1"] * 2]
 
 
 def ordered() -> list[Any]:
@@ -249,7 +258,8 @@ def tensor_parallel() -> list[dict[str, Any]]:
 def test_chunks_with_tensor_and_sequence_parallelism(run_ranks: Ranks) -> None:
     sizes = {**Case().sizes, "tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
     for whole, chunked, twin in run_ranks(4, tensor_parallel, sizes=sizes):
-        assert equal(chunked, twin) and not equal(chunked, whole)
+        assert equal(chunked, twin)
+        assert "sp2hp AllToAll of chunk 2 of 2, layer 1" in chunked["launches"], "it ran in chunks"
         for name, grad in whole["weights"].items():
             assert relative(chunked["weights"][name], grad) <= FP32, name
         for kind in ("out", "dx"):

@@ -1,13 +1,16 @@
-"""Linears in parts of their heads: values, dX and dW against float64; in half precision no less exact than whole."""
+"""A linear in parts of its heads: values, dX and dW against float64; in half precision no less exact than whole."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fluid_npu.ops.linear_parts import ColumnParts, RowParts
+from fluid_npu.ops.linear_parts import ColumnParts, Runs, runs_of
 from fluid_npu.ops.reference import relative_error
 from tests.support.device import here
+from tests.support.op_count import OpCount
 
 ROWS, BATCH, SIZE, HEADS, OTHER = 6, 2, 4, 8, 24
 #: Heads of each part: in order, dealt, of unequal number.
@@ -19,48 +22,38 @@ def draw(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def run(kind: str, parts: list[list[int]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def run(parts: list[list[int]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Outputs and gradients of a linear in parts."""
-    columns = kind == "columns"
-    inner, outer = (OTHER, HEADS * SIZE) if columns else (HEADS * SIZE, OTHER)
-    x = here(draw(ROWS, BATCH, inner, seed=1).to(dtype)).requires_grad_()
-    w = here(draw(outer, inner, seed=2).to(dtype))
+    x = here(draw(ROWS, BATCH, OTHER, seed=1).to(dtype)).requires_grad_()
+    w = here(draw(HEADS * SIZE, OTHER, seed=2).to(dtype))
     found: dict[str, torch.Tensor] = {}
     take = lambda x_RK, dy_RN: found.update(dw=(dy_RN.double().t() @ x_RK.double()))
-    indices = [here(torch.tensor(part)) for part in parts]
-    if columns:
-        product = ColumnParts(w, indices, SIZE, take, None)
-        whole = x.new_empty(ROWS, BATCH, HEADS, SIZE)
-        for number, index in enumerate(indices):
-            whole = whole.index_copy(2, index, product.compute(x, number).unflatten(-1, (-1, SIZE)))
-        y = whole.flatten(-2)
-    else:
-        summed = RowParts(w, indices, SIZE, take, None)
-        for number, index in enumerate(indices):
-            y = summed.add(x.unflatten(-1, (-1, SIZE)).index_select(-2, index).flatten(-2), number)
-    y.backward(here(draw(ROWS, BATCH, outer, seed=3).to(dtype)))
+    product = ColumnParts(w, parts, SIZE, take, None)
+    whole = x.new_empty(ROWS, BATCH, HEADS, SIZE)
+    for number, part in enumerate(parts):
+        index = here(torch.tensor(part))
+        whole = whole.index_copy(2, index, product.compute(x, number).unflatten(-1, (-1, SIZE)))
+    y = whole.flatten(-2)
+    y.backward(here(draw(ROWS, BATCH, HEADS * SIZE, seed=3).to(dtype)))
     return {"y": y.detach(), "dx": x.grad, **found}
 
 
-def wanted(kind: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def wanted(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The same in one piece and float64, of the rounded operands."""
-    inner, outer = (OTHER, HEADS * SIZE) if kind == "columns" else (HEADS * SIZE, OTHER)
-    x, w, dy = draw(ROWS, BATCH, inner, seed=1), draw(outer, inner, seed=2), draw(ROWS, BATCH, outer, seed=3)
-    x, w, dy = (value.to(dtype).double() for value in (x, w, dy))
+    x, w = draw(ROWS, BATCH, OTHER, seed=1), draw(HEADS * SIZE, OTHER, seed=2)
+    x, w, dy = (value.to(dtype).double() for value in (x, w, draw(ROWS, BATCH, HEADS * SIZE, seed=3)))
     return {"y": x @ w.t(), "dx": dy @ w, "dw": dy.flatten(0, 1).t() @ x.flatten(0, 1)}
 
 
-@pytest.mark.parametrize("kind", ["columns", "rows"])
 @pytest.mark.parametrize("parts", PARTS, ids=str)
-def test_values_and_gradients_against_float64(kind: str, parts: list[list[int]]) -> None:
-    found, want = run(kind, parts, torch.float32), wanted(kind, torch.float32)
+def test_values_and_gradients_against_float64(parts: list[list[int]]) -> None:
+    found, want = run(parts, torch.float32), wanted(torch.float32)
     for name, value in want.items():
         assert relative_error(found[name].cpu(), value) <= 1e-6, name
 
 
-@pytest.mark.parametrize("kind", ["columns", "rows"])
-def test_half_precision_is_no_less_exact_than_in_one_piece(kind: str) -> None:
-    found, want = run(kind, PARTS[1], torch.bfloat16), wanted(kind, torch.bfloat16)
+def test_half_precision_is_no_less_exact_than_in_one_piece() -> None:
+    found, want = run(PARTS[1], torch.bfloat16), wanted(torch.bfloat16)
     for name in ("y", "dx"):
         rounded = relative_error(want[name].bfloat16(), want[name])  # what one rounding of the exact result costs
         assert relative_error(found[name].cpu(), want[name]) <= 1.1 * rounded, name
@@ -70,8 +63,7 @@ def test_a_second_backward_of_a_kept_graph_gives_the_same() -> None:
     x = here(draw(ROWS, BATCH, OTHER, seed=1).float()).requires_grad_()
     w = here(draw(HEADS * SIZE, OTHER, seed=2).float())
     taken: list[torch.Tensor] = []
-    parts = [here(torch.tensor(part)) for part in PARTS[0]]
-    product = ColumnParts(w, parts, SIZE, lambda x_RK, dy_RN: taken.append(dy_RN.t() @ x_RK), None)
+    product = ColumnParts(w, PARTS[0], SIZE, lambda x_RK, dy_RN: taken.append(dy_RN.t() @ x_RK), None)
     loss = sum(product.compute(x, number).square().sum() for number in range(2))
     loss.backward(retain_graph=True)
     first, x.grad = x.grad, None
@@ -82,9 +74,28 @@ def test_a_second_backward_of_a_kept_graph_gives_the_same() -> None:
 def test_a_weight_changed_before_the_backward_is_noticed() -> None:
     x = here(draw(ROWS, BATCH, OTHER, seed=1).float()).requires_grad_()
     w = here(draw(HEADS * SIZE, OTHER, seed=2).float())
-    parts = [here(torch.tensor(part)) for part in PARTS[0]]
-    product = ColumnParts(w, parts, SIZE, None, None)
+    product = ColumnParts(w, PARTS[0], SIZE, None, None)
     loss = sum(product.compute(x, number).sum() for number in range(2))
     w.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@given(st.permutations(range(12)), st.integers(0, 12))
+def test_runs_are_the_heads_in_their_order(heads: list[int], length: int) -> None:
+    numbers = torch.arange(12.0).repeat_interleave(SIZE)
+    for order in (heads[:length], sorted(heads[:length])):
+        found = [runs.of(numbers, SIZE).flatten() for runs in runs_of(order)]
+        assert [int(head) for part in found for head in part[::SIZE]] == order
+        again = [runs.within(numbers[None], SIZE).flatten() for runs in runs_of(order)]
+        assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+
+
+def test_equal_runs_at_equal_distances_are_one_product_and_no_copy_of_the_weight() -> None:
+    assert runs_of([0, 1, 4, 5, 8, 9]) == [Runs(start=0, count=3, step=4, length=2)]
+    assert runs_of([2, 3, 4]) == [Runs(start=2, count=1, step=3, length=3)]
+    assert len(runs_of([0, 1, 4, 5, 7, 8])) == 2 and len(runs_of([4, 5, 0, 1])) == 2
+    x, w = torch.zeros(3, OTHER), torch.zeros(HEADS * SIZE, OTHER)
+    with OpCount() as count:
+        ColumnParts(w, PARTS[1], SIZE, None, None).product(x, 1)
+    assert dict(count.ops) == {"bmm": 1}

@@ -13,6 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _NOTHING = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "_unsafe_view", "alias", "lift_fresh")
 
 
+def is_work(func: Any) -> bool:
+    """Whether an operator computes or copies."""
+    return not (func.is_view or func.overloadpacket.__name__ in _NOTHING)
+
+
 class OpCount(TorchDispatchMode):
     """``ops`` by name, without views, allocations and what happens inside a Triton kernel; ``kernels`` by name."""
 
@@ -23,9 +28,8 @@ class OpCount(TorchDispatchMode):
         self._inside = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if not (self._inside or func.is_view or name in _NOTHING):
-            self.ops[name] += 1
+        if is_work(func) and not self._inside:
+            self.ops[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
 
     @contextmanager
