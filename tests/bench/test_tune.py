@@ -82,7 +82,7 @@ def test_context_parallelism_is_tuned_with_chunks_of_heads(run_ranks: Callable[.
     first, second = (found for found, _ in run_ranks(2, of_heads))
     assert first["profile"] == second["profile"] and first["compared_with"] == "plain"
     plain, heads = first["rows"]
-    assert plain["error"] <= 1e-6 and 0 < heads["error"] <= 1e-5 and heads["settings"]["attention_chunks"] == 2
+    assert plain["error"] <= 1e-6 and heads["error"] <= 1e-5 and heads["settings"]["attention_chunks"] == 2
     assert plain["median_ms"] > 0 and heads["median_ms"] > 0
 
 
