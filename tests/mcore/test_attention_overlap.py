@@ -174,6 +174,26 @@ def test_what_cannot_be_cut_is_refused_by_name(run_ranks: Ranks) -> None:
         assert text in message
 
 
+def taken_by_auto() -> list[tuple[int, str]]:
+    """Chunks of layers with attention_chunks='auto', and why so many."""
+    from fluid_npu.device.choice import announced
+
+    found = []
+    for overlap, changes in (("full", {}), ("dw", {}), ("full", RING), ("full", {"context_parallel_size": 1})):
+        heads = Stack(Case(chunks="auto", overlap=overlap, config=changes)).layers[0].self_attention.head_chunks
+        choices = [choice.reason for what, choice in announced() if what == "attention_chunks='auto'"]
+        found.append((1 if heads is None else len(heads.chunks), choices[-1]))
+    odd = Stack(Case(chunks="auto", overlap="full", heads=6, key_heads=6)).layers[0].self_attention
+    assert odd.head_chunks is None
+    return found
+
+
+def test_auto_cuts_where_the_spec_pipelines_and_the_heads_can_be_cut(run_ranks: Ranks) -> None:
+    full, dw, ring, alone = run_ranks(2, taken_by_auto, sizes=Case().sizes)[0]
+    assert full == (2, "the fewest that overlap") and dw == (1, "overlap='dw'")
+    assert ring[0] == alone[0] == 1 and "a ring passes keys" in ring[1] and "there is no AllToAll" in alone[1]
+
+
 def checkpointed() -> list[dict[str, Any]]:
     """Layers whole and in chunks as they are, each inside torch's activation checkpointing, re-entrant and not."""
     from torch.utils.checkpoint import checkpoint
