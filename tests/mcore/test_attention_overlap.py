@@ -194,6 +194,22 @@ def test_auto_cuts_where_the_spec_pipelines_and_the_heads_can_be_cut(run_ranks: 
     assert ring[0] == alone[0] == 1 and "a ring passes keys" in ring[1] and "there is no AllToAll" in alone[1]
 
 
+@pytest.mark.host
+def test_an_attention_that_is_not_ours_is_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever it is: one of Transformer Engine, or as here a user's own."""
+    from megatron.core.transformer.attention import SelfAttention
+
+    from fluid_npu.mcore.binding import SchedulerBinder
+    from fluid_npu.mcore.layer_spec import get_fluid_moe_layer_spec, with_fluid_moe
+
+    layer = get_fluid_moe_layer_spec(backend="local")
+    layer.submodules.self_attention.module = type("Own", (SelfAttention,), {})
+    with pytest.raises(ValueError, match="attention_chunks=2: the layer has Own with FluidDotProductAttention, not"):
+        with_fluid_moe(layer, SchedulerBinder(attention_chunks=2))
+    with_fluid_moe(layer, SchedulerBinder("full", attention_chunks="auto"))
+    assert "attention_chunks='auto': 1 (the layer has Own with" in capsys.readouterr().out
+
+
 def checkpointed() -> list[dict[str, Any]]:
     """Layers whole and in chunks as they are, each inside torch's activation checkpointing, re-entrant and not."""
     from torch.utils.checkpoint import checkpoint
