@@ -37,7 +37,7 @@ class Settings:
     dispatch: str = "plain"
     chunks: int | str = "auto"
     local_first: bool = False
-    attention_chunks: int = 1
+    attention_chunks: int | str = 1
     interleave_batches: bool = False
     payload_dtype: str = "same"
     cuda_graph: bool | str = False
@@ -66,8 +66,8 @@ class Settings:
                 f"adapt(a2a_node_size={self.a2a_node_size}): ranks of a node for a2a_transport 'two-level' or 'auto', "
                 "or dispatch 'once-per-node' or 'auto', or 0 to ask the launcher"
             )
-        if not _at_least_one(self.attention_chunks):
-            raise PatchError(f"adapt(attention_chunks={self.attention_chunks!r}): a number of at least 1")
+        if self.attention_chunks != "auto" and not _at_least_one(self.attention_chunks):
+            raise PatchError(f"adapt(attention_chunks={self.attention_chunks!r}): a number of at least 1, or 'auto'")
         if self.local_first and self.overlap != "full":
             raise PatchError(
                 f"adapt(local_first=True): overlap={self.overlap!r} has no chunks; use overlap='full', or leave it out"

@@ -41,7 +41,7 @@ class SchedulerBinder:
         gemm_fusion: bool = False,
         dispatch: str = "plain",
         chunks: int | str = AUTO,
-        attention_chunks: int = 1,
+        attention_chunks: int | str = 1,
         interleave_batches: bool = False,
         payload_dtype: str = "same",
         cuda_graph: bool | str = False,
@@ -50,8 +50,10 @@ class SchedulerBinder:
     ) -> None:
         if node_size < 0:
             raise ValueError(f"node_size={node_size}: the ranks of a node, or 0 for those of the transport")
-        if attention_chunks < 1:
-            raise ValueError(f"attention_chunks={attention_chunks}: at least 1 is needed, which cuts nothing")
+        if attention_chunks != AUTO and (not isinstance(attention_chunks, int) or attention_chunks < 1):
+            raise ValueError(
+                f"attention_chunks={attention_chunks}: at least 1 is needed, which cuts nothing, or {AUTO!r}"
+            )
         self.attention_chunks = attention_chunks
         self.interleave_batches = interleave_batches
         self.payload = payload_of(payload_dtype)

@@ -36,9 +36,9 @@ class EngineArguments(TypedDict, total=False):
     local_first: bool
     """With overlap='full', rows that stay on their rank are a chunk before the others, computed while the first of
     those travels (``schedule.pipeline``); their dW joins the rows of all chunks."""
-    attention_chunks: int
+    attention_chunks: int | str
     """Parts in which each rank's heads are computed under context parallelism, each part's AllToAlls beside the
-    computation of others (``FluidSelfAttention``)."""
+    computation of others (``FluidSelfAttention``); 'auto': with overlap='full' the fewest that overlap, else 1."""
     interleave_batches: bool
     """Layers with experts train in two halves of a micro-batch, the AllToAlls of each beside the computation of the
     other (``mcore.interleave``): as two micro-batches of half the size."""

@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from fluid_npu.device.choice import Choice
 from fluid_npu.mcore.attention import FluidDotProductAttention
 from fluid_npu.mcore.binding import SchedulerBinder
+from fluid_npu.mcore.chunk_choice import AUTO
 from fluid_npu.mcore.experts import FluidGroupedMLP
 from fluid_npu.mcore.linear import FluidColumnParallelLinear, FluidRowParallelLinear
 from fluid_npu.mcore.lines.moe_layer import ROUTER_IN_SPEC
@@ -128,18 +129,26 @@ def with_fluid_moe(layer: ModuleSpec, binder: SchedulerBinder) -> ModuleSpec:
             _replace_linears(inside)
         ours = FLUID_ATTENTION.get(module_of(attention))
         if ours is not None and getattr(inside, "core_attention", None) is FluidDotProductAttention:
-            chunks = {"attention_chunks": binder.attention_chunks} if binder.attention_chunks > 1 else {}
+            chunks = {"attention_chunks": binder.attention_chunks} if binder.attention_chunks != 1 else {}
             layer.submodules.self_attention = rebuilt(attention, ours, inside, binder=binder, **chunks)
-        elif binder.attention_chunks > 1 and module_of(attention) not in FLUID_ATTENTION.values():
-            core = getattr(inside, "core_attention", None)
-            raise ValueError(
-                f"attention_chunks={binder.attention_chunks}: the layer has {_name(module_of(attention))} with "
-                f"{_name(core)}, not Megatron's SelfAttention with DotProductAttention; use backend='local' or "
-                "attention_chunks=1"
-            )
         else:
+            if module_of(attention) not in FLUID_ATTENTION.values():
+                _check_chunks(binder.attention_chunks, attention, inside)
             layer.submodules.self_attention = rebuilt(attention, module_of(attention), inside)
     return layer
+
+
+def _check_chunks(asked: int | str, attention: Any, inside: Any) -> None:
+    """Of an attention that is not ours. Raises ValueError where chunks of its heads are asked for; 'auto' is told."""
+    core = getattr(inside, "core_attention", None)
+    why = (
+        f"the layer has {_name(module_of(attention))} with {_name(core)}, not Megatron's SelfAttention with "
+        "DotProductAttention"
+    )
+    if asked == AUTO:
+        Choice(1, why).announce("attention_chunks='auto'")
+    elif asked != 1:
+        raise ValueError(f"attention_chunks={asked}: {why}; use backend='local' or attention_chunks=1")
 
 
 def _interleave(layer: ModuleSpec) -> None:

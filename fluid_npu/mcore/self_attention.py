@@ -19,6 +19,7 @@ from fluid_npu.device.choice import Choice
 from fluid_npu.mcore.attention import FluidDotProductAttention
 from fluid_npu.mcore.attention_chunks import in_chunks, why_whole
 from fluid_npu.mcore.binding import SchedulerBinder, chunk_offset
+from fluid_npu.mcore.chunk_choice import AUTO
 from fluid_npu.mcore.context import ContextParallel, ContextParallelCore
 from fluid_npu.mcore.head_chunks import HeadChunks
 from fluid_npu.mcore.linear import FluidColumnParallelLinear, FluidLinear, FluidRowParallelLinear
@@ -41,18 +42,19 @@ class _Connected:
         layer_number: int,
         *args: Any,
         binder: SchedulerBinder | None = None,
-        attention_chunks: int = 1,
+        attention_chunks: int | str = 1,
         **kwargs: Any,
     ) -> None:
         submodules = copy.copy(submodules)
         if submodules.core_attention is DotProductAttention:
             submodules.core_attention = FluidDotProductAttention
-        overlaps = binder is not None and binder.overlap != "off"
-        if config.context_parallel_size > 1 and (overlaps or attention_chunks > 1):
-            _take_linears(submodules, attention_chunks > 1)
+        overlap = "off" if binder is None else binder.overlap
+        cuts = attention_chunks != 1 and (attention_chunks != AUTO or overlap == "full")
+        if config.context_parallel_size > 1 and (overlap != "off" or cuts):
+            _take_linears(submodules, cuts)
         super().__init__(config, submodules, layer_number, *args, **kwargs)  # type: ignore[call-arg]
         core = self.core_attention
-        self.head_chunks = _head_chunks(self, attention_chunks)
+        self.head_chunks = _head_chunks(self, attention_chunks, overlap)
         if not isinstance(core, ContextParallelCore) or core.context is None:
             return
         # The core recomputes attention alone; around the core Megatron would repeat the exchanges too.
@@ -90,7 +92,8 @@ class FluidSelfAttention(_Connected, SelfAttention):
         attention_chunks: 1, or with Ulysses 2, 4 or 8: qkv and attention are computed in so many parts of this rank's
             heads, and each part's AllToAlls fly beside the computation of others. It must divide the query heads of a
             rank, and divide or be divided by its key heads. Sums are those without chunks; results may differ by
-            rounding where a smaller matrix is multiplied by another kernel.
+            rounding where a smaller matrix is multiplied by another kernel. 'auto': where the binder's overlap is
+            'full' the fewest that overlap, if the attention can be cut, else 1; the choice is printed.
         args, kwargs: passed on to SelfAttention.
 
     Raises ValueError for a configuration that is not implemented, naming the option and the fix.
@@ -103,7 +106,7 @@ class FluidSelfAttention(_Connected, SelfAttention):
         layer_number: int,
         *args: Any,
         binder: SchedulerBinder | None = None,
-        attention_chunks: int = 1,
+        attention_chunks: int | str = 1,
         **kwargs: Any,
     ) -> None:
         chunks = attention_chunks
@@ -150,14 +153,41 @@ def _take_linears(submodules: Any, in_chunks: bool) -> None:
         submodules.linear_qkv = FluidColumnParallelLinear
 
 
-def _head_chunks(attention: Any, asked: int) -> HeadChunks | None:
+def _head_chunks(attention: Any, asked: int | str, overlap: str) -> HeadChunks | None:
     """The chunks of an attention's heads; None for one. Raises ValueError, naming the option, where there are none."""
     if asked == 1:
         return None
+    if asked == AUTO:
+        asked = _fewest(attention, overlap).announce("attention_chunks='auto'").value
+        return None if asked == 1 else _cut(attention, asked)
+    if isinstance(asked, str) or asked < 1:
+        raise ValueError(f"attention_chunks={asked}: at least 1 is needed, which cuts nothing, or {AUTO!r}")
+    why = _obstacle(attention)
+    if why:
+        raise ValueError(f"attention_chunks={asked}: {why}; use attention_chunks=1")
+    return _cut(attention, asked)
+
+
+def _fewest(attention: Any, overlap: str) -> Choice[int]:
+    """What 'auto' takes: a function of the configuration, so it is the same on every rank."""
+    why = f"overlap={overlap!r}" if overlap != "full" else _obstacle(attention)
+    if not why:
+        try:
+            _cut(attention, 2)
+        except ValueError as error:
+            why = str(error)
+    return Choice(1, why) if why else Choice(2, "the fewest that overlap")
+
+
+def _cut(attention: Any, number: int) -> HeadChunks:
+    heads, keys = attention.num_attention_heads_per_partition, attention.num_query_groups_per_partition
+    return HeadChunks.of(heads, keys, attention.core_attention.context.ranks, number)
+
+
+def _obstacle(attention: Any) -> str:
+    """Why an attention cannot be cut, whatever its heads; empty: it can."""
     core, why = attention.core_attention, ""
-    if asked < 1:
-        why = "at least 1 is needed, which cuts nothing"
-    elif not isinstance(attention, FluidSelfAttention):
+    if not isinstance(attention, FluidSelfAttention):
         why = "multi-latent attention is not computed in chunks"
     elif attention.config.context_parallel_size == 1:
         why = "with context_parallel_size=1 there is no AllToAll to compute beside"
@@ -171,10 +201,7 @@ def _head_chunks(attention: Any, asked: int) -> HeadChunks | None:
         why = f"linear_proj is {type(attention.linear_proj).__name__}, not Megatron's RowParallelLinear"
     elif attention.config.num_query_groups < attention.config.tensor_model_parallel_size:
         why = "tensor ranks share key heads"
-    if why:
-        raise ValueError(f"attention_chunks={asked}: {why}; use attention_chunks=1")
-    heads, keys = attention.num_attention_heads_per_partition, attention.num_query_groups_per_partition
-    return HeadChunks.of(heads, keys, core.context.ranks, asked)
+    return why
 
 
 def _without_rotary(attention: Any) -> bool:

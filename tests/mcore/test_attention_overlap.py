@@ -174,6 +174,42 @@ def test_what_cannot_be_cut_is_refused_by_name(run_ranks: Ranks) -> None:
         assert text in message
 
 
+def taken_by_auto() -> list[tuple[int, str]]:
+    """Chunks of layers with attention_chunks='auto', and why so many."""
+    from fluid_npu.device.choice import announced
+
+    found = []
+    for overlap, changes in (("full", {}), ("dw", {}), ("full", RING), ("full", {"context_parallel_size": 1})):
+        heads = Stack(Case(chunks="auto", overlap=overlap, config=changes)).layers[0].self_attention.head_chunks
+        choices = [choice.reason for what, choice in announced() if what == "attention_chunks='auto'"]
+        found.append((1 if heads is None else len(heads.chunks), choices[-1]))
+    odd = Stack(Case(chunks="auto", overlap="full", heads=6, key_heads=6)).layers[0].self_attention
+    assert odd.head_chunks is None
+    return found
+
+
+def test_auto_cuts_where_the_spec_pipelines_and_the_heads_can_be_cut(run_ranks: Ranks) -> None:
+    full, dw, ring, alone = run_ranks(2, taken_by_auto, sizes=Case().sizes)[0]
+    assert full == (2, "the fewest that overlap") and dw == (1, "overlap='dw'")
+    assert ring[0] == alone[0] == 1 and "a ring passes keys" in ring[1] and "there is no AllToAll" in alone[1]
+
+
+@pytest.mark.host
+def test_an_attention_that_is_not_ours_is_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever it is: one of Transformer Engine, or as here a user's own."""
+    from megatron.core.transformer.attention import SelfAttention
+
+    from fluid_npu.mcore.binding import SchedulerBinder
+    from fluid_npu.mcore.layer_spec import get_fluid_moe_layer_spec, with_fluid_moe
+
+    layer = get_fluid_moe_layer_spec(backend="local")
+    layer.submodules.self_attention.module = type("Own", (SelfAttention,), {})
+    with pytest.raises(ValueError, match="attention_chunks=2: the layer has Own with FluidDotProductAttention, not"):
+        with_fluid_moe(layer, SchedulerBinder(attention_chunks=2))
+    with_fluid_moe(layer, SchedulerBinder("full", attention_chunks="auto"))
+    assert "attention_chunks='auto': 1 (the layer has Own with" in capsys.readouterr().out
+
+
 def checkpointed() -> list[dict[str, Any]]:
     """Layers whole and in chunks as they are, each inside torch's activation checkpointing, re-entrant and not."""
     from torch.utils.checkpoint import checkpoint

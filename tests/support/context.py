@@ -32,7 +32,7 @@ class Case:
     overlap: str = "dw"
     twin: bool = False
     recompute: bool = False
-    chunks: int = 1
+    chunks: int | str = 1
     carry: bool = False
     shared: bool = False
     """Whether each layer has a shared expert, of the width of the others."""

@@ -74,11 +74,12 @@ def _chunks(args: Namespace) -> Iterator[str]:
         local = args.num_experts // ranks
         allowed = ", ".join(str(fit) for fit in range(1, local + 1) if local % fit == 0)
         yield f"--fluid-moe-chunks {number}: a rank has {local} experts; allowed are {allowed} and auto"
-    if args.fluid_attention_chunks < 1:
-        yield f"--fluid-attention-chunks {args.fluid_attention_chunks}: must be at least 1, which cuts nothing"
-    elif args.fluid_attention_chunks > 1 and getattr(args, "context_parallel_size", 1) == 1:
+    parts = args.fluid_attention_chunks
+    if parts != "auto" and (not isinstance(parts, int) or parts < 1):
+        yield f"--fluid-attention-chunks {parts}: must be at least 1, which cuts nothing, or auto"
+    elif parts not in ("auto", 1) and getattr(args, "context_parallel_size", 1) == 1:
         yield (
-            f"--fluid-attention-chunks {args.fluid_attention_chunks} with --context-parallel-size 1: there is no "
+            f"--fluid-attention-chunks {parts} with --context-parallel-size 1: there is no "
             "AllToAll to compute beside; drop the flag, or raise the size"
         )
 
@@ -217,7 +218,7 @@ def _grouped(args: Namespace, line: str) -> Iterator[str]:
                 f"--fluid-dispatch {args.fluid_dispatch} without --moe-grouped-gemm: it is about our MoE layers; add "
                 "--moe-grouped-gemm"
             )
-        if args.fluid_attention_chunks > 1:
+        if args.fluid_attention_chunks not in ("auto", 1):
             yield (
                 f"--fluid-attention-chunks {args.fluid_attention_chunks} without --moe-grouped-gemm: the attention is "
                 "Megatron's then; add --moe-grouped-gemm"

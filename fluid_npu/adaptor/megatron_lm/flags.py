@@ -114,11 +114,11 @@ FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
     (
         "--fluid-attention-chunks",
         {
-            "type": int,
+            "type": number_or_auto,
             "default": 1,
             "metavar": "N",
             "help": "with --context-parallel-size: parts of a rank's heads, each part's AllToAlls beside the "
-            "computation of others (1)",
+            "computation of others; auto: with --fluid-overlap full the fewest that overlap, else 1 (1)",
         },
     ),
     (
