@@ -19,6 +19,7 @@ from fluid_npu.device.graphs import GraphRecorder, graph_recorder
 from fluid_npu.mcore.chunk_choice import AUTO
 from fluid_npu.mcore.experts import FluidGroupedMLP
 from fluid_npu.mcore.lines.aux_losses import HAS_TRACKER, tensors_outside
+from fluid_npu.mcore.recorded_together import RecordedTogether
 from fluid_npu.schedule.graphed import GraphedLayer
 
 #: Options of Megatron that a recording does not cover, the value that switches them off, and why.
@@ -61,7 +62,8 @@ def graphed(layer: Any, forward: Callable[[Tensor], Tensor], asked: bool | str =
         raise ValueError(f"cuda_graph=True: {'; '.join(problems)}")
     # A layer is named when it is numbered, after it is built: the first one may be announced without.
     scheduler, name = lambda: layer.backward_scheduler, layer.label or "an MoE layer"
-    return GraphedLayer(layer, forward, scheduler, recorder, name, outside=tensors_outside)
+    together = RecordedTogether(layer.token_dispatcher.groups.ep)
+    return GraphedLayer(layer, forward, scheduler, recorder, name, outside=tensors_outside, agree=together)
 
 
 def _device_of(layer: Any) -> torch.device:

@@ -50,6 +50,8 @@ class GraphedLayer:
         name: how messages call the layer.
         warm_up: calls with the same shapes and addresses before anything is recorded.
         outside: what else a recording takes for given, such as addresses of tensors that are not the module's.
+        agree: called after the attempt with why it failed, '' where it did not; gives why nothing is replayed. For
+            ranks that must replay together.
     """
 
     def __init__(
@@ -61,9 +63,11 @@ class GraphedLayer:
         name: str = "layer",
         warm_up: int = WARM_UP,
         outside: Callable[[], tuple[Any, ...]] = tuple,
+        agree: Callable[[str], str] = str,
     ) -> None:
         self._module, self._forward, self._scheduler = module, forward, scheduler
         self._make_recorder, self._name, self._warm_up, self._outside = recorder, name, warm_up, outside
+        self._agree = agree
         self._recording: _Recording | None = None
         self._signature: Any = None
         self._calls = 0
@@ -139,12 +143,16 @@ class GraphedLayer:
 
     def _why_not_recorded(self, x: Tensor) -> str:
         """Records; what went wrong, if anything."""
+        recording, failed = None, ""
         try:
-            self._recording = _Recording(self._module, self._forward, self._scheduler(), self._make_recorder(), x)
+            recording = _Recording(self._module, self._forward, self._scheduler(), self._make_recorder(), x)
         except RuntimeError as error:
-            first = " ".join(str(error).split())[:300]
-            self._broken = f"it cannot be recorded ({type(error).__name__}: {first})"
+            failed = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        failed = self._agree(failed)
+        if failed:
+            self._broken = f"it cannot be recorded ({failed})"
             return self._broken
+        self._recording = recording
         Choice("recorded", f"after {self._warm_up} calls alike").announce(f"graph of {self._name}")
         return ""
 

@@ -77,6 +77,58 @@ def test_a_model_under_ddp_trains_alike(run_ranks: Ranks) -> None:
             assert replays == 2 * 2 * 3, "two layers, forward and backward, three of six micro-batches"
 
 
+def one_without_memory() -> tuple[list[str], list[int], list[str]]:
+    """Recording fails on rank 1: what differs from the layer as ever, this rank's replays, and what is said."""
+    import torch.distributed as dist
+
+    from fluid_npu.device import choice
+    from fluid_npu.device.choice import Choice
+    from fluid_npu.mcore import graph_choice
+
+    class Fails(FakeRecorder):
+        def record(self, body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+            made = super().record(body)  # which exchanges, as a recording of CUDA would not
+            if len(self.replays) == 2 and dist.get_rank() == 1:
+                raise torch.OutOfMemoryError("planted")
+            return made
+
+    choice._announced.clear()
+    recorder = Fails()
+    graph_choice.graph_recorder = lambda device: Choice(lambda: recorder, "a fake")
+    eager, recorded = run_steps(Steps()), run_steps(Steps(graph=True))
+    differ = [name for name, wanted in eager["tensors"].items() if not torch.equal(recorded["tensors"][name], wanted)]
+    assert not recorded["recorded"]
+    return differ, recorder.replays, [one.reason for what, one in choice.announced() if what.startswith("graph of")]
+
+
+def test_no_rank_replays_what_another_could_not_record(run_ranks: Ranks) -> None:
+    first, second = run_ranks(2, one_without_memory, sizes={"expert_model_parallel_size": 2})
+    assert first[0] == second[0] == []
+    assert first[1] == second[1] == [0, 0]
+    assert first[2] == ["it cannot be recorded (rank 1: OutOfMemoryError: planted)"]
+    assert second[2] == ["it cannot be recorded (OutOfMemoryError: planted)"]
+
+
+def one_that_does_not_come() -> str:
+    import torch.distributed as dist
+
+    from fluid_npu.comm.all_to_all import Peers
+    from fluid_npu.mcore.recorded_together import RecordedTogether
+
+    together = RecordedTogether(Peers.of(dist.group.WORLD), timeout_s=0.2)
+    if dist.get_rank() == 0:
+        try:
+            together("")
+        except RuntimeError as error:
+            return str(error)
+    return ""
+
+
+def test_a_rank_that_does_not_come_to_record_is_named(run_ranks: Ranks) -> None:
+    message, _ = run_ranks(2, one_that_does_not_come)
+    assert "rank 0 recorded a layer, but rank 1 did not come to it in 0 s" in message
+
+
 def refusals() -> dict[str, str]:
     """What is in the way of a recording."""
     from fluid_npu.comm.transports import PairwiseTransport

@@ -208,6 +208,16 @@ def test_what_cannot_be_recorded_runs_as_ever_for_good() -> None:
     assert ours.module.plain in set(ours.module.parameters()), "the twins are gone"
 
 
+def test_what_others_could_not_record_runs_as_ever_for_good(capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[str] = []
+    ours, eager = Bench(warm_up=0), Bench(graph=False)
+    ours.layer._agree = lambda failed: asked.append(failed) or "rank 1: no memory"
+    for seed in range(3):
+        assert all(map(torch.equal, ours.step(seed), eager.step(seed)))
+    assert not ours.layer.recorded and asked == [""] and ours.recorder.replays == [0, 0]
+    assert "graph of it: as ever (it cannot be recorded (rank 1: no memory))" in capsys.readouterr().out
+
+
 def test_a_replay_counts_what_the_recording_would_have() -> None:
     scheduler = BackwardScheduler()
     with scheduler.tallied() as tally:
