@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +23,8 @@ from fluid_npu.device.kernels.groups import DeviceRows, GroupRows, Groups
 from fluid_npu.mcore.expert_checkpoint import expert_sharded_state_dict, forget_extra_state
 from fluid_npu.mcore.late import LateWeights
 from fluid_npu.mcore.lines.groups import ProcessGroups, default_groups
-from fluid_npu.ops.expert_mlp import Activation, ExpertMLP, WeightGradTarget, expert_mlp
-from fluid_npu.ops.swiglu import activation_probs
+from fluid_npu.ops.expert_mlp import ExpertMLP, WeightGradTarget, expert_mlp
+from fluid_npu.ops.swiglu import ActivationProbs
 from fluid_npu.schedule.deferred import DeferredWeight, DeferredWeights
 from fluid_npu.schedule.scheduler import BackwardScheduler
 
@@ -66,9 +65,9 @@ class FluidGroupedMLP(LateWeights, MegatronModule):
             config.recompute_modules or []
         )
         gated, function = config.gated_linear_unit, config.activation_func
-        self._activation: Activation | None = None
+        self._activation: ActivationProbs | None = None
         if not (gated and function is F.silu):
-            self._activation = partial(activation_probs, activation=function, gated=gated)
+            self._activation = ActivationProbs(function=function, gated=gated)
         self.register_load_state_dict_post_hook(forget_extra_state)
 
     def _parameter(self, shape: tuple[int, int], init: Callable[[Tensor], Any], partition_dim: int) -> Parameter:

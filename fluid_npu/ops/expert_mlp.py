@@ -6,7 +6,7 @@ Shapes: R rows, H hidden, F ffn, L groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,7 @@ from torch import Tensor
 from fluid_npu.device.kernels.groups import Groups
 from fluid_npu.device.kernels.known_rows import kernels_for
 from fluid_npu.ops.grouped_matmul import DeferDW, grouped_weight_grad
-
-Activation = Callable[[Tensor, Tensor], Tensor]
+from fluid_npu.ops.swiglu import ActivationProbs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +35,8 @@ class ExpertMLP:
 
     counts: Groups
     """[L] rows of each group."""
-    activation: Activation | None
-    """(h, p) -> [R, F], differentiable; None for SwiGLU times p, which has its own kernels."""
+    activation: ActivationProbs | None
+    """None for SwiGLU times p, which has its own kernels."""
     recompute: bool = False
     """Computes the activation again in the backward instead of keeping it (Megatron's ``moe_act``)."""
     fc1: WeightGradTarget = WeightGradTarget()
@@ -74,11 +73,7 @@ def _activate(mlp: ExpertMLP, h: Tensor, p: Tensor) -> Tensor:
 def _activation_grads(mlp: ExpertMLP, da: Tensor, h: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     if mlp.activation is None:
         return kernels_for(h, mlp.counts).swiglu_probs_grad(da, h, p, mlp.counts)
-    inputs = [h.detach().requires_grad_(), p.detach().requires_grad_()]
-    with torch.enable_grad():
-        a = mlp.activation(*inputs)
-    dh, dp = torch.autograd.grad(a, inputs, da)
-    return dh, dp
+    return mlp.activation.grads(da, h, p)
 
 
 def _weight_grad(

@@ -6,6 +6,7 @@ Shapes: R rows, F ffn. Only the input and the probabilities are kept for the bac
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,12 +30,34 @@ def swiglu_probs(h_R2F: Tensor, p_R: Tensor) -> Tensor:
 def activation_probs(h: Tensor, p_R: Tensor, activation: Callable[[Tensor], Tensor], gated: bool = False) -> Tensor:
     """(activation(h) * p) in the dtype of h, by autograd; ``gated`` halves h as swiglu_probs does."""
     _check_probs("activation_probs", h, p_R)
-    if gated:
-        h0, h1 = h.chunk(2, dim=-1)
-        plain = activation(h0) * h1
-    else:
-        plain = activation(h)
-    return (plain * p_R.unsqueeze(-1)).to(h.dtype)
+    return (_activated(h, activation, gated) * p_R.unsqueeze(-1)).to(h.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationProbs:
+    """``activation_probs`` of a function, and its gradients without the products of its forward."""
+
+    function: Callable[[Tensor], Tensor]
+    gated: bool = False
+
+    def __call__(self, h: Tensor, p_R: Tensor) -> Tensor:
+        return activation_probs(h, p_R, self.function, self.gated)
+
+    def grads(self, da: Tensor, h: Tensor, p_R: Tensor) -> tuple[Tensor, Tensor]:
+        """Of h and p: the bits that autograd gives, without computing a again."""
+        h = h.detach().requires_grad_()
+        with torch.enable_grad():
+            plain = _activated(h, self.function, self.gated)
+        da = da.to(torch.promote_types(plain.dtype, p_R.dtype))
+        (dh,) = torch.autograd.grad(plain, h, (da * p_R.unsqueeze(-1)).to(plain.dtype))
+        return dh, (da * plain.detach()).sum(-1).to(p_R.dtype)
+
+
+def _activated(h: Tensor, activation: Callable[[Tensor], Tensor], gated: bool) -> Tensor:
+    if not gated:
+        return activation(h)
+    h0, h1 = h.chunk(2, dim=-1)
+    return activation(h0) * h1
 
 
 def _check_probs(op: str, h: Tensor, p_R: Tensor) -> None:

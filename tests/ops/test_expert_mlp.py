@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from fluid_npu.ops.expert_mlp import ExpertMLP, WeightGradTarget, expert_mlp
 from fluid_npu.ops.reference import relative_error
-from fluid_npu.ops.swiglu import activation_probs
+from fluid_npu.ops.swiglu import ActivationProbs
 from tests.support.device import here, wide
 
 HIDDEN, FFN = 12, 20
@@ -49,7 +49,7 @@ def reference(tensors: list[torch.Tensor], counts: list[int], dy: torch.Tensor, 
 def test_output_and_gradients(name: str, gated: bool, recompute: bool) -> None:
     counts = COUNTS[name]
     tensors = operands(counts, gated)
-    activation = None if gated else (lambda h, p: activation_probs(h, p, F.gelu))
+    activation = None if gated else ActivationProbs(function=F.gelu)
     dy = here(torch.randn(sum(counts), HIDDEN, generator=torch.Generator().manual_seed(1)))
     y = expert_mlp(*tensors, ExpertMLP(counts=counts, activation=activation, recompute=recompute))
     y.backward(dy)

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from fluid_npu.device.kernels import cpu_kernels
 from fluid_npu.ops import reference
 from fluid_npu.ops.reference import relative_error
-from fluid_npu.ops.swiglu import activation_probs, swiglu_probs
+from fluid_npu.ops.swiglu import ActivationProbs, activation_probs, swiglu_probs
 from tests.support.device import agree, here, wide
+from tests.support.op_count import OpCount
 
 
 def operands(rows: int, width: int, dtype: torch.dtype):
@@ -71,6 +72,21 @@ def test_other_activations_gated_or_not():
     gated = activation_probs(h, p, F.silu, gated=True)
     assert torch.equal(plain, F.gelu(h) * p.unsqueeze(-1))
     assert relative_error(gated.detach(), reference.swiglu_probs(wide(h), wide(p))) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gated", [False, True])
+def test_gradients_of_other_activations_are_autograd_s_bit_for_bit_without_its_forward(gated: bool, dtype: torch.dtype):
+    h, p, da = (x.detach() for x in operands(5, 8, dtype))
+    da = da if gated else torch.cat([da, da], 1)
+    one = ActivationProbs(function=F.gelu, gated=gated)
+    leaves = [h.clone().requires_grad_(), p.clone().requires_grad_()]
+    with OpCount() as by_autograd:
+        want = torch.autograd.grad(one(*leaves), leaves, da)
+    with OpCount() as count:
+        found = one.grads(da, h, p)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, want, strict=True))
+    assert count.ops["mul"] < by_autograd.ops["mul"]
 
 
 def test_misfits_are_refused_by_name():
