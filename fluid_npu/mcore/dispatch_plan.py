@@ -226,14 +226,26 @@ def make_once_plan(
     )
 
 
-def make_static_plan(layout: OnceLayout, tokens_shape: torch.Size, groups: ExpertGroups) -> DispatchPlan:
+def first_tokens(routing_map_TE: Tensor, most: int) -> Tensor:
+    """The routing map with so many tokens of each expert at most, the first ones; no rank waits for a number."""
+    return routing_map_TE & (routing_map_TE.cumsum(0, dtype=torch.int32) <= most)
+
+
+def make_static_plan(
+    layout: OnceLayout, tokens_shape: torch.Size, groups: ExpertGroups, most: int | None = None
+) -> DispatchPlan:
     """The plan of a dispatch that sends every token to every rank: sizes follow from shapes alone.
 
-    The plain form's bytes are those of even routing, since nobody on the host knows the routing.
+    ``most``: tokens that a rank sends to an expert at most; it bounds the room for the experts' rows, which otherwise
+    is that of all tokens in all their slots. The plain form's bytes are those of even routing, since nobody on the host
+    knows the routing.
     """
     tokens, ranks = layout.rows.num_tokens, groups.ep_size
     pairs, splits = tokens * layout.topk, [tokens] * ranks
-    experts = DeviceRows(layout.local, capacity=tokens * ranks * layout.num_slots, expected=pairs)
+    room = tokens * ranks * layout.num_slots
+    if most is not None:
+        room = min(room, ranks * layout.local * most)
+    experts = DeviceRows(layout.local, capacity=room, expected=min(pairs, room))
     to_others = pairs * (ranks - 1) // ranks
     return DispatchPlan(
         rows=StaticRows(layout=layout, arrival=StaticArrival(experts=experts)),

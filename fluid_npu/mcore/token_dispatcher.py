@@ -31,6 +31,7 @@ from fluid_npu.mcore.dispatch_plan import (
     ExpertGroups,
     exchange_counts,
     finish_counts,
+    first_tokens,
     make_once_plan,
     make_plan,
     make_static_plan,
@@ -204,8 +205,11 @@ class FluidTokenDispatcher(MoETokenDispatcher):
     def _plan_static(self, routing_map_TE: Tensor, tokens_shape: torch.Size) -> DispatchPlan:
         """One row for every (token, rank), told to nobody."""
         check_same_tokens(routing_map_TE.shape[0], self.groups.ep)
+        most = self._most_of_an_expert(routing_map_TE.shape[0])
+        if most is not None:  # of a router that drops, all are; another one must not write behind the buffers
+            routing_map_TE = first_tokens(routing_map_TE, most)
         layout = every_group(routing_map_TE, self.config.moe_router_topk, self.groups.ep_size)
-        return make_static_plan(layout, tokens_shape, self.groups)
+        return make_static_plan(layout, tokens_shape, self.groups, most)
 
     def _plan_once_chunks(
         self, routing_map_TE: Tensor, tokens_shape: torch.Size, chunks: int, local_first: bool
@@ -343,6 +347,13 @@ class FluidTokenDispatcher(MoETokenDispatcher):
             plain_bytes=plan.plain.gathered_bytes(row_bytes) if plan.plain is not None else None,
         )
         return there.reversed(name) if back else there
+
+    def _most_of_an_expert(self, num_tokens: int) -> int | None:
+        """Tokens of a rank that Megatron's router leaves to an expert; None where it drops none."""
+        factor = self.config.moe_expert_capacity_factor
+        if factor is None:
+            return None
+        return get_capacity(num_tokens * self.config.moe_router_topk, self.num_experts, factor)
 
     def _capacity(self, num_tokens: int) -> int | None:
         """Rows of each expert when they are padded to a fixed number, else None."""

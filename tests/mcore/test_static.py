@@ -134,6 +134,31 @@ def test_what_lies_behind_the_rows_in_use_reaches_no_result(run_ranks: Ranks) ->
             assert all(map(torch.equal, plain[key], found[key])), key
 
 
+def bounded() -> dict[str, Any]:
+    """All 8 tokens want experts 0 and 1 of 8, by a router that drops none: capacity of the buffers, and outputs."""
+    found: dict[str, Any] = {}
+    for name, config in {"all": {}, "dropped": {"moe_expert_capacity_factor": 1.0}}.items():
+        layer = fluid_layer(Case(dispatch="static", topk=2, config=config))
+        with torch.no_grad():
+            for number, parameter in enumerate(layer.parameters()):
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+        routing_map = torch.zeros(8, 8, dtype=torch.bool)
+        routing_map[:, :2] = True
+        layer.route = lambda *_, routing_map=routing_map, **__: (0.5 * routing_map, routing_map)
+        plan = layer.token_dispatcher.plan(routing_map, torch.Size((8, 1, 16)))
+        found[f"capacity, {name}"] = plan.tokens_per_expert.capacity
+        found[name] = layer(torch.linspace(-1, 1, 8 * 16).view(8, 1, 16))[0].detach()
+    return found
+
+
+def test_an_expert_capacity_bounds_the_buffers_whatever_a_router_does(run_ranks: Ranks) -> None:
+    """Room for 2 tokens of each rank and expert (8 tokens, top-2, 8 experts); the others are dropped where they are."""
+    for found in run_ranks(2, bounded, sizes={"expert_model_parallel_size": 2}):
+        assert (found["capacity, all"], found["capacity, dropped"]) == (2 * 8 * 2, 2 * 4 * 2)
+        assert torch.equal(found["dropped"][:2], found["all"][:2]) and found["all"][2:].abs().min() > 0
+        assert not found["dropped"][2:].any()
+
+
 def two_sizes() -> tuple[list[int], list[str]]:
     """Questions to the store over steps of 8, 8, 4 and 8 tokens; the errors of ranks with other numbers."""
     import torch.distributed as dist
