@@ -110,7 +110,7 @@ class ChunkedPlan:
     def _of_tokens(self, parts: Sequence[Tensor]) -> Tensor:
         """``[T, ...]`` from what each chunk gives for its tokens; what stayed here is of all tokens and is added."""
         ranges = [part for chunk, part in zip(self.chunks, parts, strict=True) if not chunk.here]
-        whole = torch.cat(ranges)
+        whole = torch.cat(ranges) if len(ranges) > 1 else ranges[0]
         return whole if len(ranges) == len(parts) else whole.add_(parts[0])
 
 

@@ -45,30 +45,34 @@ class PieceRows:
         self._counts_CL = counts_CL
 
     @cached_property
-    def _places(self) -> Sequence[Tensor]:
-        """For each piece, where its rows stand in the order (group, piece)."""
-        rows = [sum(of_piece) for of_piece in self.counts]
-        return places_by_group(self._counts_CL, sum(rows)).split(rows)
-
-    def joined(self, pieces: Sequence[DWPart]) -> Iterator[DWPart]:
-        """Operands of some consecutive groups at a time, from those of each piece; together all, in their order."""
-        local = len(self.counts[0])
-        parts, start = min(_PARTS, local), 0
+    def _joined(self) -> list[tuple[GroupRows, list[tuple[slice, Tensor]]]]:
+        """For some groups at a time their rows, and of each piece which these are and where they go, once for all."""
+        rows, local = [sum(of_piece) for of_piece in self.counts], len(self.counts[0])
+        places = places_by_group(self._counts_CL, sum(rows)).split(rows)
+        parts, start, found = min(_PARTS, local), 0, []
         for number in range(parts):
             groups = slice(local * number // parts, local * (number + 1) // parts)
             counts = [sum(of_piece[group] for of_piece in self.counts) for group in range(local)[groups]]
-            x, dy = (self._together([part[which] for part in pieces], groups, start, sum(counts)) for which in (0, 1))
-            yield DWPart(x, dy, GroupRows(counts, self._counts_CL[:, groups].sum(0)))
+            firsts = [sum(of_piece[: groups.start]) for of_piece in self.counts]
+            mine = [slice(f, f + sum(of_piece[groups])) for f, of_piece in zip(firsts, self.counts, strict=True)]
+            targets = [(of, where[of] - start) for of, where in zip(mine, places, strict=True)]
+            found.append((GroupRows(counts, self._counts_CL[:, groups].sum(0)), targets))
             start += sum(counts)
+        return found
 
-    def _together(self, rows: Sequence[Tensor], groups: slice, start: int, size: int) -> Tensor:
-        """``[size, ...]``: the rows of some groups, which begin at place ``start``."""
-        out = rows[0].new_empty(size, rows[0].shape[1])
-        for of_piece, places, counts in zip(rows, self._places, self.counts, strict=True):
-            first = sum(counts[: groups.start])
-            mine = slice(first, first + sum(counts[groups]))
-            out.index_copy_(0, places[mine] - start, of_piece[mine])
-        return out
+    def joined(self, pieces: Sequence[DWPart]) -> Iterator[DWPart]:
+        """Operands of some consecutive groups at a time, from those of each piece; together all, in their order."""
+        for counts, targets in self._joined:
+            x, dy = (_together([part[which] for part in pieces], targets, sum(counts)) for which in (0, 1))
+            yield DWPart(x, dy, counts)
+
+
+def _together(rows: Sequence[Tensor], targets: Sequence[tuple[slice, Tensor]], size: int) -> Tensor:
+    """``[size, ...]``: some rows of each piece at their places."""
+    out = rows[0].new_empty(size, rows[0].shape[1])
+    for of_piece, (mine, places) in zip(rows, targets, strict=True):
+        out.index_copy_(0, places, of_piece[mine])
+    return out
 
 
 def places_by_group(counts_CL: Tensor, rows: int) -> Tensor:
