@@ -77,7 +77,7 @@ def make_token_chunked_plan(
         )
         start = rows.stop
     shared = PieceRows([plan.tokens_per_expert for plan in plans], counts_CL)
-    return ChunkedPlan(tokens_shape=tokens_shape, layout=None, chunks=plans, shared=shared)
+    return ChunkedPlan(tokens_shape=tokens_shape, whole=None, chunks=plans, shared=shared)
 
 
 def _plain(sent_PN: np.ndarray, received_PN: np.ndarray, own: int) -> PlainCounts:

@@ -24,7 +24,9 @@ MOE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
 SHARED = {"moe_shared_expert_intermediate_size": 24}
 PADDED = {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}
 DROPS = {"moe_expert_capacity_factor": 0.5, "moe_token_drop_policy": "probs"}
+ACT = {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}
 ONCE = {"dispatch": "once-per-rank"}
+STATIC = {"dispatch": "static"}
 
 TWO = [
     Case(chunks=1, micro_batches=2),
@@ -41,11 +43,15 @@ TWO = [
     Case(chunks=3, topk=3, empty_experts=4, fuse=False, micro_batches=2, **ONCE),
     Case(chunks=2, tokens=1, topk=1, **ONCE),
     Case(chunks=2, topk=4, config={**DROPS, **SHARED}, **ONCE),
+    Case(chunks=1, topk=3, micro_batches=2, empty_experts=4, **STATIC),
+    Case(chunks=1, topk=3, fuse=False, config={**SHARED, **ACT}, **STATIC),
+    Case(chunks=1, tokens=1, topk=1, **STATIC),
 ]
 FOUR = [
     Case(ep=4, chunks=2, topk=3, micro_batches=2),
     Case(ep=4, chunks=1, experts=16, topk=6, empty_experts=9, micro_batches=2),
     Case(ep=4, chunks=2, experts=16, topk=6, empty_experts=9, micro_batches=2, **ONCE),
+    Case(ep=4, chunks=1, experts=16, topk=6, empty_experts=9, micro_batches=2, **STATIC),
 ]
 
 
@@ -163,7 +169,7 @@ def choices() -> dict[str, str]:
     calls: dict[str, Callable[[], Any]] = {
         "dw": lambda: get_fluid_moe_layer_spec(local_first=True),
         "word": lambda: get_fluid_moe_layer_spec(overlap="full", local_first="yes"),  # type: ignore[arg-type]
-        "static": lambda: fluid_layer(replace(first, dispatch="static")),
+        "static": lambda: fluid_layer(replace(first, dispatch="static", chunks=2)),
         "allgather": lambda: fluid_layer(replace(first, config={"moe_token_dispatcher_type": "allgather"})),
     }
     found = value_errors(calls)
@@ -177,7 +183,7 @@ def test_what_is_not_there_is_refused_by_name(run_ranks: Ranks) -> None:
     found = run_ranks(2, choices, sizes={"expert_model_parallel_size": 2})[0]
     assert found["dw"] == "local_first=True: overlap='dw' has no chunks; use overlap='full', or leave it out"
     assert found["word"] == "local_first='yes': allowed are True and False"
-    assert found["static"].startswith("local_first=True: dispatch='static' sends all tokens in one piece")
+    assert found["static"].startswith("chunks=2: dispatch='static' sends all tokens in one piece")
     assert found["allgather"].startswith("local_first=True: moe_token_dispatcher_type='allgather' overlaps nothing")
     assert found["asked"] == "True: as asked" and found["not_asked"] == "False: not asked for"
 

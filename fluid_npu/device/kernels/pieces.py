@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fluid_npu.device.kernels.groups import GroupRows, Groups
+from fluid_npu.device.kernels.groups import DeviceRows, GroupRows, Groups
 
 #: Parts in which groups are joined: the copies are this part of the operands of one weight.
 _PARTS = 4
@@ -33,19 +33,50 @@ class PieceRows:
     """Rows of each group in each piece; never changed afterwards.
 
     Args:
-        counts: for each piece the rows of all L groups.
-        counts_CL: the same numbers as int64 [C, L] on the device of the rows.
+        counts: for each piece the rows of all L groups, of all pieces or of none known to the device alone.
+        counts_CL: the same numbers as int64 [C, L] on the device of the rows; None where the host knows none.
     """
 
-    def __init__(self, counts: Sequence[Sequence[int]], counts_CL: Tensor) -> None:
+    def __init__(self, counts: Sequence[Groups], counts_CL: Tensor | None = None) -> None:
+        there = [None] * len(counts) if counts_CL is None else list(counts_CL.unbind(0))
         self.counts = [
-            rows if isinstance(rows, GroupRows) else GroupRows(rows, there)
-            for rows, there in zip(counts, counts_CL.unbind(0), strict=True)
+            rows if isinstance(rows, GroupRows | DeviceRows) else GroupRows(rows, on_device)
+            for rows, on_device in zip(counts, there, strict=True)
         ]
         self._counts_CL = counts_CL
 
+    @property
+    def on_device(self) -> bool:
+        """Whether the host knows none of them."""
+        return self._counts_CL is None
+
+    def known(self, device: torch.device) -> KnownPieces:
+        """The same with the rows on the host; waits for them where only the device knows them."""
+        if self._counts_CL is not None:
+            return self._known
+        counts = [rows.on_host() for rows in self.counts if isinstance(rows, DeviceRows)]
+        return KnownPieces(counts, torch.tensor(counts, device=device))
+
     @cached_property
-    def _joined(self) -> list[tuple[GroupRows, list[tuple[slice, Tensor]]]]:
+    def _known(self) -> KnownPieces:
+        assert self._counts_CL is not None
+        return KnownPieces([rows for rows in self.counts if isinstance(rows, GroupRows)], self._counts_CL)
+
+    def joined(self, pieces: Sequence[DWPart]) -> Iterator[DWPart]:
+        """Operands of some consecutive groups at a time, from those of each piece; together all, in their order."""
+        for counts, targets in self.known(pieces[0].x.device).parts:
+            x, dy = (_together([part[which] for part in pieces], targets, sum(counts)) for which in (0, 1))
+            yield DWPart(x, dy, counts)
+
+
+class KnownPieces:
+    """Where rows go that are put together: rows of each group in each piece, on the host and as int64 [C, L]."""
+
+    def __init__(self, counts: Sequence[GroupRows], counts_CL: Tensor) -> None:
+        self.counts, self._counts_CL = counts, counts_CL
+
+    @cached_property
+    def parts(self) -> list[tuple[GroupRows, list[tuple[slice, Tensor]]]]:
         """For some groups at a time their rows, and of each piece which these are and where they go, once for all."""
         rows, local = [sum(of_piece) for of_piece in self.counts], len(self.counts[0])
         places = places_by_group(self._counts_CL, sum(rows)).split(rows)
@@ -59,12 +90,6 @@ class PieceRows:
             found.append((GroupRows(counts, self._counts_CL[:, groups].sum(0)), targets))
             start += sum(counts)
         return found
-
-    def joined(self, pieces: Sequence[DWPart]) -> Iterator[DWPart]:
-        """Operands of some consecutive groups at a time, from those of each piece; together all, in their order."""
-        for counts, targets in self._joined:
-            x, dy = (_together([part[which] for part in pieces], targets, sum(counts)) for which in (0, 1))
-            yield DWPart(x, dy, counts)
 
 
 def _together(rows: Sequence[Tensor], targets: Sequence[tuple[slice, Tensor]], size: int) -> Tensor:
