@@ -2,23 +2,23 @@
 
 A weight gradient is the sum over the rows of all pieces. One dW for each piece, added up, would read and write all of
 ``main_grad`` once more for each (fp32, of all groups), which is more than the rows where groups are many. A kernel that
-reads rows where they lie needs no copies (``gemm_forms``); for others rows are put together first, for a part of the
-groups at a time, which bounds the memory of the copies. C pieces, L groups, R rows of all pieces.
+reads rows where they lie needs no copies (``gemm_forms``); for others rows are put together first, large ones for a
+part of the groups at a time, which bounds the memory of the copies. C pieces, L groups, R rows of all pieces.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fluid_npu.device.kernels.groups import DeviceRows, GroupRows, Groups
 
-#: Parts in which groups are joined: the copies are this part of the operands of one weight.
-_PARTS = 4
+#: Copies of more bytes than this are made for a part of the groups at a time, in so many parts.
+_AT_ONCE, _PARTS = 256 * 2**20, 4
 
 
 class DWPart(NamedTuple):
@@ -64,7 +64,9 @@ class PieceRows:
 
     def joined(self, pieces: Sequence[DWPart]) -> Iterator[DWPart]:
         """Operands of some consecutive groups at a time, from those of each piece; together all, in their order."""
-        for counts, targets in self.known(pieces[0].x.device).parts:
+        known = self.known(pieces[0].x.device)
+        row_bytes = sum(rows.shape[1] * rows.element_size() for rows in pieces[0][:2])
+        for counts, targets in known.parts(1 if known.rows * row_bytes <= _AT_ONCE else _PARTS):
             x, dy = (_together([part[which] for part in pieces], targets, sum(counts)) for which in (0, 1))
             yield DWPart(x, dy, counts)
 
@@ -74,22 +76,38 @@ class KnownPieces:
 
     def __init__(self, counts: Sequence[GroupRows], counts_CL: Tensor) -> None:
         self.counts, self._counts_CL = counts, counts_CL
+        self.rows = sum(map(sum, counts))
+        self._parts: dict[int, list[_Target]] = {}
+
+    def parts(self, number: int) -> list[_Target]:
+        """For some groups at a time their rows, and of each piece which these are and where they go; made once."""
+        found = self._parts.get(number)
+        if found is None:
+            found = self._parts[number] = self._made(min(number, len(self.counts[0])))
+        return found
 
     @cached_property
-    def parts(self) -> list[tuple[GroupRows, list[tuple[slice, Tensor]]]]:
-        """For some groups at a time their rows, and of each piece which these are and where they go, once for all."""
-        rows, local = [sum(of_piece) for of_piece in self.counts], len(self.counts[0])
-        places = places_by_group(self._counts_CL, sum(rows)).split(rows)
-        parts, start, found = min(_PARTS, local), 0, []
+    def _places(self) -> Sequence[Tensor]:
+        """For each piece, where its rows stand in the order (group, piece)."""
+        return places_by_group(self._counts_CL, self.rows).split([sum(of_piece) for of_piece in self.counts])
+
+    def _made(self, parts: int) -> list[_Target]:
+        local, start, found = len(self.counts[0]), 0, []
         for number in range(parts):
             groups = slice(local * number // parts, local * (number + 1) // parts)
             counts = [sum(of_piece[group] for of_piece in self.counts) for group in range(local)[groups]]
             firsts = [sum(of_piece[: groups.start]) for of_piece in self.counts]
             mine = [slice(f, f + sum(of_piece[groups])) for f, of_piece in zip(firsts, self.counts, strict=True)]
-            targets = [(of, where[of] - start) for of, where in zip(mine, places, strict=True)]
+            targets = [
+                (of, where[of] - start if start else where[of]) for of, where in zip(mine, self._places, strict=True)
+            ]
             found.append((GroupRows(counts, self._counts_CL[:, groups].sum(0)), targets))
             start += sum(counts)
         return found
+
+
+#: Rows of some groups; of each piece which these are, and where they go.
+_Target: TypeAlias = tuple[GroupRows, list[tuple[slice, Tensor]]]
 
 
 def _together(rows: Sequence[Tensor], targets: Sequence[tuple[slice, Tensor]], size: int) -> Tensor:
