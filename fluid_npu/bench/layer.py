@@ -22,7 +22,7 @@ from fluid_npu.bench.agreement import TOLERANCE, Disagreement, Worst, names_over
 from fluid_npu.bench.forced_routing import ForcedRouting
 from fluid_npu.bench.layer_baseline import Baseline
 from fluid_npu.bench.layer_floor import local_slices
-from fluid_npu.bench.layer_impls import EXTRAS, KINDS, NEVER, ONCE_NODE, STATIC_GRAPH, LayerVariant, unavailable
+from fluid_npu.bench.layer_impls import EXTRAS, KINDS, NEVER, ONCE_NODE, RECORDED, LayerVariant, unavailable
 from fluid_npu.bench.layer_levers import lever_rows
 from fluid_npu.bench.layer_parts import PARTS, Timeline, busy_parts, watched
 from fluid_npu.bench.machine import describe_machine
@@ -102,7 +102,7 @@ class Bench:
             reason = unavailable(kind, self.config)
             if kind is ONCE_NODE and reason is None:
                 reason = self._lacks_nodes()
-            if kind is STATIC_GRAPH and self.forced.period > 1:
+            if kind in RECORDED and self.forced.period > 1:
                 reason = f"workload {self.forced.name} changes its routing on the host; a recording repeats one"
             if reason is not None:
                 self._leave_out(kind.name, reason)

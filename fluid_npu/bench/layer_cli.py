@@ -14,7 +14,7 @@ IMPLS = (
     *("ours-plain", "ours-overlapped", "ours-once", "ours-peer", "ours-once-peer", "ours-2-chunks", "ours-4-chunks"),
     "ours-once-node",
     *("ours-static", "ours-static-peer", "ours-static-graph", "ours-once-2-chunks", "ours-once-fp8"),
-    *("ours-local-first", "ours-once-local-first"),
+    *("ours-local-first", "ours-once-local-first", "ours-static-local-first", "ours-static-local-first-graph"),
 )
 _ROUNDS, _LONGEST = 20, 4096
 

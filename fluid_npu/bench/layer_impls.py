@@ -58,6 +58,27 @@ STATIC_GRAPH = Kind(
     overlap="dw",
     changes=(*STATIC.changes, ("moe_cuda_graph", True)),
 )
+#: Two pieces: rows that stay on their rank, and the others.
+LOCAL_FIRST = Kind(
+    name="ours overlapped, local rows first",
+    impl="fluid",
+    overlap="full",
+    changes=(("moe_chunks", 1), ("local_first", True)),
+)
+STATIC_LOCAL_FIRST = Kind(
+    name="ours overlapped, static, local rows first",
+    impl="fluid",
+    overlap="full",
+    changes=(*STATIC.changes, *LOCAL_FIRST.changes),
+)
+STATIC_LOCAL_FIRST_GRAPH = Kind(
+    name="ours overlapped, static, local rows first, recorded",
+    impl="fluid",
+    overlap="full",
+    changes=(*STATIC_LOCAL_FIRST.changes, ("moe_cuda_graph", True)),
+)
+#: Those that replay what was recorded.
+RECORDED = (STATIC_GRAPH, STATIC_LOCAL_FIRST_GRAPH)
 #: Pipelined in so many chunks of a rank's experts.
 IN_CHUNKS = {
     n: Kind(name=f"ours overlapped, {n} chunks", impl="fluid", overlap="full", changes=(("moe_chunks", n),))
@@ -68,13 +89,6 @@ ONCE_IN_CHUNKS = Kind(
     impl="fluid",
     overlap="full",
     changes=(*ONCE.changes, ("moe_chunks", 2)),
-)
-#: Two pieces: rows that stay on their rank, and the others.
-LOCAL_FIRST = Kind(
-    name="ours overlapped, local rows first",
-    impl="fluid",
-    overlap="full",
-    changes=(("moe_chunks", 1), ("local_first", True)),
 )
 ONCE_LOCAL_FIRST = Kind(
     name="ours overlapped, once per rank, local rows first",
@@ -94,12 +108,12 @@ OWN_OVERLAP = "overlap_dispatch_backward_with_experts_wgrad"
 #: out.
 EXTRAS = (
     *(LEGACY, LEGACY_TORCH, TE, TE_OVERLAPPED, PEER, ONCE_PEER, STATIC, STATIC_PEER, STATIC_GRAPH, ONCE_FP8),
-    *(ONCE_IN_CHUNKS, LOCAL_FIRST, ONCE_LOCAL_FIRST, ONCE_NODE),
+    *(ONCE_IN_CHUNKS, LOCAL_FIRST, ONCE_LOCAL_FIRST, STATIC_LOCAL_FIRST, STATIC_LOCAL_FIRST_GRAPH, ONCE_NODE),
 )
 #: Forms of sending to other ranks.
 _TO_OTHERS = (
     *(ONCE, PEER, ONCE_PEER, STATIC, STATIC_PEER, STATIC_GRAPH, ONCE_IN_CHUNKS, ONCE_FP8),
-    *(LOCAL_FIRST, ONCE_LOCAL_FIRST, ONCE_NODE),
+    *(LOCAL_FIRST, ONCE_LOCAL_FIRST, STATIC_LOCAL_FIRST, STATIC_LOCAL_FIRST_GRAPH, ONCE_NODE),
 )
 KINDS = {
     "stock-sequential": STOCK,
@@ -120,6 +134,8 @@ KINDS = {
     "ours-once-2-chunks": ONCE_IN_CHUNKS,
     "ours-local-first": LOCAL_FIRST,
     "ours-once-local-first": ONCE_LOCAL_FIRST,
+    "ours-static-local-first": STATIC_LOCAL_FIRST,
+    "ours-static-local-first-graph": STATIC_LOCAL_FIRST_GRAPH,
     "ours-once-fp8": ONCE_FP8,
 }
 #: What no single layer can show, and why.

@@ -24,6 +24,8 @@ from fluid_npu.bench.layer_impls import (
     PEER,
     STATIC,
     STATIC_GRAPH,
+    STATIC_LOCAL_FIRST,
+    STATIC_LOCAL_FIRST_GRAPH,
     STATIC_PEER,
 )
 from fluid_npu.bench.rig import OVERLAPPED, PLAIN
@@ -54,6 +56,8 @@ LEVERS = (
     Lever("overlap: local rows first, once per rank", ONCE.name, ONCE_LOCAL_FIRST.name),
     Lever("host: no wait for sizes", ONCE.name, STATIC.name),
     Lever("host: one launch a pass (CUDA graphs)", STATIC.name, STATIC_GRAPH.name),
+    Lever("overlap: local rows first, static", STATIC.name, STATIC_LOCAL_FIRST.name),
+    Lever("overlap: local rows first, recorded", STATIC_GRAPH.name, STATIC_LOCAL_FIRST_GRAPH.name),
     Lever("transport: peer copies", OVERLAPPED.name, PEER.name),
     Lever("transport: peer copies, once per rank", ONCE.name, ONCE_PEER.name),
     Lever("transport: peer copies, static", STATIC.name, STATIC_PEER.name),

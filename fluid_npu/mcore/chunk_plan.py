@@ -17,12 +17,11 @@ from torch import Tensor
 from fluid_npu.comm.all_to_all import Route
 from fluid_npu.comm.transports import Table
 from fluid_npu.device import kernels_of
-from fluid_npu.device.kernels.groups import GroupRows
+from fluid_npu.device.kernels.groups import DeviceRows, GroupRows
 from fluid_npu.device.kernels.pieces import PieceRows
 from fluid_npu.mcore.dispatch_plan import ExpertGroups, PlainCounts
 from fluid_npu.mcore.dispatch_rows import PlainRows, RowForm
 from fluid_npu.ops.chunk_rows import chunk_of, experts_by_chunk, experts_own_first, in_chunk_order
-from fluid_npu.ops.payload import Merge, Pack
 from fluid_npu.ops.permute import PermuteLayout
 
 
@@ -40,8 +39,8 @@ class ChunkPlan:
     """[P] rows sent to each rank."""
     output_splits: list[int]
     """[P] rows received from each."""
-    tokens_per_expert: GroupRows
-    """Rows of each of its experts."""
+    tokens_per_expert: GroupRows | DeviceRows
+    """Rows of each of its experts, perhaps known to the device alone, once they have arrived."""
     table: Table | None
     """[P, P] rows from each rank to each, where every rank was told them."""
     plain: PlainCounts | None = None
@@ -80,16 +79,16 @@ class ChunkedPlan:
     """Everything that the steps of a layer in chunks share."""
 
     tokens_shape: torch.Size
-    layout: PermuteLayout | None
-    """Of all rows, by chunk; None where each chunk has tokens of its own."""
+    whole: RowForm | None
+    """All rows, by chunk, to sum over them; None where each chunk has tokens of its own."""
     chunks: list[ChunkPlan]
     shared: PieceRows | None = None
     """The rows of all experts in each chunk, where chunks share their experts."""
 
     def gather(self, hidden: int, wire: torch.dtype) -> Callable[[Tensor], tuple[Tensor | None, ...]]:
         """From the gradients of all N payload rows to those of tokens and probabilities."""
-        if self.layout is not None:
-            return Pack(self.layout, hidden, wire).unload_grad
+        if self.whole is not None:
+            return self.whole.pack(hidden, wire).unload_grad
         each = [(part, part.sends.pack(hidden, wire)) for part in self.chunks]
 
         def gather(rows: Tensor) -> tuple[Tensor | None, ...]:
@@ -101,8 +100,8 @@ class ChunkedPlan:
     def merge(self) -> Callable[[Tensor], Tensor]:
         """From all N rows that came back to the sum of each token's."""
         shape = self.tokens_shape
-        if self.layout is not None:
-            whole = Merge(self.layout, shape)
+        if self.whole is not None:
+            whole = self.whole.merge(shape)
             return lambda rows: whole.unload(rows)[0]
         each = [(part.rows, part.sends.merge(torch.Size((-1, shape[-1])))) for part in self.chunks]
         return lambda rows: self._of_tokens([merge.unload(rows[mine])[0] for mine, merge in each]).view(shape)
@@ -110,7 +109,7 @@ class ChunkedPlan:
     def _of_tokens(self, parts: Sequence[Tensor]) -> Tensor:
         """``[T, ...]`` from what each chunk gives for its tokens; what stayed here is of all tokens and is added."""
         ranges = [part for chunk, part in zip(self.chunks, parts, strict=True) if not chunk.here]
-        whole = torch.cat(ranges)
+        whole = torch.cat(ranges) if len(ranges) > 1 else ranges[0]
         return whole if len(ranges) == len(parts) else whole.add_(parts[0])
 
 
@@ -142,7 +141,7 @@ def make_chunked_plan(
     by_chunk_E = experts_by_chunk(len(counts_E), ranks, chunks, layout.token_of_row.device)
     whole = in_chunk_order(layout, on_device[0], by_chunk_E)
     plans = _chunks_of_experts(whole, 0, counts_E.view(ranks, local), counts_PL, on_device[1], chunks, table)
-    return ChunkedPlan(tokens_shape=tokens_shape, layout=whole, chunks=plans)
+    return ChunkedPlan(tokens_shape=tokens_shape, whole=PlainRows(layout=whole, order=None), chunks=plans)
 
 
 def _own_rows_first(
@@ -165,11 +164,12 @@ def _own_rows_first(
     )
     start, table = first.rows.stop, _between_ranks(table)
     plans = [first, *_chunks_of_experts(whole, start, sent, received, received_there, chunks, table)]
-    counts = [_among_all(plan.tokens_per_expert, plan.experts, local) for plan in plans]
+    counts = [_among_all(_known(plan), plan.experts, local) for plan in plans]
     # Of each chunk its own experts, of all others 0: [size, C, C] -> [C, C * size].
     by_chunk = torch.diag_embed(received_there.sum(0).view(chunks, -1).t()).permute(1, 2, 0).reshape(chunks, local)
     shared = PieceRows(counts, torch.cat([on_device[1][own : own + 1], by_chunk]))
-    return ChunkedPlan(tokens_shape=tokens_shape, layout=whole, chunks=plans, shared=shared)
+    all_rows = PlainRows(layout=whole, order=None)
+    return ChunkedPlan(tokens_shape=tokens_shape, whole=all_rows, chunks=plans, shared=shared)
 
 
 def _own_chunk(whole: PermuteLayout, rows_L: GroupRows) -> ChunkPlan:
@@ -191,6 +191,11 @@ def _without(counts_PL: Tensor, own: int) -> Tensor:
     counts_PL = counts_PL.clone()
     counts_PL[own].zero_()
     return counts_PL
+
+
+def _known(plan: ChunkPlan) -> GroupRows:
+    assert isinstance(plan.tokens_per_expert, GroupRows), "only dispatch='static' leaves them on the device"
+    return plan.tokens_per_expert
 
 
 def _among_all(rows: Sequence[int], experts: slice, local: int) -> list[int]:

@@ -17,12 +17,14 @@ from fluid_npu.schedule.pipeline import Chunk, PendingExperts, Pipeline
 from fluid_npu.schedule.scheduler import BackwardScheduler
 
 
-def obstacle(config: TransformerConfig, dispatcher: FluidTokenDispatcher, experts: Any) -> str | None:
-    """What keeps a layer in one piece, with the fix; None for nothing."""
+def obstacle(
+    config: TransformerConfig, dispatcher: FluidTokenDispatcher, experts: Any, local_first: bool = False
+) -> str | None:
+    """What keeps a layer in one piece, or with ``local_first`` local rows from being one more; None for nothing."""
     if not isinstance(experts, FluidGroupedMLP):
         return f"experts are {type(experts).__name__}, and FluidGroupedMLP alone runs in chunks"
     form = dispatcher.dispatch_form.value
-    if form in ("static", "once-per-node"):
+    if form == "once-per-node" or (form == "static" and not local_first):
         return f"dispatch={form!r} sends all tokens in one piece; use dispatch='once-per-rank'"
     if dispatcher.groups.etp_size > 1:
         return f"expert_tensor_parallel_size={dispatcher.groups.etp_size}: its exchanges are not chunked; use 1"

@@ -81,8 +81,6 @@ def _obstacles(layer: Any) -> Iterator[str]:
     form = layer.token_dispatcher.dispatch_form
     if form.value != "static":
         yield f"with dispatch={form.value!r} ({form.reason}) the host waits for sizes; use dispatch='static'"
-    if layer.local_first.value:
-        yield "local_first=True runs the layer in chunks; leave it out"
     if layer.chunks.value > 1:
         yield f"the layer runs in {layer.chunks.value} chunks; use chunks=1"
     if layer._binder.interleave_batches:

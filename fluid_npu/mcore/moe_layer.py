@@ -122,9 +122,10 @@ class FluidMoELayer(MoELayerInSteps):
             self.router: Any = FluidRouter.taking_over(self.router)
         pipeline = getattr(groups, "pp", None)
         self._pp_rank = None if pipeline is None else pipeline.rank()
-        obstacle = self._chunk_obstacle()
-        self.chunks = self._choose_chunks(obstacle)
-        self.local_first = choose_local_first(self._binder.local_first, groups.ep.size(), obstacle)
+        self.chunks = self._choose_chunks(self._chunk_obstacle(local_first=False))
+        self.local_first = choose_local_first(
+            self._binder.local_first, groups.ep.size(), self._chunk_obstacle(local_first=True)
+        )
         if self._binder.local_first:
             self.local_first.announce("local rows first")
         if self._binder.gemm_fusion and isinstance(self.experts, FluidGroupedMLP):
@@ -159,10 +160,10 @@ class FluidMoELayer(MoELayerInSteps):
         # Megatron's overlap of shared experts needs its own dispatcher and CUDA streams; ours is in the steps below.
         self.shared_expert_overlap = False
 
-    def _chunk_obstacle(self) -> str | None:
-        """What keeps this layer in one piece; None for nothing."""
+    def _chunk_obstacle(self, local_first: bool) -> str | None:
+        """What keeps this layer in one piece, or local rows from being one more; None for nothing."""
         if self.steps:
-            return in_chunks.obstacle(self.config, self.token_dispatcher, self.experts)
+            return in_chunks.obstacle(self.config, self.token_dispatcher, self.experts, local_first)
         return f"moe_token_dispatcher_type={self.config.moe_token_dispatcher_type!r} overlaps nothing"
 
     def _choose_chunks(self, blocked: str | None) -> Choice[int]:

@@ -17,14 +17,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fluid_npu.device.kernels.groups import GroupRows
 from fluid_npu.device.kernels.pieces import PieceRows
 from fluid_npu.mcore.chunk_plan import ChunkedPlan, ChunkPlan
-from fluid_npu.mcore.dispatch_plan import DispatchPlan, ExpertGroups, ToldCounts, make_once_plan
+from fluid_npu.mcore.dispatch_plan import ExpertGroups, PlainCounts, ToldCounts
+from fluid_npu.mcore.dispatch_rows import OnceRows
 from fluid_npu.ops.once import OnceLayout
+from fluid_npu.ops.payload_once import Arrival
 
 
 def make_token_chunked_plan(
@@ -47,41 +50,42 @@ def make_token_chunked_plan(
         groups: without expert tensor parallelism.
         own_first: the first chunk's rows are those that stay on this rank, and no other's do.
     """
-    chunks: list[ChunkPlan] = []
+    chunks = len(tokens)
+    sent_PC, received_PCN = sent_PCN.numpy(), _of_all(told.host, chunks)[0].numpy()
+    all_PPC = None if told.all_PPC is None else _of_all(told.all_PPC, chunks)[:, :, :, 0].numpy()
+    counts_CL = _of_all(told.on_device, chunks)[0, :, :, 1:].sum(0)
+    ends_CL = counts_CL.cumsum(1, dtype=torch.int32)
+    plans: list[ChunkPlan] = []
     start = 0
     for number, (layout, mine) in enumerate(zip(layouts, tokens, strict=True)):
-        plan = make_once_plan(layout, tokens_shape, sent_PCN[:, number], _of_chunk(told, number, len(tokens)), groups)
-        rows = slice(start, start + sum(plan.input_splits))
-        chunks.append(_chunk(plan, rows, mine, here=own_first and number == 0))
+        sent_PN, received_PN = sent_PC[:, number], received_PCN[:, number]
+        rows, here = slice(start, start + int(sent_PN[:, 0].sum())), own_first and number == 0
+        experts = GroupRows(received_PN[:, 1:].sum(0).tolist(), counts_CL[number], ends_CL[number])
+        plans.append(
+            ChunkPlan(
+                rows=rows,
+                experts=slice(0, len(experts)),
+                sends=OnceRows(layout=layout, arrival=Arrival(expert_rows=sum(experts))),
+                input_splits=sent_PN[:, 0].tolist(),
+                output_splits=received_PN[:, 0].tolist(),
+                tokens_per_expert=experts,
+                table=None if all_PPC is None else all_PPC[:, :, number].tolist(),
+                plain=_plain(sent_PN, received_PN, groups.ep_rank),
+                tokens=None if here else mine,
+                here=here,
+            )
+        )
         start = rows.stop
-    counts_CL = _of_all(told.on_device, len(tokens))[:, :, :, 1:].sum((0, 1))
-    shared = PieceRows([chunk.tokens_per_expert for chunk in chunks], counts_CL)
-    return ChunkedPlan(tokens_shape=tokens_shape, layout=None, chunks=chunks, shared=shared)
+    shared = PieceRows([plan.tokens_per_expert for plan in plans], counts_CL)
+    return ChunkedPlan(tokens_shape=tokens_shape, whole=None, chunks=plans, shared=shared)
 
 
-def _chunk(plan: DispatchPlan, rows: slice, tokens: slice, here: bool) -> ChunkPlan:
-    assert isinstance(plan.tokens_per_expert, GroupRows), "only dispatch='static' leaves them on the device"
-    return ChunkPlan(
-        rows=rows,
-        experts=slice(0, len(plan.tokens_per_expert)),
-        sends=plan.rows,
-        input_splits=plan.input_splits,
-        output_splits=plan.output_splits,
-        tokens_per_expert=plan.tokens_per_expert,
-        table=plan.table,
-        plain=plan.plain,
-        tokens=None if here else tokens,
-        here=here,
-    )
+def _plain(sent_PN: np.ndarray, received_PN: np.ndarray, own: int) -> PlainCounts:
+    """Rows of (token, expert) to and from others."""
+    sent, received = (int(each[:, 1:].sum() - each[own, 1:].sum()) for each in (sent_PN, received_PN))
+    return PlainCounts(sent=sent, received=received, gathered_sent=0, gathered_received=0)
 
 
 def _of_all(counts: Tensor, chunks: int) -> Tensor:
     """``[..., C * N]`` as ``[..., C, N]``."""
     return counts.unflatten(-1, (chunks, -1))
-
-
-def _of_chunk(told: ToldCounts, number: int, chunks: int) -> ToldCounts:
-    """What was told of one chunk."""
-    on_device, host = (_of_all(counts, chunks)[:, :, number] for counts in (told.on_device, told.host))
-    everyone = None if told.all_PPC is None else _of_all(told.all_PPC, chunks)[:, :, number]
-    return ToldCounts(on_device=on_device, host=host, all_PPC=everyone)

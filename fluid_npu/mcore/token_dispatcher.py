@@ -40,6 +40,7 @@ from fluid_npu.mcore.dispatch_rows import NodeRows
 from fluid_npu.mcore.lines.groups import ProcessGroups, default_groups
 from fluid_npu.mcore.node_plan import inside_route, leg_of, make_node_plan, node_counts
 from fluid_npu.mcore.same_tokens import check_same_tokens
+from fluid_npu.mcore.static_chunk_plan import make_static_own_first
 from fluid_npu.mcore.token_chunk_plan import make_token_chunked_plan
 from fluid_npu.ops.chunk_rows import token_chunks
 from fluid_npu.ops.once import every_group, once_counts
@@ -135,7 +136,12 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         self, routing_map_TE: Tensor, tokens_shape: torch.Size, chunks: int, local_first: bool = False
     ) -> ChunkedPlan:
         """As ``plan``, in ``chunks``: plain rows of groups of local experts, whose number they divide, or rows of some
-        tokens each, sent once per rank. With ``local_first`` rows that stay on this rank are one more, the first."""
+        tokens each, sent once per rank. With ``local_first`` rows that stay on this rank are one more, the first; rows
+        that go to every rank have that one and one more."""
+        if self.dispatch_form.value == "static":
+            assert local_first and chunks == 1, "FluidMoELayer refuses other chunks"
+            check_same_tokens(routing_map_TE.shape[0], self.groups.ep)
+            return make_static_own_first(routing_map_TE, self.config.moe_router_topk, tokens_shape, self.groups)
         if self.dispatch_form.value == "once-per-rank":
             return self._plan_once_chunks(routing_map_TE, tokens_shape, chunks, local_first)
         layout, counts = self._rows(routing_map_TE)

@@ -87,10 +87,24 @@ def _weight_grad(
 
 def mlp_forward(x: Tensor, p: Tensor, w1: Tensor, w2: Tensor, mlp: ExpertMLP) -> tuple[Tensor, tuple[Tensor, ...]]:
     """``[R, H]`` and what ``mlp_backward`` needs of the forward, without autograd. Arguments as ``expert_mlp``."""
-    kernels = kernels_for(x, mlp.counts)
-    h = kernels.grouped_mm(x, w1, mlp.counts)
-    a = _activate(mlp, h, p)
-    return kernels.grouped_mm(a, w2, mlp.counts), (x, p, w1, w2, h, *(() if mlp.recompute else (a,)))
+    h, a = mlp_up(x, p, w1, mlp)
+    return mlp_down(a, w2, mlp), kept_of(x, p, w1, w2, h, a, mlp)
+
+
+def mlp_up(x: Tensor, p: Tensor, w1: Tensor, mlp: ExpertMLP) -> tuple[Tensor, Tensor]:
+    """FC1 ``[R, 2F]`` and the activation times p ``[R, F]``; ``mlp_down`` may follow later."""
+    h = kernels_for(x, mlp.counts).grouped_mm(x, w1, mlp.counts)
+    return h, _activate(mlp, h, p)
+
+
+def mlp_down(a: Tensor, w2: Tensor, mlp: ExpertMLP) -> Tensor:
+    """FC2, ``[R, H]``."""
+    return kernels_for(a, mlp.counts).grouped_mm(a, w2, mlp.counts)
+
+
+def kept_of(x: Tensor, p: Tensor, w1: Tensor, w2: Tensor, h: Tensor, a: Tensor, mlp: ExpertMLP) -> tuple[Tensor, ...]:
+    """What ``mlp_backward`` needs."""
+    return (x, p, w1, w2, h, *(() if mlp.recompute else (a,)))
 
 
 def mlp_backward(

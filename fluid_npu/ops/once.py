@@ -11,7 +11,7 @@ T tokens, E experts, K slots of a token, G groups of L = E/G experts, N rows, S 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fluid_npu.device import kernels_of
 from fluid_npu.device.kernels.routed import RoutedRows
+from fluid_npu.ops.chunk_rows import chunk_of
 from fluid_npu.ops.permute import PermuteLayout
 
 
@@ -102,29 +103,42 @@ def once_counts(map_TE: Tensor, topk: int, groups: int) -> tuple[Tensor, Callabl
     return counts_GC, lambda rows: once_layout(expert_TK, map_TG, num_experts, rows, map_TE)
 
 
-def every_group(map_TE: Tensor, topk: int, groups: int) -> OnceLayout:
-    """A row for every (token, group), wanted there or not: the host knows their number, and nothing is counted."""
+def every_group(map_TE: Tensor, topk: int, groups: int, first: int | None = None) -> OnceLayout:
+    """A row for every (token, group), wanted there or not: the host knows their number, and nothing is counted.
+
+    Rows are by group, with those of group ``first``, if there is one, before the others.
+    """
     tokens, num_experts = map_TE.shape
-    rows = _rows_of_every_group(tokens, groups, map_TE.device)
+    rows = _rows_of_every_group(tokens, groups, map_TE.device, first)
     return OnceLayout(rows=rows, num_experts=num_experts, topk=topk, map_TE=map_TE)
 
 
 @lru_cache(maxsize=16)
-def _rows_of_every_group(tokens: int, groups: int, device: torch.device) -> PermuteLayout:
+def _rows_of_every_group(tokens: int, groups: int, device: torch.device, first: int | None) -> PermuteLayout:
     """Made once for a number of tokens: nothing writes into a layout."""
     token_GT = torch.arange(tokens, device=device).expand(groups, tokens)
-    group_G1 = torch.arange(groups, device=device).unsqueeze(1)
+    order = sorted(range(groups), key=lambda group: group != first)
+    group_G1, place_G1 = (torch.tensor(each, device=device).unsqueeze(1) for each in (order, _inverse(order)))
     return PermuteLayout(
         num_tokens=tokens,
         num_experts=groups,
         pairs_per_token=groups,
         padded=False,
         token_of_row=token_GT.reshape(-1),
-        row_of_pair=(group_G1 * tokens + token_GT).t().reshape(-1),
+        row_of_pair=(place_G1 * tokens + token_GT).t().reshape(-1),
         bag_offsets=torch.arange(0, tokens * groups, groups, device=device),
         pair_index=(token_GT * groups + group_G1).reshape(-1),
         most_rows=groups,
     )
+
+
+def _inverse(order: list[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+def rows_of_layout(layout: OnceLayout, rows: slice) -> OnceLayout:
+    """Some rows of a layout, to send: what belongs to sums over rows is not cut, and must not be used."""
+    return replace(layout, rows=chunk_of(layout.rows, rows))
 
 
 def _layout_of(found: RoutedRows, num_rows: int, map_TE: Tensor, topk: int, groups: int) -> OnceLayout:

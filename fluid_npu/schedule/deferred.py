@@ -113,6 +113,8 @@ class DeferredWeights:
         with torch.no_grad():
             if fused:
                 _add_to_main_grad(weight, parts, rows)
+            elif rows is not None and rows.on_device:
+                self._grads[index] = _summed(weight, parts, rows)
             else:
                 by_expert = parts if rows is None else rows.joined(parts)
                 grads = [kernels_for(part.x, part.counts).grouped_dw(*part) for part in by_expert]
@@ -131,6 +133,15 @@ class DeferredWeights:
 
     def _collect(self) -> tuple[torch.Tensor | None, ...]:
         return tuple(self._take(index) for index in self._delivered)
+
+
+def _summed(weight: DeferredWeight, parts: Sequence[DWPart], rows: PieceRows) -> torch.Tensor:
+    """The gradient by way of a sum in fp32, since the host knows no rows to put together."""
+    parameter = weight.parameter
+    wide = torch.promote_types(parameter.dtype, torch.float32)
+    dw = torch.zeros(weight.view, dtype=wide, device=parameter.device)
+    kernels_of(dw).grouped_dw_pieces_add_(dw, parts, rows)
+    return dw.to(parameter.dtype).view(parameter.shape)
 
 
 def _add_to_main_grad(weight: DeferredWeight, parts: Sequence[DWPart], rows: PieceRows | None) -> None:

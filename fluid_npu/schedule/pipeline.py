@@ -10,11 +10,12 @@ Backward, mirrored:
     communication   C0 C1 C2 D0 D1 D2            the reverses of both
     compute         carried   E0 E1 E2 dW        dX of each chunk; dW of all chunks beside the last dispatches
 
-With local rows first a chunk before the others, L, holds what stays on this rank. No exchange is of it, so it is
-computed while the first dispatch flies, and in backward while the first combine's reverse does:
+With local rows first a chunk before the others, L, holds what stays on this rank. No exchange is of it, so its FC1 and
+activation are computed while the first dispatch flies and its FC2, L', while the last combine does; in backward all of
+it while the first combine's reverse flies:
 
     communication   D0 D1 C0 C1          backward   C0 C1 D0 D1
-    compute         L  E0 E1                        L  E0 E1 dW
+    compute         L  E0 E1 L'                     L  E0 E1 dW
 
 Two autograd nodes: the launch, whose backward lands the dispatches' gradients, and the run. What a caller records
 between the two (shared experts) runs between them in the backward too. The order inside a node is written out here, so
@@ -37,7 +38,7 @@ from fluid_npu.comm.all_to_all import Flight, Route
 from fluid_npu.comm.cargo import Loading, Unloading
 from fluid_npu.device.kernels.groups import Groups
 from fluid_npu.device.kernels.pieces import DWPart, PieceRows
-from fluid_npu.ops.expert_mlp import ExpertMLP, WeightGradTarget, mlp_backward, mlp_forward
+from fluid_npu.ops.expert_mlp import ExpertMLP, WeightGradTarget, kept_of, mlp_backward, mlp_down, mlp_up
 from fluid_npu.schedule.deferred import DeferredWeights
 from fluid_npu.schedule.scheduler import BackwardScheduler
 
@@ -211,28 +212,68 @@ class _Run(torch.autograd.Function):
 
 def _forward(pipeline: Pipeline, flights: _Flights, keep: bool) -> tuple[Tensor, list[Sequence[Tensor]]]:
     """The merged tokens, and for each chunk what its backward needs."""
-    combines: list[_OnTheWay] = []
-    kept: list[Sequence[Tensor]] = []
-    rows_NH: Tensor | None = None
+    back = _Combines(pipeline, keep)
+    staying: list[tuple[Chunk, _Up]] = []
     pipeline.sink.fill_again(f"moe_dispatch AllToAlls of {pipeline.name}", gaps=3)
     for chunk in pipeline.chunks:
         flight = flights.forward.pop(0)
         received = pipeline.land(flight)
         with pipeline.sink.computing(f"{chunk.label} forward"):
-            x_RH, p_R = flight.give_back(chunk.unpack.unload(received))
-            y_RH, needed = mlp_forward(x_RH, p_R, *pipeline.weights_of(chunk), chunk.mlp)
-            back = chunk.collect.load(y_RH)
-        if keep:
-            kept.append(needed)
-        if rows_NH is None:
-            rows_NH = y_RH.new_empty(pipeline.num_rows, y_RH.shape[1])
-        combines.append(pipeline.fly(back, chunk.combine, into=rows_NH[chunk.rows]))
-        del flight, received, x_RH, p_R, y_RH, needed, back
+            up = _up(pipeline, chunk, flight.give_back(chunk.unpack.unload(received)))
+            rows = None if chunk.combine is None else back.compute(chunk, up)
+        if rows is None:
+            staying.append((chunk, up))
+        else:
+            back.start(chunk, rows)
+        del flight, received, up, rows
+    while staying:
+        chunk, up = staying.pop(0)
+        with pipeline.sink.computing(f"{chunk.label} forward, FC2"):
+            rows = back.compute(chunk, up)
+        back.start(chunk, rows)
+        del up, rows
     pipeline.sink.fill_again(f"moe_combine AllToAlls of {pipeline.name}", gaps=2)
-    for flight in combines:
-        pipeline.land(flight)
-    assert rows_NH is not None, "a layer has at least one chunk"
-    return pipeline.merge(rows_NH), kept
+    return pipeline.merge(back.land()), [back.kept[chunk.label] for chunk in pipeline.chunks if keep]
+
+
+#: Rows, probabilities, FC1 and activation of a chunk.
+_Up: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _up(pipeline: Pipeline, chunk: Chunk, rows: tuple[Tensor, ...]) -> _Up:
+    x_RH, p_R = rows
+    return (x_RH, p_R, *mlp_up(x_RH, p_R, pipeline.weights_of(chunk)[0], chunk.mlp))
+
+
+class _Combines:
+    """FC2 of chunks and their combines, all into one buffer."""
+
+    def __init__(self, pipeline: Pipeline, keep: bool) -> None:
+        self._pipeline, self._keep = pipeline, keep
+        self._flights: list[_OnTheWay] = []
+        self._rows_NH: Tensor | None = None
+        self.kept: dict[str, Sequence[Tensor]] = {}
+
+    def compute(self, chunk: Chunk, up: _Up) -> Tensor:
+        """The rows that go back, from a chunk's activation."""
+        x, p, h, a = up
+        w1, w2 = self._pipeline.weights_of(chunk)
+        if self._keep:
+            self.kept[chunk.label] = kept_of(x, p, w1, w2, h, a, chunk.mlp)
+        return chunk.collect.load(mlp_down(a, w2, chunk.mlp))
+
+    def start(self, chunk: Chunk, rows: Tensor) -> None:
+        """Sends them."""
+        if self._rows_NH is None:
+            self._rows_NH = rows.new_empty(self._pipeline.num_rows, rows.shape[1])
+        self._flights.append(self._pipeline.fly(rows, chunk.combine, into=self._rows_NH[chunk.rows]))
+
+    def land(self) -> Tensor:
+        """All N rows."""
+        for flight in self._flights:
+            self._pipeline.land(flight)
+        assert self._rows_NH is not None, "a layer has at least one chunk"
+        return self._rows_NH
 
 
 def _backward(pipeline: Pipeline, flights: _Flights, dout: Tensor, kept: list[Sequence[Tensor]]) -> None:

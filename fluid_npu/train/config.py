@@ -247,7 +247,7 @@ def _check_local_first(c: TrainConfig) -> None:
         raise ConfigError(f"--local-first: --overlap {c.overlap} has no chunks; use --overlap full, or leave it out")
     if c.ep == 1:
         raise ConfigError("--local-first: with --ep 1 all rows are local; leave it out")
-    if c.dispatch in ("static", "once-per-node"):
+    if c.dispatch == "once-per-node":
         raise ConfigError(
             f"--local-first: --dispatch {c.dispatch} sends all tokens in one piece; use --dispatch once-per-rank, or "
             "leave it out"

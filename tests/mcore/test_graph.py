@@ -20,6 +20,7 @@ from tests.support.refusals import value_errors
 Ranks = Callable[..., list[Any]]
 
 CASES = [Steps(), Steps(overlap="off"), Steps(recompute=True, topk=1), Steps(shared=True, fuse=False), Steps(aux=True)]
+CASES += [Steps(overlap="full", local_first=True, shared=shared, fuse=not shared) for shared in (False, True)]
 
 
 def both(cases: list[Steps]) -> list[tuple[dict[str, Any], dict[str, Any], list[int]]]:

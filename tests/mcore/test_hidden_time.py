@@ -129,9 +129,9 @@ def chunk_times() -> dict[str, Any]:
     scheduler.transport = DelayedTransport(CollectiveTransport(), CHUNK_DELAY_MS)
     land = DeferredWeights._land
     DeferredWeights._land = lambda *args: (time.sleep(CHUNK_DW_MS / 1e3), land(*args))[1]  # type: ignore[method-assign]
-    forward = pipeline.mlp_forward
+    forward = pipeline.mlp_up
     backward = pipeline.mlp_backward
-    pipeline.mlp_forward = lambda *args: (time.sleep(CHUNK_MS / 1e3), forward(*args))[1]
+    pipeline.mlp_up = lambda *args: (time.sleep(CHUNK_MS / 1e3), forward(*args))[1]
     pipeline.mlp_backward = lambda *args: (time.sleep(CHUNK_MS / 1e3), backward(*args))[1]
 
     def step(twin: bool) -> tuple[float, dict[str, float]]:

@@ -24,7 +24,9 @@ MOE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
 SHARED = {"moe_shared_expert_intermediate_size": 24}
 PADDED = {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}
 DROPS = {"moe_expert_capacity_factor": 0.5, "moe_token_drop_policy": "probs"}
+ACT = {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}
 ONCE = {"dispatch": "once-per-rank"}
+STATIC = {"dispatch": "static"}
 
 TWO = [
     Case(chunks=1, micro_batches=2),
@@ -41,11 +43,15 @@ TWO = [
     Case(chunks=3, topk=3, empty_experts=4, fuse=False, micro_batches=2, **ONCE),
     Case(chunks=2, tokens=1, topk=1, **ONCE),
     Case(chunks=2, topk=4, config={**DROPS, **SHARED}, **ONCE),
+    Case(chunks=1, topk=3, micro_batches=2, empty_experts=4, **STATIC),
+    Case(chunks=1, topk=3, fuse=False, config={**SHARED, **ACT}, **STATIC),
+    Case(chunks=1, tokens=1, topk=1, **STATIC),
 ]
 FOUR = [
     Case(ep=4, chunks=2, topk=3, micro_batches=2),
     Case(ep=4, chunks=1, experts=16, topk=6, empty_experts=9, micro_batches=2),
     Case(ep=4, chunks=2, experts=16, topk=6, empty_experts=9, micro_batches=2, **ONCE),
+    Case(ep=4, chunks=1, experts=16, topk=6, empty_experts=9, micro_batches=2, **STATIC),
 ]
 
 
@@ -90,13 +96,13 @@ def order_of_a_step() -> list[str]:
     return [f"{record.kind} {record.name}" for record in note.take()]
 
 
-def test_local_rows_are_computed_while_the_first_exchange_flies(run_ranks: Ranks) -> None:
+def test_local_rows_are_computed_while_the_first_and_the_last_exchange_fly(run_ranks: Ranks) -> None:
     d1, d2, c1, c2 = (
         f"moe_{kind} AllToAll of layer 1 chunk {n} of 2" for kind in ("dispatch", "combine") for n in (1, 2)
     )
     f0, f1, f2 = (f"compute layer 1 {which} forward" for which in ("local rows", "chunk 1 of 2", "chunk 2 of 2"))
     forward = [f"launch {d1}", f"launch {d2}", f0, f"wait {d1}", f1, f"launch {c1}", f"wait {d2}", f2, f"launch {c2}"]
-    forward += [f"wait {c1}", f"wait {c2}"]
+    forward += [f"{f0}, FC2", f"wait {c1}", f"wait {c2}"]
     e1, e2, h1, h2 = (f"backward of {name}" for name in (c1, c2, d1, d2))
     b0, b1, b2 = (name.replace("forward", "backward") for name in (f0, f1, f2))
     backward = [f"launch {e1}", f"launch {e2}", b0, f"wait {e1}", b1, f"launch {h1}", f"wait {e2}", b2, f"launch {h2}"]
@@ -105,7 +111,7 @@ def test_local_rows_are_computed_while_the_first_exchange_flies(run_ranks: Ranks
         assert order == forward + backward
 
 
-DELAY_MS, ROWS_MS, DW_MS = 100.0, 120.0, 120.0  # an exchange, the rows of a piece, a dW
+DELAY_MS, ROWS_MS, DW_MS = 100.0, 120.0, 120.0  # an exchange; FC1, FC2 or the backward of a piece; a dW
 
 
 def planted_waits() -> dict[str, list[float]]:
@@ -120,7 +126,8 @@ def planted_waits() -> dict[str, list[float]]:
         return lambda *args: (time.sleep(milliseconds / 1e3), call(*args))[1]
 
     DeferredWeights._land = slowed(DeferredWeights._land, DW_MS)  # type: ignore[method-assign]
-    pipeline.mlp_forward = slowed(pipeline.mlp_forward, ROWS_MS)
+    pipeline.mlp_up = slowed(pipeline.mlp_up, ROWS_MS)
+    pipeline.mlp_down = slowed(pipeline.mlp_down, ROWS_MS)
     pipeline.mlp_backward = slowed(pipeline.mlp_backward, ROWS_MS)
 
     def step(case: Case, twin: bool) -> tuple[float, float]:
@@ -138,20 +145,20 @@ def planted_waits() -> dict[str, list[float]]:
 
 @pytest.mark.host  # the delays are planted on the host
 def test_local_rows_hide_the_first_exchange_of_each_direction(run_ranks: Ranks) -> None:
-    """The last exchange of the forward stays exposed, dW covers that of the backward; else the first of both too."""
+    """The last exchange of the forward is beside their FC2, dW covers that of the backward; else three are exposed."""
     for rank in run_ranks(2, planted_waits, sizes={"expert_model_parallel_size": 2}):
         exposed = {name: round(waits / DELAY_MS, 6) for name, (waits, _) in rank.items()}
         assert exposed == {
             "two chunks True": 8,
             "two chunks False": 3,
             "local True": 4,
-            "local False": 1,
+            "local False": 0,
             "local, two chunks True": 8,
-            "local, two chunks False": 1,
+            "local, two chunks False": 0,
         }
-        # Two pieces of each direction, dW of two weights, and one exchange.
-        assert rank["local False"][1] == pytest.approx(4 * ROWS_MS + 2 * DW_MS + DELAY_MS)
-        assert rank["two chunks False"][1] == pytest.approx(4 * ROWS_MS + 2 * DW_MS + 3 * DELAY_MS)
+        # Two pieces of each direction, FC1 and FC2 by themselves in the forward, and dW of two weights.
+        assert rank["local False"][1] == pytest.approx(6 * ROWS_MS + 2 * DW_MS)
+        assert rank["two chunks False"][1] == pytest.approx(6 * ROWS_MS + 2 * DW_MS + 3 * DELAY_MS)
 
 
 def choices() -> dict[str, str]:
@@ -162,7 +169,7 @@ def choices() -> dict[str, str]:
     calls: dict[str, Callable[[], Any]] = {
         "dw": lambda: get_fluid_moe_layer_spec(local_first=True),
         "word": lambda: get_fluid_moe_layer_spec(overlap="full", local_first="yes"),  # type: ignore[arg-type]
-        "static": lambda: fluid_layer(replace(first, dispatch="static")),
+        "static": lambda: fluid_layer(replace(first, dispatch="static", chunks=2)),
         "allgather": lambda: fluid_layer(replace(first, config={"moe_token_dispatcher_type": "allgather"})),
     }
     found = value_errors(calls)
@@ -176,7 +183,7 @@ def test_what_is_not_there_is_refused_by_name(run_ranks: Ranks) -> None:
     found = run_ranks(2, choices, sizes={"expert_model_parallel_size": 2})[0]
     assert found["dw"] == "local_first=True: overlap='dw' has no chunks; use overlap='full', or leave it out"
     assert found["word"] == "local_first='yes': allowed are True and False"
-    assert found["static"].startswith("local_first=True: dispatch='static' sends all tokens in one piece")
+    assert found["static"].startswith("chunks=2: dispatch='static' sends all tokens in one piece")
     assert found["allgather"].startswith("local_first=True: moe_token_dispatcher_type='allgather' overlaps nothing")
     assert found["asked"] == "True: as asked" and found["not_asked"] == "False: not asked for"
 

@@ -24,6 +24,8 @@ class Steps:
     recompute: bool = False
     shared: bool = False
     aux: bool = False
+    local_first: bool = False
+    """With ``overlap`` 'full'."""
     fuse: bool = True
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
@@ -73,7 +75,9 @@ def _layer(run: Steps) -> Any:
         config |= {"moe_shared_expert_intermediate_size": 16}
     case = Case(ep=run.ep, topk=run.topk, fuse=run.fuse, dtype=run.dtype, config=config)
     made = make_config(case)
-    spec = get_fluid_moe_layer_spec(made, overlap=run.overlap, dispatch="static", cuda_graph=run.graph)
+    spec = get_fluid_moe_layer_spec(
+        made, overlap=run.overlap, dispatch="static", cuda_graph=run.graph, local_first=run.local_first
+    )
     layer = _built(spec.submodules.mlp, made).to(run.device)
     layer.set_layer_number(1)
     load(layer, all_weights(case), case, parallel_state.get_expert_model_parallel_rank())

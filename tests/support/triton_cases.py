@@ -143,11 +143,16 @@ def dw_is_written_with_zeros_for_an_empty_group(device: str) -> None:
 
 @case
 def dw_of_pieces_is_one_sum_over_the_rows_of_all(device: str) -> None:
-    """Two to four pieces; groups without rows in some or all of them; nothing read of a group's neighbours."""
+    """Two to four pieces; groups without rows in some or all of them; nothing read behind a piece's last row."""
     from fluid_npu.device.kernels.triton_dw_pieces import grouped_dw_pieces_
 
     each = [COUNTS, [0, 0, 18, 3], [1, 0, 0, 33], [16, 0, 2, 0]]
-    for number, dtype in ((2, torch.float32), (2, torch.float16), (3, torch.float16), (4, torch.float16)):
+    for number, dtype, flags in (
+        (2, torch.float32, {}),
+        (2, torch.float16, {"described": True}),
+        (3, torch.float16, {"described": True}),
+        (4, torch.float16, {}),
+    ):
         operands = []
         for seed, counts in enumerate(each[:number]):
             rows = sum(counts)
@@ -158,13 +163,45 @@ def dw_of_pieces_is_one_sum_over_the_rows_of_all(device: str) -> None:
             x[rows:], dy[rows:] = float("inf"), float("nan")
             operands.append((x, dy, counts))
         wanted = 1 + sum(reference.grouped_dw(x[: sum(c)], dy[: sum(c)], c) for x, dy, c in operands)
-        for flags in ({}, {"described": True}) if dtype == torch.float16 else ({},):
-            main_grad = torch.ones(4, 40, 24, device=device)
-            main_grad[1] = -0.0  # a zero that is added makes it +0.0
-            pieces = [(x.to(device), dy.to(device), ends_of(c, device)) for x, dy, c in operands]
-            grouped_dw_pieces_(main_grad, pieces, tiles(**flags))
-            assert main_grad[1].signbit().all() and not main_grad[1].any()
-            close(main_grad[[0, 2, 3]], wanted[[0, 2, 3]], torch.float32)
+        main_grad = torch.ones(4, 40, 24, device=device)
+        main_grad[1] = -0.0  # a zero that is added makes it +0.0
+        pieces = [(x.to(device), dy.to(device), ends_of(c, device)) for x, dy, c in operands]
+        grouped_dw_pieces_(main_grad, pieces, tiles(**flags))
+        assert main_grad[1].signbit().all() and not main_grad[1].any()
+        close(main_grad[[0, 2, 3]], wanted[[0, 2, 3]], torch.float32)
+
+
+@case
+def dw_of_pieces_through_the_seam_is_one_launch(device: str) -> None:
+    """Rows that the host knows and rows that it does not; no operator of torch beside the kernel."""
+    from fluid_npu.device.kernels.cuda_kernels import CudaKernels
+    from fluid_npu.device.kernels.gemm_chooser import GemmChooser
+    from fluid_npu.device.kernels.gemm_forms import TritonForm
+    from fluid_npu.device.kernels.groups import DeviceRows, GroupRows
+    from fluid_npu.device.kernels.pieces import DWPart, PieceRows
+    from tests.support.op_count import OpCount
+
+    if device != "cpu":
+        return  # launches are counted in the interpreter
+    form = TritonForm(16, 16, 16, 4, 2)
+    kernels, each = CudaKernels(GemmChooser(forms={form.name: form})), [[3, 0, 5], [1, 0, 2]]
+    operands = [(random(12, 16, seed=n), random(12, 24, seed=5 + n), counts) for n, counts in enumerate(each)]
+    wanted = sum(reference.grouped_dw(x[: sum(c)], dy[: sum(c)], c) for x, dy, c in operands)
+    for known in (True, False):
+        rows: list[GroupRows | DeviceRows] = []
+        for counts in each:
+            ends = torch.tensor(counts).cumsum(0, dtype=torch.int32)
+            rows.append(GroupRows(counts, ends=ends) if known else DeviceRows(3, capacity=12, expected=6))
+            if isinstance(rows[-1], DeviceRows):
+                rows[-1].settle(ends)
+        used = [sum(counts) if known else 12 for counts in each]
+        parts = [DWPart(x[:n], dy[:n], r) for (x, dy, _), n, r in zip(operands, used, rows, strict=True)]
+        main_grad = torch.zeros(3, 16, 24)
+        pieces = PieceRows(rows, torch.tensor(each) if known else None)
+        with OpCount().with_kernels() as count:
+            kernels.grouped_dw_pieces_add_(main_grad, parts, pieces)
+        assert dict(count.kernels) == {"_grouped_dw_pieces": 1} and not count.ops, (count.kernels, count.ops)
+        close(main_grad, wanted, torch.float32)
 
 
 @case

@@ -41,10 +41,6 @@ REFUSED = [
     (["--local-first"], r"--local-first: --overlap auto has no chunks; use --overlap full, or leave it out"),
     (["--local-first", "--overlap", "full", "--ep", "1"], r"--local-first: with --ep 1 all rows are local; leave it"),
     (
-        ["--local-first", "--overlap", "full", "--dispatch", "static"],
-        r"--local-first: --dispatch static sends all tokens in one piece; use --dispatch once-per-rank",
-    ),
-    (
         ["--local-first", "--overlap", "full", "--dispatch", "once-per-node"],
         r"--local-first: --dispatch once-per-node sends all tokens in one piece; use --dispatch once-per-rank",
     ),
