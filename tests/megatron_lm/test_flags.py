@@ -187,10 +187,18 @@ REFUSED: list[tuple[list[str], dict[str, Any], str, str]] = [
         "--fluid-local-first with --expert-model-parallel-size 1: all rows are local; raise it",
     ),
     (
-        ["--fluid-local-first", "--fluid-overlap", "full", "--fluid-dispatch", "static"],
+        [
+            "--fluid-local-first",
+            "--fluid-overlap",
+            "full",
+            "--fluid-dispatch",
+            "once-per-node",
+            "--fluid-a2a-node-size",
+            "1",
+        ],
         {},
         "0.16",
-        "--fluid-local-first with --fluid-dispatch static: .*use once-per-rank, or drop",
+        "--fluid-local-first with --fluid-dispatch once-per-node: .*use once-per-rank, or drop",
     ),
     (
         ["--fluid-local-first", "--fluid-overlap", "full", "--fluid-a2a-payload-dtype", "fp8"],
@@ -268,6 +276,7 @@ def test_contradictions_are_refused_with_the_fix(
         (["--fluid-interleave-batches"], {"micro_batch_size": 4}, "0.16"),
         (["--fluid-local-first", "--fluid-overlap", "full", "--fluid-moe-chunks", "1"], {}, "0.16"),
         (["--fluid-moe-cuda-graph", *STATIC], {}, "0.16"),
+        (["--fluid-moe-cuda-graph", *STATIC, "--fluid-local-first", "--fluid-overlap", "full"], {}, "0.16"),
         (["--fluid-moe-cuda-graph", "auto", "--fluid-carry-over"], {"pipeline_model_parallel_size": 2}, "0.16"),
         ([], {"bf16": False, "fp16": True}, "0.16"),
         ([], {"bf16": False, "fp16": True, "expert_model_parallel_size": 1}, "0.12"),

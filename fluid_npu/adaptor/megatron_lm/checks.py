@@ -94,9 +94,9 @@ def _local_first(args: Namespace) -> Iterator[str]:
         )
     if args.expert_model_parallel_size == 1:
         yield "--fluid-local-first with --expert-model-parallel-size 1: all rows are local; raise it, or drop the flag"
-    if args.fluid_dispatch in ("static", "once-per-node"):
+    if args.fluid_dispatch == "once-per-node":
         yield (
-            f"--fluid-local-first with --fluid-dispatch {args.fluid_dispatch}: it sends all tokens in one piece; use "
+            "--fluid-local-first with --fluid-dispatch once-per-node: it sends all tokens in one piece; use "
             "once-per-rank, or drop the flag"
         )
     if args.fluid_a2a_payload_dtype != "same":
