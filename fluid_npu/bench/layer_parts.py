@@ -23,6 +23,8 @@ from fluid_npu.schedule import pipeline
 from fluid_npu.schedule.task import DWTask
 
 _MARK = "spin_kernel"
+#: What layers in chunks run of their experts.
+_PIECES = ("mlp_up", "mlp_down", "mlp_backward")
 PARTS = ("attention", "norms", "linear", "a2a", "experts", "router_permute", "grad_accumulation", "idle", "rest")
 
 
@@ -99,7 +101,7 @@ def watched(timeline: Timeline, layer: Any, variant: Any) -> Iterator[None]:
     if variant.scheduler is not None:
         undo.append(_watch_tasks(timeline, variant.scheduler))
         undo.append(_watch_transport(timeline, variant.scheduler))
-    undo += [_watch_function(timeline, pipeline, name, "experts") for name in ("mlp_forward", "mlp_backward")]
+    undo += [_watch_function(timeline, pipeline, name, "experts") for name in _PIECES]
     exchange = dist.all_to_all_single
 
     def timed_exchange(*args: Any, **kwargs: Any) -> Any:
