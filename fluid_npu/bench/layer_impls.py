@@ -34,87 +34,44 @@ LEGACY = Kind(name="stock GroupedMLP", impl="stock")
 LEGACY_TORCH = Kind(name="stock GroupedMLP over torch", impl="stock")
 TE = Kind(name="stock TEGroupedMLP", impl="stock")
 TE_OVERLAPPED = Kind(name="stock TEGroupedMLP, dW beside dispatch", impl="stock")
-ONCE = Kind(name="ours overlapped, once per rank", impl="fluid", overlap="dw", changes=(("dispatch", "once-per-rank"),))
-ONCE_NODE = Kind(
-    name="ours overlapped, once per node", impl="fluid", overlap="dw", changes=(("dispatch", "once-per-node"),)
-)
-PEER = Kind(name="ours overlapped, peer copies", impl="fluid", overlap="dw", changes=(("a2a_transport", "peer-copy"),))
-ONCE_PEER = Kind(
-    name="ours overlapped, once per rank, peer copies",
-    impl="fluid",
-    overlap="dw",
-    changes=(*ONCE.changes, *PEER.changes),
-)
-STATIC = Kind(name="ours overlapped, static", impl="fluid", overlap="dw", changes=(("dispatch", "static"),))
-STATIC_PEER = Kind(
-    name="ours overlapped, static, peer copies",
-    impl="fluid",
-    overlap="dw",
-    changes=(*STATIC.changes, *PEER.changes),
-)
-STATIC_GRAPH = Kind(
-    name="ours overlapped, static, recorded",
-    impl="fluid",
-    overlap="dw",
-    changes=(*STATIC.changes, ("moe_cuda_graph", True)),
-)
+
+
+def _ours(form: str, *changes: tuple[str, Any], overlap: str = "dw") -> Kind:
+    """A form of ours, overlapped; ``changes`` are fields of TrainConfig and their values."""
+    return Kind(name=f"ours overlapped, {form}", impl="fluid", overlap=overlap, changes=changes)
+
+
+ONCE = _ours("once per rank", ("dispatch", "once-per-rank"))
+ONCE_NODE = _ours("once per node", ("dispatch", "once-per-node"))
+PEER = _ours("peer copies", ("a2a_transport", "peer-copy"))
+ONCE_PEER = _ours("once per rank, peer copies", *ONCE.changes, *PEER.changes)
+STATIC = _ours("static", ("dispatch", "static"))
+STATIC_PEER = _ours("static, peer copies", *STATIC.changes, *PEER.changes)
+_GRAPH = ("moe_cuda_graph", True)
+STATIC_GRAPH = _ours("static, recorded", *STATIC.changes, _GRAPH)
 #: Two pieces: rows that stay on their rank, and the others.
-LOCAL_FIRST = Kind(
-    name="ours overlapped, local rows first",
-    impl="fluid",
-    overlap="full",
-    changes=(("moe_chunks", 1), ("local_first", True)),
-)
-STATIC_LOCAL_FIRST = Kind(
-    name="ours overlapped, static, local rows first",
-    impl="fluid",
-    overlap="full",
-    changes=(*STATIC.changes, *LOCAL_FIRST.changes),
-)
-STATIC_LOCAL_FIRST_GRAPH = Kind(
-    name="ours overlapped, static, local rows first, recorded",
-    impl="fluid",
-    overlap="full",
-    changes=(*STATIC_LOCAL_FIRST.changes, ("moe_cuda_graph", True)),
+LOCAL_FIRST = _ours("local rows first", ("moe_chunks", 1), ("local_first", True), overlap="full")
+STATIC_LOCAL_FIRST = _ours("static, local rows first", *STATIC.changes, *LOCAL_FIRST.changes, overlap="full")
+STATIC_LOCAL_FIRST_GRAPH = _ours(
+    "static, local rows first, recorded", *STATIC_LOCAL_FIRST.changes, _GRAPH, overlap="full"
 )
 #: Those that replay what was recorded.
 RECORDED = (STATIC_GRAPH, STATIC_LOCAL_FIRST_GRAPH)
 #: Pipelined in so many chunks of a rank's experts.
-IN_CHUNKS = {
-    n: Kind(name=f"ours overlapped, {n} chunks", impl="fluid", overlap="full", changes=(("moe_chunks", n),))
-    for n in (2, 4)
-}
-ONCE_IN_CHUNKS = Kind(
-    name="ours overlapped, once per rank, 2 chunks",
-    impl="fluid",
-    overlap="full",
-    changes=(*ONCE.changes, ("moe_chunks", 2)),
-)
-ONCE_LOCAL_FIRST = Kind(
-    name="ours overlapped, once per rank, local rows first",
-    impl="fluid",
-    overlap="full",
-    changes=(*ONCE.changes, *LOCAL_FIRST.changes),
-)
-ONCE_FP8 = Kind(
-    name="ours overlapped, once per rank, fp8",
-    impl="fluid",
-    overlap="dw",
-    changes=(*ONCE.changes, ("a2a_payload_dtype", "fp8")),
-)
+IN_CHUNKS = {n: _ours(f"{n} chunks", ("moe_chunks", n), overlap="full") for n in (2, 4)}
+ONCE_IN_CHUNKS = _ours("once per rank, 2 chunks", *ONCE.changes, ("moe_chunks", 2), overlap="full")
+ONCE_LOCAL_FIRST = _ours("once per rank, local rows first", *ONCE.changes, *LOCAL_FIRST.changes, overlap="full")
+ONCE_FP8 = _ours("once per rank, fp8", *ONCE.changes, ("a2a_payload_dtype", "fp8"))
 #: The newest Megatron's own overlap within a layer: experts' dW on a second stream beside the dispatch's backward.
 OWN_OVERLAP = "overlap_dispatch_backward_with_experts_wgrad"
-#: Forms that need other packages or a device's own ways, or round more, or are new there; where they fail they are left
-#: out.
-EXTRAS = (
-    *(LEGACY, LEGACY_TORCH, TE, TE_OVERLAPPED, PEER, ONCE_PEER, STATIC, STATIC_PEER, STATIC_GRAPH, ONCE_FP8),
-    *(ONCE_IN_CHUNKS, LOCAL_FIRST, ONCE_LOCAL_FIRST, STATIC_LOCAL_FIRST, STATIC_LOCAL_FIRST_GRAPH, ONCE_NODE),
-)
 #: Forms of sending to other ranks.
 _TO_OTHERS = (
     *(ONCE, PEER, ONCE_PEER, STATIC, STATIC_PEER, STATIC_GRAPH, ONCE_IN_CHUNKS, ONCE_FP8),
     *(LOCAL_FIRST, ONCE_LOCAL_FIRST, STATIC_LOCAL_FIRST, STATIC_LOCAL_FIRST_GRAPH, ONCE_NODE),
 )
+#: Forms that need other packages or a device's own ways, or round more, or are new there; where they fail they are left
+#: out.
+EXTRAS = (LEGACY, LEGACY_TORCH, TE, TE_OVERLAPPED, *(kind for kind in _TO_OTHERS if kind is not ONCE))
 KINDS = {
     "stock-sequential": STOCK,
     "stock-grouped": LEGACY,
