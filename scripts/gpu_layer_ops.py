@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Every GPU operation of one forward and backward of our MoE layer, and what the host costs.
 
-    python3 scripts/gpu_layer_ops.py OUT_DIR [--nproc N] [--cases mixtral fine tiny] [--impl ours-overlapped]
+    python3 scripts/gpu_layer_ops.py OUT_DIR [--nproc N] [--cases mixtral fine tiny] [--impl ours-overlapped ...]
 
 Cases: mixtral (h4096 f14336 E8 top-2) and fine (h2048 f1408 E64 top-6), 4096 tokens a rank; tiny is fine with h64, f64
 and 64 tokens a rank, where the step is the host's time. Each prints the time of a step and of its floor, the kernel
@@ -20,8 +20,10 @@ sys.path.insert(0, str(ROOT))
 
 from fluid_npu.bench.job import Job  # noqa: E402
 from fluid_npu.bench.launch import run_job  # noqa: E402
+from fluid_npu.bench.layer_cli import IMPLS  # noqa: E402
 from fluid_npu.train.config import TrainConfig, validate  # noqa: E402
 
+OURS = [name for name in IMPLS if name.startswith("ours")]
 _FINE = {"moe_ffn": 1408, "hidden": 2048, "experts": 64, "topk": 6}
 _TINY = {"moe_ffn": 64, "ffn": 64, "hidden": 64, "heads": 4, "kv_heads": 4, "head_dim": 16, "seq_length": 64}
 CASES = {"mixtral": {}, "fine": _FINE, "tiny": {**_FINE, **_TINY}}
@@ -33,7 +35,9 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--nproc", type=int, default=1)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--impl", default="ours-overlapped", choices=("ours-overlapped", "ours-plain"))
+    parser.add_argument(
+        "--impl", nargs="+", default=["ours-overlapped"], choices=OURS, metavar="I", help=", ".join(OURS)
+    )
     parser.add_argument("--dispatch", default="plain", choices=("plain", "once-per-rank", "auto"))
     parser.add_argument("--workload", default="W0")
     parser.add_argument("--device", default="auto")
@@ -42,15 +46,15 @@ def main() -> int:
     parser.add_argument("--no-order", action="store_true", help="leave out the operations in order")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    return max(_run(arguments, case) for case in arguments.cases)
+    return max(_run(arguments, case, impl) for case in arguments.cases for impl in arguments.impl)
 
 
-def _run(arguments: argparse.Namespace, case: str) -> int:
+def _run(arguments: argparse.Namespace, case: str, impl: str) -> int:
     cut = {"layers": 1, "first_dense_layers": 0, "vocab_size": 128, "seq_length": 4096, **CASES[case]}
     n, a = arguments.nproc, arguments
     run = {"nproc": n, "ep": n, "device": a.device, "dtype": a.dtype, "dispatch": a.dispatch, "overlap": "dw"}
     config = validate(TrainConfig(preset="mixtral-8x7b", cut=cut, **run))
-    options = {"impl": a.impl, "order": not a.no_order, "cprofile": case == "tiny", "workload": a.workload}
+    options = {"impl": impl, "order": not a.no_order, "cprofile": case == "tiny", "workload": a.workload}
     options |= {"router": a.router, "plant_error": 0.0}
     job = Job(task="fluid_npu.bench.layer_ops:measure", config=config, options=options, command="gpu_layer_ops")
     code, result = run_job(job)

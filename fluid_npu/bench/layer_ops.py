@@ -13,7 +13,7 @@ import pstats
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,13 +49,13 @@ def measure(config: TrainConfig, options: dict[str, Any], place: Place) -> dict[
     run = _LayerRun(config, options, place)
     lines = [f"== {config.model().name} {dict(config.cut)}, EP {config.ep}, {options['impl']}, {options['workload']}"]
     lines += run.times("step")
-    with local_slices():
+    with run.floor():
         lines += run.times("floor (each AllToAll a local slice)")
     lines += run.memory()
     if place.device.name == "cuda":
         lines += run.profiled("step", options["order"])
-        with local_slices():
-            lines += run.profiled("floor", False)
+        with run.floor():
+            lines += run.profiled("floor", options["order"])
     if options["cprofile"]:
         lines += run.host_profile()
     every: list[Any] = [None] * place.world
@@ -83,6 +83,10 @@ class _LayerRun:
     def step(self) -> None:
         with self.variant.mode():
             self.forward().backward(self.dy)
+
+    def floor(self) -> AbstractContextManager[None]:
+        """Inside, each AllToAll is a local slice; of a recorded layer, in a recording of its own."""
+        return local_slices(self.variant.scheduler, self.variant.layer.mlp)
 
     def times(self, what: str) -> list[str]:
         """Each step alone, and steps of which the host launches the next before the last has ended."""
