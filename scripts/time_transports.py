@@ -25,7 +25,13 @@ import torch
 import torch.distributed as dist
 
 from fluid_npu.comm.device_splits import open_device_splits
-from fluid_npu.comm.transports import CollectiveTransport, PairwiseTransport, carve_out, few_ctas_transport
+from fluid_npu.comm.transports import (
+    CollectiveTransport,
+    PairwiseTransport,
+    carve_out,
+    few_ctas_transport,
+    high_priority_transport,
+)
 from fluid_npu.comm.transports.peer_open import peer_copy_transport
 
 MIB = 1 << 20
@@ -160,6 +166,7 @@ def transports() -> dict[str, Any]:
         TRANSPORTS["collective"] = CollectiveTransport()
         TRANSPORTS["peer-copy"] = peer_copy_transport("cuda", landing_bytes=160 * MIB)
         TRANSPORTS["peer-copy, ring"] = peer_copy_transport("cuda", ring_bytes=64 * MIB, landing_bytes=0)
+        TRANSPORTS["high-priority"] = high_priority_transport()
         TRANSPORTS["few-ctas 8"] = few_ctas_transport(8)
         TRANSPORTS["pairwise"] = PairwiseTransport()
     return TRANSPORTS

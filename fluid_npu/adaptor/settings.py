@@ -15,7 +15,7 @@ from fluid_npu.adaptor.patch import PatchError
 OVERLAPS = ("off", "dw", "full")
 DISPATCHES = ("plain", "once-per-rank", "once-per-node", "static", "auto")
 PAYLOAD_DTYPES = ("same", "fp8")
-TRANSPORTS = ("auto", "collective", "peer-copy", "few-ctas", "aicpu", "pairwise", "two-level")
+TRANSPORTS = ("auto", "collective", "high-priority", "peer-copy", "few-ctas", "aicpu", "pairwise", "two-level")
 #: Settings that say which transport, and of what.
 OF_TRANSPORT = ("a2a_transport", "a2a_node_size", "a2a_bytes", "device")
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluid_npu.comm.transports import CollectiveTransport
 from fluid_npu.device.choice import Choice
 from fluid_npu.device.graphs import GraphRecorder, graph_recorder
 from fluid_npu.mcore.chunk_choice import AUTO
@@ -87,9 +86,13 @@ def _obstacles(layer: Any) -> Iterator[str]:
         yield "interleave_batches=True has two halves of a micro-batch under way at a time; leave it out"
     if layer.backward_scheduler.carry_over:
         yield "carry_over=True leaves dW for another layer; leave it out"
-    if not isinstance(layer.backward_scheduler.transport, CollectiveTransport):
-        name = getattr(layer.backward_scheduler.transport, "name", "the transport")
-        yield f"{name} counts its exchanges on the host, so a replay would repeat the first; use the collective"
+    transport = layer.backward_scheduler.transport
+    if not getattr(transport, "recordable", False):
+        name = getattr(transport, "name", "the transport")
+        yield (
+            f"{name} counts its exchanges on the host, so a replay would repeat the first; use collective, "
+            "high-priority or few-ctas"
+        )
     kind, modules = config.recompute_granularity, config.recompute_modules or []
     if kind == "full" or (kind == "selective" and not _KEPT_ALONE.issuperset(modules)):
         yield f"recompute_granularity={kind!r} of {modules} keeps random states on the host; unset it"

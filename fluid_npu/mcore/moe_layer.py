@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fluid_npu.comm.all_to_all import AllToAllHandle
 from fluid_npu.device.choice import Choice
+from fluid_npu.device.kernels.beside import beside_exchange
 from fluid_npu.device.kernels.groups import DeviceRows
 from fluid_npu.mcore import chunks as in_chunks
 from fluid_npu.mcore.binding import SchedulerBinder
@@ -226,8 +227,8 @@ class FluidMoELayer(MoELayerInSteps):
             return self.dispatch(prepared, None)[0]
 
     def compute(self, sent: Any, half: int) -> Any:
-        """Experts; starts the combine. ``complete`` takes what it returns."""
-        with self._in_half(half):
+        """Experts, beside an exchange of the other half; starts the combine. ``complete`` takes what it returns."""
+        with self._in_half(half), beside_exchange():
             return self.routed_experts_compute(sent, None)[0]
 
     def complete(self, combined: Any) -> Tensor:

@@ -7,12 +7,13 @@ Shapes: R rows, H hidden, F ffn, L groups.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fluid_npu.device.kernels.beside import beside_exchange, is_beside
 from fluid_npu.device.kernels.groups import Groups
 from fluid_npu.device.kernels.known_rows import kernels_for
 from fluid_npu.ops.grouped_matmul import DeferDW, grouped_weight_grad
@@ -41,6 +42,8 @@ class ExpertMLP:
     """Computes the activation again in the backward instead of keeping it (Megatron's ``moe_act``)."""
     fc1: WeightGradTarget = WeightGradTarget()
     fc2: WeightGradTarget = WeightGradTarget()
+    beside: bool = field(default_factory=is_beside)
+    """Whether forward and backward run beside an AllToAll."""
 
 
 def expert_mlp(x_RH: Tensor, p_R: Tensor, w1_LHF: Tensor, w2_LFH: Tensor, mlp: ExpertMLP) -> Tensor:
@@ -136,4 +139,5 @@ class _ExpertMLP(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs_dw = ctx.needs_input_grad[2], ctx.needs_input_grad[3]
-        return (*mlp_backward(dy, ctx.saved_tensors, ctx.mlp, needs_dw), None)
+        with beside_exchange(ctx.mlp.beside):
+            return (*mlp_backward(dy, ctx.saved_tensors, ctx.mlp, needs_dw), None)

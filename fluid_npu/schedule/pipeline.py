@@ -36,6 +36,7 @@ from torch import Tensor
 
 from fluid_npu.comm.all_to_all import Flight, Route
 from fluid_npu.comm.cargo import Loading, Unloading
+from fluid_npu.device.kernels.beside import beside_exchange
 from fluid_npu.device.kernels.groups import Groups
 from fluid_npu.device.kernels.pieces import DWPart, PieceRows
 from fluid_npu.ops.expert_mlp import ExpertMLP, WeightGradTarget, kept_of, mlp_backward, mlp_down, mlp_up
@@ -158,6 +159,11 @@ class _Here:
 _OnTheWay: TypeAlias = "Flight | _Here"
 
 
+def _beside(*flights: Sequence[_OnTheWay]) -> beside_exchange:
+    """Around what is computed beside these, in the twin too; rows that stay here are beside nothing."""
+    return beside_exchange(any(isinstance(flight, Flight) for some in flights for flight in some))
+
+
 class _Flights:
     """What the two nodes share: the dispatches in flight and, in the backward, the buffer that they land in."""
 
@@ -218,7 +224,7 @@ def _forward(pipeline: Pipeline, flights: _Flights, keep: bool) -> tuple[Tensor,
     for chunk in pipeline.chunks:
         flight = flights.forward.pop(0)
         received = pipeline.land(flight)
-        with pipeline.sink.computing(f"{chunk.label} forward"):
+        with pipeline.sink.computing(f"{chunk.label} forward"), back.beside(flights.forward):
             up = _up(pipeline, chunk, flight.give_back(chunk.unpack.unload(received)))
             rows = None if chunk.combine is None else back.compute(chunk, up)
         if rows is None:
@@ -228,7 +234,7 @@ def _forward(pipeline: Pipeline, flights: _Flights, keep: bool) -> tuple[Tensor,
         del flight, received, up, rows
     while staying:
         chunk, up = staying.pop(0)
-        with pipeline.sink.computing(f"{chunk.label} forward, FC2"):
+        with pipeline.sink.computing(f"{chunk.label} forward, FC2"), back.beside():
             rows = back.compute(chunk, up)
         back.start(chunk, rows)
         del up, rows
@@ -253,6 +259,10 @@ class _Combines:
         self._flights: list[_OnTheWay] = []
         self._rows_NH: Tensor | None = None
         self.kept: dict[str, Sequence[Tensor]] = {}
+
+    def beside(self, dispatches: Sequence[_OnTheWay] = ()) -> beside_exchange:
+        """Around what is computed now: beside these dispatches and the combines that were started."""
+        return _beside(dispatches, self._flights)
 
     def compute(self, chunk: Chunk, up: _Up) -> Tensor:
         """The rows that go back, from a chunk's activation."""
@@ -285,7 +295,7 @@ def _backward(pipeline: Pipeline, flights: _Flights, dout: Tensor, kept: list[Se
     for chunk in pipeline.chunks:
         flight = combines.pop(0)
         received = pipeline.land(flight)
-        with pipeline.sink.computing(f"{chunk.label} backward"):
+        with pipeline.sink.computing(f"{chunk.label} backward"), _beside(combines, flights.backward):
             (dy,) = flight.give_back(chunk.collect.unload_grad(received))
             assert dy is not None
             dx, dp, _, _ = mlp_backward(dy, kept.pop(0), weight_grads.taken_from(chunk.mlp))

@@ -37,6 +37,7 @@ import torch
 from fluid_npu.comm.stats import CommStats
 from fluid_npu.comm.transports import CollectiveTransport, Transport
 from fluid_npu.device.base import TimingEvent
+from fluid_npu.device.kernels.beside import beside_exchange
 from fluid_npu.device.recorder import Recorder
 from fluid_npu.schedule.tally import Tally
 from fluid_npu.schedule.task import DWTask
@@ -206,7 +207,7 @@ class BackwardScheduler:
         kept: deque[DWTask] = deque()
         while self._queue:
             if self._queue[0].fits(comm_type):
-                self._run(self._take(), f"backward of {name}")
+                self._run(self._take(), f"backward of {name}", beside=True)
             else:
                 kept.append(self._queue.popleft())
         self._queue = kept
@@ -225,14 +226,15 @@ class BackwardScheduler:
             self._outer = graph
             torch.autograd.Variable._execution_engine.queue_callback(self._end_of_outer)
         for _ in range(-(-len(self._queue) // gaps)):
-            self._run(self._take(), f"recompute of {name}")
+            self._run(self._take(), f"recompute of {name}", beside=True)
 
-    def _run(self, task: DWTask, region: str) -> None:
+    def _run(self, task: DWTask, region: str, beside: bool = False) -> None:
         self.recorder.add("dw", task.name, region=region)
         start, end = task.device.event(), task.device.event()
         start.record()
         try:
-            task.run()
+            with beside_exchange(beside):
+                task.run()
         except BaseException:
             # A failed backward must not leave work behind for the next one.
             self._queue.clear()

@@ -19,7 +19,7 @@ DTYPES = ("fp32", "bf16", "fp16")
 OVERLAPS = ("off", "dw", "full", "auto")
 IMPLS = ("fluid", "stock")
 DISPATCHES = ("plain", "once-per-rank", "once-per-node", "static", "auto")
-A2A_TRANSPORTS = ("auto", "collective", "peer-copy", "few-ctas", "aicpu", "pairwise", "two-level")
+A2A_TRANSPORTS = ("auto", "collective", "high-priority", "peer-copy", "few-ctas", "aicpu", "pairwise", "two-level")
 PAYLOAD_DTYPES = ("same", "fp8")
 
 #: Fields that may differ between a checkpoint and the run that resumes it; all others must be equal.

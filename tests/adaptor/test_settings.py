@@ -58,7 +58,7 @@ def test_a_refused_call_and_a_refused_rollback_change_no_setting() -> None:
         ("cuda_graph", "always", "allowed are True, False and 'auto'"),
         ("attention_chunks", True, "a number of at least 1"),
         ("attention_chunks", "two", "a number of at least 1, or 'auto'"),
-        ("a2a_transport", "pigeons", "allowed are auto, collective, peer-copy"),
+        ("a2a_transport", "pigeons", "allowed are auto, collective, high-priority, peer-copy"),
         ("payload_dtype", "fp4", "allowed are same, fp8"),
         ("a2a_node_size", 4, "ranks of a node for a2a_transport 'two-level' or 'auto'"),
     ):

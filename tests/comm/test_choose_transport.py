@@ -36,7 +36,7 @@ def _ask(wanted: str, **more: Any) -> tuple[str, str, str]:
 def _everything(folder: str) -> dict[str, tuple[str, str, str]]:
     """All cases of one job, so that processes start once."""
     rank = dist.get_rank()
-    found = {name: _ask(name) for name in ("collective", "pairwise", "peer-copy", "few-ctas")}
+    found = {name: _ask(name) for name in ("collective", "pairwise", "peer-copy", "few-ctas", "high-priority")}
     found["unknown"] = _ask("carrier-pigeon")
     if rank == 1:
         shared_files._FOLDER, kept = "/nonexistent", shared_files._FOLDER
@@ -103,8 +103,12 @@ def test_a_transport_that_is_asked_for_is_taken_or_refused_by_name(
         "--a2a-transport few-ctas: CTAs are NCCL's, and this device is cpu; use --a2a-transport collective or auto"
     )
     assert mine["few-ctas"][:2] == ("TransportUnavailable", refused)
+    assert "streams of high priority are NCCL's here, and this device is cpu" in mine["high-priority"][1]
     assert mine["unknown"][0] == "ValueError"
-    assert "'carrier-pigeon': allowed are auto, collective, peer-copy, few-ctas, aicpu, pairwise" in mine["unknown"][1]
+    assert (
+        "'carrier-pigeon': allowed are auto, collective, high-priority, peer-copy, few-ctas, aicpu, pairwise"
+        in mine["unknown"][1]
+    )
 
 
 def test_what_one_rank_lacks_or_gets_wrong_no_rank_uses(answers: list[dict[str, tuple[str, str, str]]]) -> None:

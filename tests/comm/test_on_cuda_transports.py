@@ -9,7 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fluid_npu.comm.transports import CollectiveTransport, PairwiseTransport, carve_out, few_ctas_transport
+from fluid_npu.comm.transports import (
+    CollectiveTransport,
+    PairwiseTransport,
+    carve_out,
+    few_ctas_transport,
+    high_priority_transport,
+)
 from fluid_npu.comm.transports.choose import close
 from fluid_npu.comm.transports.peer_open import peer_copy_transport
 from fluid_npu.device.choice import Choice
@@ -24,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 
-NAMES = ("collective", "peer-copy", "peer-copy small window", "few-ctas", "pairwise")
+NAMES = ("collective", "peer-copy", "peer-copy small window", "few-ctas", "high-priority", "pairwise")
 
 
 def _group() -> Any:
@@ -38,6 +44,8 @@ def _make(name: str) -> Any:
         return CollectiveTransport()
     if name == "few-ctas":
         return few_ctas_transport(4)
+    if name == "high-priority":
+        return high_priority_transport()
     if name == "pairwise":
         return PairwiseTransport()
     return peer_copy_transport("cuda", ring_bytes=64 << 10, landing_bytes=1 << 20 if "small" in name else 160 << 20)

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from fluid_npu.device import get_device, kernels_of
-from fluid_npu.device.kernels.gemm_forms import fuses_dw_add
+from fluid_npu.device.kernels.agreement import alone
+from fluid_npu.device.kernels.beside import beside_exchange
+from fluid_npu.device.kernels.gemm_beside import HELD
+from fluid_npu.device.kernels.gemm_chooser import GemmChooser
+from fluid_npu.device.kernels.gemm_forms import GemmCall, fuses_dw_add
+from fluid_npu.device.kernels.triton_support import load
 from fluid_npu.ops import reference
 from fluid_npu.ops.grouped_matmul import npu_gmm
 from fluid_npu.ops.permute import PermuteLayout, permute_tokens, permuted_probs, unpermute_tokens
@@ -44,6 +49,30 @@ def test_grouped_matmul_and_its_dw_in_main_grad(counts, dtype, width, form, monk
     assert relative_error(plain.grad.cpu(), w64.grad) <= TOLERANCE[dtype]
     fused = dtype == torch.float32 or form == "triton" or (form == "loop" and fuses_dw_add().value)
     assert relative_error(parameter.main_grad.cpu(), 2 * w64.grad) <= (1e-6 if fused else TOLERANCE[dtype])
+
+
+def test_forms_beside_an_exchange_are_timed_beside_held_multiprocessors():
+    x, w = torch.randn(8 * 512, 1024, device="cuda").bfloat16(), torch.randn(8, 1024, 1024, device="cuda").bfloat16()
+    chooser = GemmChooser(alone)
+    with beside_exchange():
+        call = GemmCall(op="mm", a=x, b=w, counts=[512] * 8)
+    assert f"measured, beside {HELD} held multiprocessors: " in chooser.choose(call).reason
+    product = chooser.compute(call)
+    assert relative_error(product.cpu(), torch.bmm(x.view(8, 512, -1).double(), w.double()).flatten(0, 1).cpu()) <= 6e-3
+
+
+def test_the_stand_in_holds_for_as_long_as_it_is_told():
+    """Planted: 20 ms."""
+    kernels = load("triton_hold")
+    room = kernels.room_for(HELD, torch.device("cuda"))
+    kernels.hold(room, 1.0)
+    torch.cuda.synchronize()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    kernels.hold(room, 20e3)
+    end.record()
+    end.synchronize()
+    assert 19.5 <= begin.elapsed_time(end) <= 30.0
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -14,6 +14,7 @@ from torch import Tensor
 from fluid_npu.device import DeviceUnavailable
 from fluid_npu.device.kernels import gemm_chooser, gemm_timing, triton_support
 from fluid_npu.device.kernels.agreement import StoreAgreement, alone
+from fluid_npu.device.kernels.beside import beside_exchange
 from fluid_npu.device.kernels.cuda_kernels import CudaKernels
 from fluid_npu.device.kernels.gemm_chooser import GemmChooser, class_of
 from fluid_npu.device.kernels.gemm_forms import FORMS, GemmCall, Loop, TritonForm, call_of_pieces
@@ -75,8 +76,8 @@ def timed(monkeypatch: pytest.MonkeyPatch, milliseconds: dict[str, float]) -> li
     """Forms that are right take these times; returns the list of forms that were tried."""
     tried: list[str] = []
 
-    def trials(forms: dict[str, Any], call: GemmCall, late: Callable[[], bool]) -> dict[str, Trial]:
-        real = try_forms(forms, call, late)
+    def trials(forms: dict[str, Any], call: GemmCall, late: Callable[[], bool], *beside: Any) -> dict[str, Trial]:
+        real = try_forms(forms, call, late, *beside)
         tried.extend(real)
         return {name: t if t.ms is None else Trial(milliseconds[name]) for name, t in real.items()}
 
@@ -214,6 +215,38 @@ def test_measuring_leaves_main_grad_and_the_random_numbers_alone() -> None:
 @pytest.mark.parametrize("op", ["mm", "dw", "dw_add"])
 def test_one_wrong_entry_is_found(op: str) -> None:
     assert "off by" in try_form(Wrong(), call_of(op)).failure
+
+
+def test_beside_an_exchange_is_a_class_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"loop": 1.0, "other": 2.0}
+    timed(monkeypatch, times)
+    chooser = GemmChooser(alone, forms(Other()))
+    assert chooser.choose(call_of()).value == "loop"
+    times.update({"loop": 3.0})
+    with beside_exchange():
+        value, reason = chooser.choose(call_of())
+    assert value == "other" and reason.startswith("measured, nothing held: not on a GPU: other 2.000 ms")
+    with beside_exchange(False):
+        assert chooser.choose(call_of()).value == "loop"
+    assert sorted(chooser.decisions()) == [class_of(call_of()), f"{class_of(call_of())}-beside"]
+    with beside_exchange():
+        assert not torch.equal(chooser.compute(call_of()), torch.zeros(12, 16)) and chooser._quick  # type: ignore[arg-type]
+    chooser.compute(call_of())
+    assert sorted(chooser._quick.values()) == ["loop", "other"]
+
+
+def test_an_occupant_holds_while_a_form_runs_and_no_longer() -> None:
+    order: list[str] = []
+
+    class Noted:
+        def start(self) -> None:
+            order.append("start")
+
+        def end(self) -> None:
+            order.append("end")
+
+    gemm_timing.median_ms({"a": lambda: order.append("a")}, torch.zeros(1), occupant=Noted())  # type: ignore[arg-type]
+    assert order[:6] == ["start", "a", "end"] * 2
 
 
 def test_forms_are_timed_in_turns() -> None:
@@ -385,7 +418,7 @@ def test_tensor_descriptors_refuse_weights_whose_last_step_would_read_the_next_g
 
 
 def slow_here(fast: str) -> Callable[..., dict[str, Trial]]:
-    return lambda forms, call, late: {name: Trial(1.0 if name == fast else 9.0) for name in forms}
+    return lambda forms, call, late, beside: {name: Trial(1.0 if name == fast else 9.0) for name in forms}
 
 
 def decide_on_a_rank(classes: list[list[str]]) -> dict[str, str]:

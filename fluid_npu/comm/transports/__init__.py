@@ -4,6 +4,7 @@ from fluid_npu.comm.transports.base import Landing, PendingWork, Table, Transpor
 from fluid_npu.comm.transports.collective import CollectiveTransport
 from fluid_npu.comm.transports.delayed import DelayedTransport
 from fluid_npu.comm.transports.few_ctas import carve_out, few_ctas_transport
+from fluid_npu.comm.transports.high_priority import high_priority_transport
 from fluid_npu.comm.transports.pairwise import PairwiseTransport
 from fluid_npu.comm.transports.peer_copy import PeerCopyTransport
 from fluid_npu.comm.transports.two_level import TwoLevelTransport
@@ -20,4 +21,5 @@ __all__ = [
     "TwoLevelTransport",
     "carve_out",
     "few_ctas_transport",
+    "high_priority_transport",
 ]

@@ -33,6 +33,7 @@ class Transport(Protocol):
     """Moves rows between the ranks of a group. Split sizes are on the host: rows per peer, in rank order.
 
     One with ``needs_table = True`` takes the exchange's table too, as the keyword ``table``, None where it is unknown.
+    One with ``recordable = True`` keeps no count of exchanges on the host, so that recorded ones may be replayed.
     """
 
     name: str

@@ -20,6 +20,7 @@ from fluid_npu.comm.transports.calibration import Calibration, Cost, Table, meas
 from fluid_npu.comm.transports.collective import CollectiveTransport
 from fluid_npu.comm.transports.few_ctas import few_ctas_missing, few_ctas_transport
 from fluid_npu.comm.transports.hccl_aicpu import DEFAULT_MIB, hccl_aicpu_missing, hccl_aicpu_transport
+from fluid_npu.comm.transports.high_priority import high_priority_missing, high_priority_transport
 from fluid_npu.comm.transports.nodes import FLAG, agreed_node_size, nodes_of
 from fluid_npu.comm.transports.pairwise import PairwiseTransport
 from fluid_npu.comm.transports.peer_open import peer_copy_transport
@@ -29,7 +30,7 @@ from fluid_npu.device.base import Device
 from fluid_npu.device.choice import Choice
 
 #: What ``--a2a-transport`` may be.
-TRANSPORTS = ("auto", "collective", "peer-copy", "few-ctas", "aicpu", "pairwise", "two-level")
+TRANSPORTS = ("auto", "collective", "high-priority", "peer-copy", "few-ctas", "aicpu", "pairwise", "two-level")
 #: A candidate must be faster than the collective by this factor: less is noise of a short calibration.
 _CLEARLY = 0.9
 
@@ -82,6 +83,9 @@ def _one_level(device: str, groups: Sequence[Any], needs: _Needs) -> str:
 
 
 _KINDS = {
+    "high-priority": _Kind(
+        make=lambda *_: high_priority_transport(), missing=lambda device, *_: high_priority_missing(device)
+    ),
     "peer-copy": _Kind(
         make=_peer_copy,
         missing=lambda device, *_: "no copies into another NPU's memory from Python" if device == "npu" else "",

@@ -15,6 +15,7 @@ class CollectiveTransport:
     """``all_to_all_single`` with split sizes; the backend follows from the group."""
 
     name = "collective"
+    recordable = True
 
     def start(
         self,

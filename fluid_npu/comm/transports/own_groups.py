@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from fluid_npu.comm.transports.base import PendingWork
 from fluid_npu.device.choice import Choice
+from fluid_npu.device.graphs import release_recordings
 
 
 class OwnGroupsTransport:
@@ -36,6 +37,12 @@ class OwnGroupsTransport:
         self._reason = reason
         self._twins: dict[str, list[Any]] = {}
         self._next: dict[str, int] = {}
+        self._recorded = False
+
+    @property
+    def recordable(self) -> bool:
+        """With one twin a group, the host counts nothing; NCCL's calls can be part of a CUDA graph."""
+        return self._count == 1 and self._backend == "nccl"
 
     def prepare(self, group: Any) -> Choice[bool]:
         """Makes the group's twins; a collective call of all of its ranks."""
@@ -67,10 +74,13 @@ class OwnGroupsTransport:
         turn = self._next[name]
         self._next[name] = (turn + 1) % self._count
         twin = self._twins[name][turn]
+        self._recorded = self._recorded or (source.is_cuda and torch.cuda.is_current_stream_capturing())
         return dist.all_to_all_single(output, source, output_splits, input_splits, group=twin, async_op=True)
 
     def close(self) -> None:
-        """Gives the communicators back."""
+        """Gives the communicators back; before them all recordings, if one holds an exchange."""
+        if self._recorded:
+            release_recordings()
         for twins in self._twins.values():
             for twin in twins:
                 dist.destroy_process_group(twin)

@@ -1,8 +1,9 @@
 """Which form a grouped matmul takes: forced, from a stored profile, measured on first use, or by rule.
 
 A decision belongs to a class of calls: operation, dtype, K, N, groups, rows a group to a power of two, equal sizes or
-not, alignment. The first rank that meets a class decides it for the job (``agreement``). Measuring runs the candidates
-on the call's own operands; a form that raises or whose result is off is left out. R rows, K inner, N outer, L groups.
+not, alignment, alone or beside an AllToAll (``beside``). The first rank that meets a class decides it for the job
+(``agreement``). Measuring runs the candidates on the call's own operands; a form that raises or whose result is off is
+left out. R rows, K inner, N outer, L groups.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from fluid_npu.device.base import DeviceUnavailable
 from fluid_npu.device.choice import Choice
 from fluid_npu.device.kernels.agreement import Agreement, of_this_job
+from fluid_npu.device.kernels.gemm_beside import occupant_of
 from fluid_npu.device.kernels.gemm_forms import FORMS, Form, GemmCall, Joined, equal_groups
 from fluid_npu.device.kernels.gemm_timing import Trial, room_to_measure, try_forms
 from fluid_npu.device.kernels.groups import DeviceRows
@@ -102,8 +104,9 @@ class GemmChooser:
             return Choice(rule.value, f"{rule.reason}; not measured: {no_room}")
         names = [rule.value, *(n for n, form in self._forms.items() if n != rule.value and form.why_not(call) is None)]
         end = time.monotonic() + self._budget_s
-        trials = try_forms({name: self._forms[name] for name in names}, call, lambda: time.monotonic() > end)
-        return _fastest(rule, trials, names)
+        occupant, held = occupant_of(call)
+        trials = try_forms({name: self._forms[name] for name in names}, call, lambda: time.monotonic() > end, occupant)
+        return _fastest(rule, trials, names, held)
 
     def _by_rule(self, call: GemmCall) -> Choice[str]:
         groups = len(call.counts)
@@ -147,7 +150,7 @@ def _key(call: GemmCall) -> tuple[Any, ...]:
     size = (call.rows // groups).bit_length(), work < _SMALL, work >= _LOOP_FLOOR * groups, _evenness(call)
     shape = groups, a.shape[1], b.shape[1:], a.stride(), b.stride(), a.data_ptr() % 16, b.data_ptr() % 16
     target = None if out is None else (out.dtype, out.is_contiguous())
-    return os.environ.get(GROUPED_GEMM), call.op, a.dtype, b.dtype, a.device, size, shape, target
+    return call.beside, os.environ.get(GROUPED_GEMM), call.op, a.dtype, b.dtype, a.device, size, shape, target
 
 
 def class_of(call: GemmCall) -> str:
@@ -159,7 +162,8 @@ def class_of(call: GemmCall) -> str:
     aligned = "aligned" if all(map(_aligned, operands)) else "unaligned"
     pieces = f"-P{1 + len(call.more)}" if call.more else ""
     dtype = str(call.a.dtype).removeprefix("torch.")
-    return f"{call.op}-{dtype}-K{inner}-N{outer}-L{groups}-rows{1 << (rows.bit_length() - 1)}-{even}-{aligned}{pieces}"
+    size = f"K{inner}-N{outer}-L{groups}-rows{1 << (rows.bit_length() - 1)}"
+    return f"{call.op}-{dtype}-{size}-{even}-{aligned}{pieces}{'-beside' if call.beside else ''}"
 
 
 def _evenness(call: GemmCall) -> str:
@@ -168,7 +172,7 @@ def _evenness(call: GemmCall) -> str:
     return "even" if all(equal_groups(piece.counts) for piece in call.pieces) else "uneven"
 
 
-def _fastest(rule: Choice[str], trials: Mapping[str, Trial], names: list[str]) -> Choice[str]:
+def _fastest(rule: Choice[str], trials: Mapping[str, Trial], names: list[str], held: str) -> Choice[str]:
     right = {name: trial.ms for name, trial in trials.items() if trial.ms is not None}
     if not trials:
         return Choice(rule.value, f"{rule.reason}; no time for {', '.join(names)}")
@@ -182,7 +186,7 @@ def _fastest(rule: Choice[str], trials: Mapping[str, Trial], names: list[str]) -
     told += [f"{name} left out: {trial.failure}" for name, trial in trials.items() if trial.ms is None]
     if len(trials) < len(names):
         told.append(f"no time for {', '.join(names[len(trials) :])}")
-    return Choice(best, "measured: " + ", ".join(told))
+    return Choice(best, f"measured{', ' if held else ''}{held}: " + ", ".join(told))
 
 
 def _capturing(call: GemmCall) -> bool:

@@ -10,7 +10,7 @@ Shapes: R rows, K inner, N outer, L groups.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fluid_npu.device.choice import Choice
+from fluid_npu.device.kernels.beside import is_beside
 from fluid_npu.device.kernels.groups import DeviceRows, GroupRows, Groups, ends_of, rows_in
 from fluid_npu.device.kernels.known_rows import known, whole
 from fluid_npu.device.kernels.pieces import DWPart, PieceRows
@@ -52,6 +53,8 @@ class GemmCall:
     out: Tensor | None = None
     more: tuple[DWPart, ...] = ()
     join: Callable[[], Iterable[DWPart]] | None = None
+    beside: bool = field(default_factory=is_beside)
+    """Whether it runs beside an AllToAll."""
 
     @property
     def weight_shape(self) -> tuple[int, int, int]:

@@ -7,13 +7,15 @@ never to the main_grad of the call. Forms are timed in turns: a GPU at its power
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from fluid_npu.device.kernels.gemm_beside import Occupant
 from fluid_npu.device.kernels.gemm_forms import FORMS, Form, GemmCall
 from fluid_npu.device.kernels.groups import DeviceRows
 from fluid_npu.device.kernels.known_rows import known
@@ -32,10 +34,12 @@ class Trial:
     failure: str = ""
 
 
-def try_forms(forms: Mapping[str, Form], call: GemmCall, late: Callable[[], bool]) -> dict[str, Trial]:
+def try_forms(
+    forms: Mapping[str, Form], call: GemmCall, late: Callable[[], bool], occupant: Occupant | None = None
+) -> dict[str, Trial]:
     """Checks each form against one product a group, then times those that are right, one after another in turns.
 
-    No further form is begun once ``late()``; those are missing from the result.
+    No further form is begun once ``late()``; those are missing from the result. Each is timed beside ``occupant``.
     """
     work = replace(call, out=torch.zeros_like(call.out)) if call.out is not None else call
     trials: dict[str, Trial] = {}
@@ -44,7 +48,7 @@ def try_forms(forms: Mapping[str, Form], call: GemmCall, late: Callable[[], bool
             break
         trials[name] = Trial(None, _failure(form, work))
     right = {name: partial(forms[name].run, work) for name, trial in trials.items() if not trial.failure}
-    return {**trials, **{name: Trial(ms) for name, ms in median_ms(right, call.a).items()}}
+    return {**trials, **{name: Trial(ms) for name, ms in median_ms(right, call.a, occupant=occupant).items()}}
 
 
 def _failure(form: Form, call: GemmCall) -> str:
@@ -99,36 +103,50 @@ def _worst(got: Tensor, wanted: Tensor) -> float:
     return worst / size
 
 
-def median_ms(runs: Mapping[str, Callable[[], object]], where: Tensor, ahead: bool = False) -> dict[str, float]:
+def median_ms(
+    runs: Mapping[str, Callable[[], object]], where: Tensor, ahead: bool = False, occupant: Occupant | None = None
+) -> dict[str, float]:
     """Median milliseconds of each run; by events on the device of ``where``.
 
     All run in turns, each turn beginning with another one, and the host does not wait inside a turn: so a GPU is as
     warm for one as for another, and as in a step. The first turns do not count. With ``ahead`` the host gets a start
-    before each run, so that its time to launch does not count.
+    before each run, so that its time to launch does not count; so it does beside an ``occupant``.
     """
     names, times = list(runs), {name: list[float]() for name in runs}
     for turn in range(_UNTIMED + _TIMED):
         first = turn % max(len(names), 1)
-        marks = {name: _timed(runs[name], where, ahead) for name in names[first:] + names[:first]}
+        marks = {name: _timed(runs[name], where, ahead, occupant) for name in names[first:] + names[:first]}
         for name, elapsed in marks.items():
             if turn >= _UNTIMED:
                 times[name].append(elapsed())
     return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
 
 
-def _timed(run: Callable[[], object], where: Tensor, ahead: bool) -> Callable[[], float]:
+@contextmanager
+def _held(occupant: Occupant | None) -> Iterator[None]:
+    if occupant is None:
+        yield
+        return
+    occupant.start()
+    yield
+    occupant.end()
+
+
+def _timed(run: Callable[[], object], where: Tensor, ahead: bool, occupant: Occupant | None) -> Callable[[], float]:
     """Runs it; what is returned gives the milliseconds, once they are known."""
     if not where.is_cuda:
-        start = time.perf_counter()
-        run()
-        ms = (time.perf_counter() - start) * 1e3
+        with _held(occupant):
+            start = time.perf_counter()
+            run()
+            ms = (time.perf_counter() - start) * 1e3
         return lambda: ms
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     if ahead:
         torch.cuda._sleep(_AHEAD_CYCLES)
-    begin.record()
-    run()
-    end.record()
+    with _held(occupant):
+        begin.record()
+        run()
+        end.record()
 
     def elapsed() -> float:
         end.synchronize()
