@@ -37,6 +37,7 @@ def mine(x: Tensor) -> Tensor:
         (partial(F.gelu, approximate="other"), None),
         (partial(F.gelu, approximate=["tanh"]), None),
         (partial(F.gelu, torch.ones(1)), None),
+        (partial(F.gelu, approximate="tanh", out=None), None),
         (partial(F.relu, inplace=True), None),
         (torch.relu_, None),
         (F.elu, None),

@@ -65,7 +65,7 @@ def activations_leave_rows_alone_that_are_not_in_use(device: str) -> None:
 
     def sevens(*args: Any, **kwargs: Any) -> Tensor:
         """Of ``torch.empty`` and of ``Tensor.new_empty``."""
-        method = isinstance(args[0], Tensor)
+        method = bool(args) and isinstance(args[0], Tensor)
         return (plain[0] if method else plain[1])(*args, **kwargs).fill_(7)
 
     plain = torch.Tensor.new_empty, torch.empty
