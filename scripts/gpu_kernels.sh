@@ -21,7 +21,7 @@ nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee -a "$reco
 for ((share = 0; share < compilers; share++)); do
     timeout "$test_limit" python3 -m fluid_npu.bench.kernels "$out" --warm "$share/$compilers" >"$out/warm-$share.txt" 2>&1 &
 done
-words=(grouped_mm dw_ "row_blocks or permute" "swiglu or rms_norm or nothing or experts")
+words=(grouped_mm dw_ "row_blocks or permute" "activation or rms_norm or nothing or experts")
 tests=()
 for index in "${!words[@]}"; do
     timeout "$test_limit" python3 -m pytest -q -p no:cacheprovider tests/device/test_triton_kernels.py -m cuda \

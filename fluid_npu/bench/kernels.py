@@ -1,9 +1,10 @@
 """The GPU kernels beside their alternatives: ``python -m fluid_npu.bench.kernels OUT_DIR`` on one CUDA GPU.
 
-Grouped matmuls of one rank's experts in every form (TFLOP/s), permute, SwiGLU and RMSNorm in Triton and in plain torch
-(GB/s of the bytes that must move), and the experts' whole forward and backward. Every form is compared with a loop of
-cuBLAS calls before it is timed. What fails is reported and the rest goes on; nothing new starts after ``--budget``
-seconds. ``--warm i/n`` only compiles, on small operands: n such processes fill Triton's cache n times as fast.
+Grouped matmuls of one rank's experts in every form (TFLOP/s), permute, activations and RMSNorm in Triton and in plain
+torch (GB/s of the bytes that must move), and the experts' whole forward and backward. Every form is compared with a
+loop of cuBLAS calls before it is timed. What fails is reported and the rest goes on; nothing new starts after
+``--budget`` seconds. ``--warm i/n`` only compiles, on small operands: n such processes fill Triton's cache n times as
+fast.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Permute, unpermute, SwiGLU and RMSNorm of one rank in Triton and in plain torch, compared and timed."""
+"""Permute, unpermute, activations and RMSNorm of one rank in Triton and in plain torch, compared and timed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fluid_npu.device.kernels.activations import SWIGLU, ActivationProbs
 from fluid_npu.device.kernels.gemm_timing import median_ms
-from fluid_npu.device.kernels.row_kernels import gather, gathered_sum, worst_error
+from fluid_npu.device.kernels.row_kernels import activated, activated_grad, gather, gathered_sum, worst_error
 from fluid_npu.device.kernels.torch_kernels import TorchKernels
 from fluid_npu.device.kernels.triton_support import load
 from fluid_npu.ops.permute import PermuteLayout
@@ -95,7 +96,7 @@ def _activation_cases(shape: Any, plain: TorchKernels) -> Iterator[tuple[str, in
         2 * 3 * rows * ffn,
         {
             "torch": lambda: [plain.swiglu_probs(h, p)],
-            "triton": lambda: [load("triton_swiglu").swiglu_probs(h, p)],
+            "triton": lambda: [activated(SWIGLU, h, p)],
         },
     )
     yield (
@@ -103,7 +104,24 @@ def _activation_cases(shape: Any, plain: TorchKernels) -> Iterator[tuple[str, in
         2 * 5 * rows * ffn,
         {
             "torch": lambda: plain.swiglu_probs_grad(da, h, p),
-            "triton": lambda: load("triton_swiglu").swiglu_probs_grad(da, h, p),
+            "triton": lambda: activated_grad(SWIGLU, da, h, p),
+        },
+    )
+    gelu, x_RF = ActivationProbs(function=F.gelu), _random(rows, ffn)
+    yield (
+        "gelu",
+        2 * 2 * rows * ffn,
+        {
+            "torch": lambda: [plain.activation_probs(x_RF, p, gelu)],
+            "triton": lambda: [activated(gelu, x_RF, p)],
+        },
+    )
+    yield (
+        "gelu gradient",
+        2 * 3 * rows * ffn,
+        {
+            "torch": lambda: plain.activation_probs_grad(da, x_RF, p, gelu),
+            "triton": lambda: activated_grad(gelu, da, x_RF, p),
         },
     )
     x, gamma = _random(shape.tokens, shape.hidden), torch.ones(shape.hidden, device="cuda", dtype=torch.bfloat16)

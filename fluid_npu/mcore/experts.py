@@ -19,12 +19,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
+from fluid_npu.device.kernels.activations import ActivationProbs
 from fluid_npu.device.kernels.groups import DeviceRows, GroupRows, Groups
 from fluid_npu.mcore.expert_checkpoint import expert_sharded_state_dict, forget_extra_state
 from fluid_npu.mcore.late import LateWeights
+from fluid_npu.mcore.lines.activations import megatron_form
 from fluid_npu.mcore.lines.groups import ProcessGroups, default_groups
 from fluid_npu.ops.expert_mlp import ExpertMLP, WeightGradTarget, expert_mlp
-from fluid_npu.ops.swiglu import ActivationProbs
 from fluid_npu.schedule.deferred import DeferredWeight, DeferredWeights
 from fluid_npu.schedule.scheduler import BackwardScheduler
 
@@ -67,7 +68,7 @@ class FluidGroupedMLP(LateWeights, MegatronModule):
         gated, function = config.gated_linear_unit, config.activation_func
         self._activation: ActivationProbs | None = None
         if not (gated and function is F.silu):
-            self._activation = ActivationProbs(function=function, gated=gated)
+            self._activation = ActivationProbs(function=function, gated=gated, known_as=megatron_form(function))
         self.register_load_state_dict_post_hook(forget_extra_state)
 
     def _parameter(self, shape: tuple[int, int], init: Callable[[Tensor], Any], partition_dim: int) -> Parameter:

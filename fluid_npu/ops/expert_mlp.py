@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fluid_npu.device.kernels.activations import ActivationProbs
 from fluid_npu.device.kernels.beside import beside_exchange, is_beside
 from fluid_npu.device.kernels.groups import Groups
 from fluid_npu.device.kernels.known_rows import kernels_for
 from fluid_npu.ops.grouped_matmul import DeferDW, grouped_weight_grad
-from fluid_npu.ops.swiglu import ActivationProbs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class ExpertMLP:
     counts: Groups
     """[L] rows of each group."""
     activation: ActivationProbs | None
-    """None for SwiGLU times p, which has its own kernels."""
+    """None for SwiGLU times p, which also CPU and NPU have kernels of their own for."""
     recompute: bool = False
     """Computes the activation again in the backward instead of keeping it (Megatron's ``moe_act``)."""
     fc1: WeightGradTarget = WeightGradTarget()
@@ -68,15 +68,17 @@ def expert_mlp(x_RH: Tensor, p_R: Tensor, w1_LHF: Tensor, w2_LFH: Tensor, mlp: E
 
 
 def _activate(mlp: ExpertMLP, h: Tensor, p: Tensor) -> Tensor:
+    kernels = kernels_for(h, mlp.counts)
     if mlp.activation is None:
-        return kernels_for(h, mlp.counts).swiglu_probs(h, p, mlp.counts)
-    return mlp.activation(h, p)
+        return kernels.swiglu_probs(h, p, mlp.counts)
+    return kernels.activation_probs(h, p, mlp.activation, mlp.counts)
 
 
 def _activation_grads(mlp: ExpertMLP, da: Tensor, h: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    kernels = kernels_for(h, mlp.counts)
     if mlp.activation is None:
-        return kernels_for(h, mlp.counts).swiglu_probs_grad(da, h, p, mlp.counts)
-    return mlp.activation.grads(da, h, p)
+        return kernels.swiglu_probs_grad(da, h, p, mlp.counts)
+    return kernels.activation_probs_grad(da, h, p, mlp.activation, mlp.counts)
 
 
 def _weight_grad(

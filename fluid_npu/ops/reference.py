@@ -5,7 +5,7 @@ Nothing here calls the operators or kernels under test. For tests only: slow.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -54,10 +54,25 @@ def unpermute(x_NH: Tensor, rows: Sequence[tuple[int, int]], num_tokens: int) ->
 
 def swiglu_probs(h_R2F: Tensor, p_R: Tensor) -> Tensor:
     """[R, F] in float64."""
-    h, p = h_R2F.double(), p_R.double()
+    return activation_probs(h_R2F, p_R, "silu", True)
+
+
+def activation_probs(h: Tensor, p_R: Tensor, form: str, gated: bool) -> Tensor:
+    """[R, F] in float64: f(h) * p, or f(gate) * value * p with gate and value as halves of h."""
+    h, p = h.double(), p_R.double()
     half = h.shape[1] // 2
-    gate, value = h[:, :half], h[:, half:]
-    return gate / (1 + torch.exp(-gate)) * value * p[:, None]
+    x, value = (h[:, :half], h[:, half:]) if gated else (h, h.new_ones(()))
+    return _ACTIVATIONS[form](x) * value * p[:, None]
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": lambda x: x / (1 + torch.exp(-x)),
+    "gelu": lambda x: x / 2 * (1 + torch.erf(x / 2**0.5)),
+    "gelu tanh": lambda x: x / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
+    "quick gelu": lambda x: x / (1 + torch.exp(-1.702 * x)),
+    "relu": lambda x: x * (x > 0),
+    "squared relu": lambda x: (x * (x > 0)) ** 2,
+}
 
 
 def rms_norm(x: Tensor, gamma: Tensor, eps: float) -> Tensor:

@@ -6,13 +6,13 @@ Shapes: R rows, F ffn. Only the input and the probabilities are kept for the bac
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fluid_npu.device import kernels_of
+from fluid_npu.device.kernels.activations import ActivationProbs
 
 
 def swiglu_probs(h_R2F: Tensor, p_R: Tensor) -> Tensor:
@@ -21,43 +21,22 @@ def swiglu_probs(h_R2F: Tensor, p_R: Tensor) -> Tensor:
     ``p_R`` may be wider than h (fp32 probabilities): the product is formed in its dtype and rounded once.
     Raises ValueError for an odd width or a p that is not [R].
     """
-    if h_R2F.shape[-1] % 2:
-        raise ValueError(f"swiglu_probs: h has width {h_R2F.shape[-1]}; it must be even: gate and value halves")
+    _check_halves("swiglu_probs", h_R2F)
     _check_probs("swiglu_probs", h_R2F, p_R)
     return _SwigluProbs.apply(h_R2F, p_R)
 
 
 def activation_probs(h: Tensor, p_R: Tensor, activation: Callable[[Tensor], Tensor], gated: bool = False) -> Tensor:
-    """(activation(h) * p) in the dtype of h, by autograd; ``gated`` halves h as swiglu_probs does."""
+    """[R, F] in the dtype of h: (activation(h) * p); ``gated`` halves h as swiglu_probs does, and raises as it does."""
+    if gated:
+        _check_halves("activation_probs", h)
     _check_probs("activation_probs", h, p_R)
-    return (_activated(h, activation, gated) * p_R.unsqueeze(-1)).to(h.dtype)
+    return _ActivationProbs.apply(h, p_R, ActivationProbs(function=activation, gated=gated))
 
 
-@dataclass(frozen=True, kw_only=True)
-class ActivationProbs:
-    """``activation_probs`` of a function, and its gradients without the products of its forward."""
-
-    function: Callable[[Tensor], Tensor]
-    gated: bool = False
-
-    def __call__(self, h: Tensor, p_R: Tensor) -> Tensor:
-        return activation_probs(h, p_R, self.function, self.gated)
-
-    def grads(self, da: Tensor, h: Tensor, p_R: Tensor) -> tuple[Tensor, Tensor]:
-        """Of h and p: the bits that autograd gives, without computing a again."""
-        h = h.detach().requires_grad_()
-        with torch.enable_grad():
-            plain = _activated(h, self.function, self.gated)
-        da = da.to(torch.promote_types(plain.dtype, p_R.dtype))
-        (dh,) = torch.autograd.grad(plain, h, (da * p_R.unsqueeze(-1)).to(plain.dtype))
-        return dh, (da * plain.detach()).sum(-1).to(p_R.dtype)
-
-
-def _activated(h: Tensor, activation: Callable[[Tensor], Tensor], gated: bool) -> Tensor:
-    if not gated:
-        return activation(h)
-    h0, h1 = h.chunk(2, dim=-1)
-    return activation(h0) * h1
+def _check_halves(op: str, h: Tensor) -> None:
+    if h.shape[-1] % 2:
+        raise ValueError(f"{op}: h has width {h.shape[-1]}; it must be even: gate and value halves")
 
 
 def _check_probs(op: str, h: Tensor, p_R: Tensor) -> None:
@@ -76,3 +55,17 @@ class _SwigluProbs(torch.autograd.Function):
     def backward(ctx: Any, da_RF: Tensor) -> tuple[Tensor, Tensor]:
         h_R2F, p_R = ctx.saved_tensors
         return kernels_of(h_R2F).swiglu_probs_grad(da_RF, h_R2F, p_R)
+
+
+class _ActivationProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, p_R: Tensor, activation: ActivationProbs) -> Tensor:
+        ctx.activation = activation
+        ctx.save_for_backward(h, p_R)
+        return kernels_of(h).activation_probs(h, p_R, activation)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, da_RF: Tensor) -> tuple[Tensor, Tensor, None]:
+        h, p_R = ctx.saved_tensors
+        return (*kernels_of(h).activation_probs_grad(da_RF, h, p_R, ctx.activation), None)

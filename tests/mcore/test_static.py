@@ -19,6 +19,7 @@ from tests.support.refusals import value_errors
 Ranks = Callable[..., list[Any]]
 FP32 = 1e-5
 
+GELU = {"gated_linear_unit": False, "activation_func": torch.nn.functional.gelu}
 CASES = [
     Case(topk=1, micro_batches=2),
     Case(topk=2, micro_batches=2),
@@ -29,6 +30,7 @@ CASES = [
     Case(topk=2, config={"recompute_granularity": "selective", "recompute_modules": ["moe", "moe_act"]}),
     Case(topk=4, config={"moe_expert_capacity_factor": 0.5, "moe_token_drop_policy": "probs"}),
     Case(topk=2, config={"moe_shared_expert_intermediate_size": 16}, fuse=False),
+    Case(topk=2, config=GELU, micro_batches=2),
 ]
 FOUR = [Case(ep=4, topk=3, micro_batches=2), Case(ep=4, experts=64, topk=8, empty_experts=33)]
 
@@ -88,7 +90,7 @@ def without_gradients() -> list[torch.Tensor]:
     """The output under no_grad and, as evaluation calls it, with activations that are not SwiGLU."""
     outputs = []
     for dispatch in ("static", "once-per-rank"):
-        for config in ({}, {"gated_linear_unit": False, "activation_func": torch.nn.functional.gelu}):
+        for config in ({}, GELU):
             layer = fluid_layer(Case(topk=3, dispatch=dispatch, config=config))
             with torch.no_grad():
                 for number, parameter in enumerate(layer.parameters()):
@@ -125,8 +127,9 @@ def planted(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
     return plain, found
 
 
-def test_what_lies_behind_the_rows_in_use_reaches_no_result(run_ranks: Ranks) -> None:
-    case = Case(topk=3, dispatch="static", micro_batches=2, empty_experts=1)
+@pytest.mark.parametrize("config", [{}, GELU], ids=["swiglu", "gelu"])
+def test_what_lies_behind_the_rows_in_use_reaches_no_result(run_ranks: Ranks, config: dict[str, Any]) -> None:
+    case = Case(topk=3, dispatch="static", micro_batches=2, empty_experts=1, config=config)
     for plain, found in run_ranks(2, planted, case, sizes={"expert_model_parallel_size": 2}):
         for key in ("router", "fc1", "fc2"):
             assert torch.equal(plain[key], found[key]), key

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fluid_npu.device.kernels.activations import ActivationProbs
 from fluid_npu.ops.expert_mlp import ExpertMLP, WeightGradTarget, expert_mlp
 from fluid_npu.ops.reference import relative_error
-from fluid_npu.ops.swiglu import ActivationProbs
 from tests.support.device import here, wide
 
 HIDDEN, FFN = 12, 20

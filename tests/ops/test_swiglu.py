@@ -6,10 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fluid_npu.device import kernels_of
 from fluid_npu.device.kernels import cpu_kernels
+from fluid_npu.device.kernels.activations import FORMS, ActivationProbs
+from fluid_npu.device.kernels.groups import DeviceRows
+from fluid_npu.device.kernels.known_rows import kernels_for
 from fluid_npu.ops import reference
 from fluid_npu.ops.reference import relative_error
-from fluid_npu.ops.swiglu import ActivationProbs, activation_probs, swiglu_probs
+from fluid_npu.ops.swiglu import activation_probs, swiglu_probs
 from tests.support.device import agree, here, wide
 from tests.support.op_count import OpCount
 
@@ -79,17 +83,55 @@ def test_other_activations_gated_or_not():
 def test_gradients_of_other_activations_are_autograd_s_bit_for_bit_without_its_forward(gated: bool, dtype: torch.dtype):
     h, p, da = (x.detach() for x in operands(5, 8, dtype))
     da = da if gated else torch.cat([da, da], 1)
-    one = ActivationProbs(function=F.gelu, gated=gated)
+    one, kernels = ActivationProbs(function=F.gelu, gated=gated), kernels_of(h)
     leaves = [h.clone().requires_grad_(), p.clone().requires_grad_()]
     with OpCount() as by_autograd:
-        want = torch.autograd.grad(one(*leaves), leaves, da)
+        x, value = leaves[0].chunk(2, dim=-1) if gated else (leaves[0], None)
+        plain = F.gelu(x) if value is None else F.gelu(x) * value
+        a = (plain * leaves[1].unsqueeze(-1)).to(dtype)
+        want = torch.autograd.grad(a, leaves, da)
     with OpCount() as count:
-        found = one.grads(da, h, p)
+        found = kernels.activation_probs_grad(da, h, p, one)
+    assert torch.equal(kernels.activation_probs(h, p, one), a)
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, want, strict=True))
     assert count.ops["mul"] < by_autograd.ops["mul"]
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_equals_float64(form: str, gated: bool):
+    for rows, width in ((7, 19), (0, 19)):
+        h, p, da = operands(rows, width, torch.float32)
+        da = da if gated else torch.cat([da, da], 1)
+        a = activation_probs(h, p, FORMS[form], gated)
+        a.backward(da)
+        h64, p64 = wide(h).requires_grad_(), wide(p).requires_grad_()
+        a64 = reference.activation_probs(h64, p64, form, gated)
+        a64.backward(wide(da))
+        for got, wanted in ((a.detach(), a64.detach()), (h.grad, h64.grad), (p.grad, p64.grad)):
+            assert relative_error(got, wanted) <= 1e-6
+
+
+def test_rows_that_are_not_in_use_are_not_computed():
+    """What the device alone knows has the bits of the rows in use by themselves; the function meets no others."""
+    h, p, da = (x.detach() for x in operands(9, 18, torch.float32))
+    da = torch.cat([da, da], 1)
+    met: list[int] = []
+    one = ActivationProbs(function=lambda x: met.append(x.shape[0]) or F.gelu(x))
+    counts = DeviceRows(2, 9, 9)
+    counts.settle(here(torch.tensor([2, 5])))
+    kernels = kernels_for(h, counts)
+    a, grads = kernels.activation_probs(h, p, one, counts), kernels.activation_probs_grad(da, h, p, one, counts)
+    assert met == [5, 5]
+    known = kernels_of(h)
+    wanted = known.activation_probs(h[:5], p[:5], one), *known.activation_probs_grad(da[:5], h[:5], p[:5], one)
+    for got, same in zip((a, *grads), wanted, strict=True):
+        assert got.shape[0] == 9 and torch.equal(got[:5], same)
+
+
 def test_misfits_are_refused_by_name():
+    with pytest.raises(ValueError, match="activation_probs: h has width 7"):
+        activation_probs(torch.zeros(3, 7), torch.zeros(3), F.gelu, gated=True)
     with pytest.raises(ValueError, match="h has width 7"):
         swiglu_probs(torch.zeros(3, 7), torch.zeros(3))
     with pytest.raises(ValueError, match=r"p has shape \(3, 1\)"):

@@ -95,14 +95,15 @@ def fluid_layer(case: Case) -> Any:
 
 
 def all_weights(case: Case) -> dict[str, torch.Tensor]:
-    """Router, FC1 ``[E, H, 2F]`` and FC2 ``[E, F, H]`` of the whole layer, the same on every rank."""
+    """Router, FC1 ``[E, H, 2F]`` or ``[E, H, F]``, FC2 ``[E, F, H]`` of the whole layer, the same on every rank."""
     generator = torch.Generator().manual_seed(case.seed)
     router = torch.randn(case.experts, HIDDEN, generator=generator) * 0.3
     if case.empty_experts:
         router[-case.empty_experts :] = 0.0
+    up = 2 * FFN if case.config.get("gated_linear_unit", True) else FFN
     return {
         "router": router,
-        "fc1": torch.randn(case.experts, HIDDEN, 2 * FFN, generator=generator) * 0.2,
+        "fc1": torch.randn(case.experts, HIDDEN, up, generator=generator) * 0.2,
         "fc2": torch.randn(case.experts, FFN, HIDDEN, generator=generator) * 0.2,
     }
 
@@ -261,8 +262,13 @@ def _dense_layer(x: torch.Tensor, w: dict[str, torch.Tensor], routing: torch.Ten
         probs = torch.softmax(logits.masked_fill(~routing, float("-inf")), dim=-1)
     out = torch.zeros_like(x)
     for expert in range(case.experts):
-        gate, value = (x @ w["fc1"][expert]).chunk(2, dim=-1)
-        out = out + probs[:, expert : expert + 1] * ((torch.nn.functional.silu(gate) * value) @ w["fc2"][expert])
+        up = x @ w["fc1"][expert]
+        if case.config.get("gated_linear_unit", True):
+            gate, value = up.chunk(2, dim=-1)
+            a = torch.nn.functional.silu(gate) * value
+        else:
+            a = case.config["activation_func"](up)
+        out = out + probs[:, expert : expert + 1] * (a @ w["fc2"][expert])
     return out
 
 

@@ -20,12 +20,13 @@ from torch import Tensor
 from fluid_npu.ops import reference
 from fluid_npu.ops.permute import PermuteLayout
 from fluid_npu.ops.reference import relative_error
+from tests.support.triton_activation_cases import ACTIVATION_CASES
 from tests.support.triton_exchange_cases import EXCHANGE_CASES
 from tests.support.triton_static_cases import STATIC_CASES, static_round
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 COUNTS = [17, 0, 5, 20]
-CASES: dict[str, Callable[[str], None]] = {**STATIC_CASES, **EXCHANGE_CASES}
+CASES: dict[str, Callable[[str], None]] = {**STATIC_CASES, **EXCHANGE_CASES, **ACTIVATION_CASES}
 
 
 def case(function: Callable[[str], None]) -> Callable[[str], None]:
@@ -476,24 +477,6 @@ def routing_and_payloads_through_the_seam(device: str) -> None:
 
 
 @case
-def swiglu_and_its_gradients(device: str) -> None:
-    from fluid_npu.device.kernels.triton_swiglu import swiglu_probs, swiglu_probs_grad
-
-    for dtype in TOLERANCE:
-        for p_dtype in {dtype, torch.float32}:
-            h, da = random(7, 2 * 36 + 8, dtype=dtype)[:, :72], random(7, 36, dtype=dtype, seed=1)
-            p = random(7, seed=2).abs().to(p_dtype)
-            h64, p64 = h.double().requires_grad_(), p.double().requires_grad_()
-            a64 = reference.swiglu_probs(h64, p64)
-            a64.backward(da.double())
-            close(swiglu_probs(h.to(device), p.to(device)), a64.detach(), dtype)
-            dh, dp = swiglu_probs_grad(da.to(device), h.to(device), p.to(device))
-            assert (dh.dtype, dp.dtype) == (dtype, p_dtype)
-            close(dh, h64.grad, dtype)
-            close(dp, p64.grad, p_dtype)
-
-
-@case
 def rms_norm_and_its_gradients(device: str) -> None:
     from fluid_npu.device.kernels.triton_rms_norm import rms_norm, rms_norm_grad
 
@@ -512,7 +495,7 @@ def rms_norm_and_its_gradients(device: str) -> None:
 
 @case
 def nothing_to_do(device: str) -> None:
-    from fluid_npu.device.kernels import triton_grouped_gemm, triton_payload, triton_permute, triton_swiglu
+    from fluid_npu.device.kernels import triton_activations, triton_grouped_gemm, triton_payload, triton_permute
 
     empty, ends = torch.empty(0, 32, device=device), torch.zeros(3, dtype=torch.int64, device=device)
     assert triton_grouped_gemm.grouped_mm(empty, torch.ones(3, 32, 8, device=device), ends, tiles()).shape == (0, 8)
@@ -529,7 +512,10 @@ def nothing_to_do(device: str) -> None:
     assert dx.shape == (3, 32) and not dx.any() and dp.shape == (3, 3) and not dp.any()
     assert triton_permute.gather_rows(empty, ends[:0]).shape == (0, 32)
     assert not triton_permute.sum_rows(empty, ends[:0], ends, None).any()
-    assert [t.shape[0] for t in triton_swiglu.swiglu_probs_grad(empty[:, :16], empty, empty[:, 0])] == [0, 0]
+    for gated, width in ((True, 16), (False, 32)):
+        assert triton_activations.activation_probs(empty, empty[:, 0], "gelu", gated).shape == (0, width)
+        grads = triton_activations.activation_probs_grad(empty[:, :width], empty, empty[:, 0], "gelu", gated)
+        assert [t.shape for t in grads] == [(0, 32), (0,)]
 
 
 @case

@@ -8,7 +8,8 @@ are no powers of two, more shared memory than an SM has). Triton carries ptxas, 
 
 A launch is noted as kernel, types of arguments, what Triton specialises on (1, multiples of 16) and constants; half
 precision is compiled as bf16, with ``all`` also as fp16. Without ``all`` each kernel is compiled for one of its
-launches. Grouped matmuls are also compiled with the tiles that are used on a GPU.
+launches, or for one of each form of activation. Grouped matmuls are also compiled with the tiles that are used on a
+GPU.
 """
 
 from __future__ import annotations
@@ -132,10 +133,10 @@ def launch_again(launches: list[dict[str, Any]], half: torch.dtype) -> None:
 
 
 def one_each(launches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One launch of each kernel, in half precision where there is one."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    """One launch of each kernel and FORM of it, in half precision where there is one."""
+    found: dict[tuple[str, str, Any], dict[str, Any]] = {}
     for launch in sorted(launches, key=lambda launch: "torch.float16" not in json.dumps(launch["arguments"])):
-        found.setdefault((launch["module"], launch["kernel"]), launch)
+        found.setdefault((launch["module"], launch["kernel"], launch["constants"].get("FORM")), launch)
     return list(found.values())
 
 

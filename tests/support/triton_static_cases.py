@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -72,30 +73,36 @@ def static_round(routed: Tensor, x: Tensor, p: Tensor, topk: int, groups: int) -
 def experts_over_rows_that_only_the_device_knows(device: str) -> None:
     """CudaKernels, forward and backward, in buffers whose end is NaN: the results of the rows in use, by their bits."""
     import fluid_npu.device as seam
+    from fluid_npu.device.kernels.activations import ActivationProbs
     from fluid_npu.device.kernels.cuda_kernels import CudaKernels
     from fluid_npu.device.kernels.groups import DeviceRows, GroupRows
     from fluid_npu.ops.expert_mlp import ExpertMLP, mlp_backward, mlp_forward
     from tests.support.triton_cases import COUNTS, ends_of, random
 
-    kept = seam._kernels.get(device)
+    kept, gelu = seam._kernels.get(device), ActivationProbs(function=F.gelu)
     seam._kernels[device] = CudaKernels()
     try:
-        for counts in (COUNTS, [0, 0, 0, 0]):
+        tries = [(counts, activation) for counts in (COUNTS, [0, 0, 0, 0]) for activation in (None, gelu)]
+        # What has no launch of its own computes rows that are not in use too, and waits for nobody.
+        tries += [(COUNTS, ActivationProbs(function=f, gated=f is F.relu)) for f in (torch.tanh, F.relu)]
+        for counts, activation in tries:
             used, room = sum(counts), 60
             rows = DeviceRows(4, room, 42)
             rows.settle(ends_of(counts, device).int())
             x, dy = (random(room, 32, dtype=torch.float16, seed=s).to(device) for s in (0, 1))
             p = random(room, seed=2).to(device)
-            w1, w2 = (random(4, *shape, dtype=torch.float16, seed=3).to(device) for shape in ((32, 48), (24, 32)))
+            up = 48 if activation is None or activation.gated else 24
+            w1, w2 = (random(4, *shape, dtype=torch.float16, seed=3).to(device) for shape in ((32, up), (24, 32)))
             x[used:], dy[used:], p[used:] = float("nan"), float("inf"), float("nan")
             results = []
             for given, end in ((rows, room), (GroupRows(counts), used)):
-                mlp = ExpertMLP(counts=given, activation=None)
+                mlp = ExpertMLP(counts=given, activation=activation)
                 if not end:
                     continue
                 y, saved = mlp_forward(x[:end], p[:end], w1, w2, mlp)
                 dx, dp, dw1, dw2 = mlp_backward(dy[:end], saved, mlp, (True, True))
                 results.append([*(t[:used] for t in (y, dx, dp)), dw1, dw2])
+            assert rows._host is None, "the host asked for the counts"
             assert all(t.isfinite().all() for t in results[0])
             assert used == 0 or all(map(torch.equal, *results))
     finally:

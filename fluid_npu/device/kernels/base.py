@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fluid_npu.device.choice import Choice
 from fluid_npu.device.kernels import e4m3_rows
+from fluid_npu.device.kernels.activations import ActivationProbs
 from fluid_npu.device.kernels.attention_blocks import AttentionBlocks
 from fluid_npu.device.kernels.fused import AttentionKernels, DifferentiableAttention, RotaryKernels
 from fluid_npu.device.kernels.groups import Groups
@@ -204,6 +205,18 @@ class Kernels(ABC):
         self, da_RF: Tensor, h_R2F: Tensor, p_R: Tensor, counts_L: Groups | None = None
     ) -> tuple[Tensor, Tensor]:
         """Gradients (dh in the dtype of h, dp in the dtype of p)."""
+
+    @abstractmethod
+    def activation_probs(
+        self, h: Tensor, p_R: Tensor, activation: ActivationProbs, counts_L: Groups | None = None
+    ) -> Tensor:
+        """As ``swiglu_probs``, of any activation: [R, F] from h [R, F], or [R, 2F] where gated."""
+
+    @abstractmethod
+    def activation_probs_grad(
+        self, da_RF: Tensor, h: Tensor, p_R: Tensor, activation: ActivationProbs, counts_L: Groups | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As ``swiglu_probs_grad``."""
 
     @abstractmethod
     def rms_norm(self, x: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from fluid_npu.device.kernels.activations import SWIGLU, ActivationProbs
 from fluid_npu.device.kernels.base import OnceKernels, RowLayout, StaticKernels
 from fluid_npu.device.kernels.gemm_chooser import GemmChooser
 from fluid_npu.device.kernels.gemm_forms import GemmCall, add_product_, call_of_pieces, fuses_wide_mm
@@ -15,7 +16,14 @@ from fluid_npu.device.kernels.groups import DeviceRows, Groups
 from fluid_npu.device.kernels.known_rows import ExpertKernels, KnownRows
 from fluid_npu.device.kernels.pieces import DWPart, PieceRows
 from fluid_npu.device.kernels.routed import ChunkOrder, RoutedRows, Slots
-from fluid_npu.device.kernels.row_kernels import RowKernels, gather, gathered_sum, summed_payload
+from fluid_npu.device.kernels.row_kernels import (
+    RowKernels,
+    activated,
+    activated_grad,
+    gather,
+    gathered_sum,
+    summed_payload,
+)
 from fluid_npu.device.kernels.torch_attention import MEGATRON, TORCH, torch_attention
 from fluid_npu.device.kernels.torch_attention_blocks import torch_attention_blocks
 from fluid_npu.device.kernels.torch_kernels import TorchKernels
@@ -172,19 +180,31 @@ class CudaKernels(TorchKernels):
         return x_RH
 
     def swiglu_probs(self, h_R2F: Tensor, p_R: Tensor, counts_L: Groups | None = None) -> Tensor:
-        if not self._rows.takes("swiglu", h_R2F):
+        if not self._rows.activates(SWIGLU, h_R2F):
             return self._plain(counts_L).swiglu_probs(h_R2F, p_R, counts_L)
-        a_RF: Tensor = load("triton_swiglu").swiglu_probs(h_R2F, p_R, _bound(counts_L, h_R2F))
-        return a_RF
+        return activated(SWIGLU, h_R2F, p_R, _bound(counts_L, h_R2F))
 
     def swiglu_probs_grad(
         self, da_RF: Tensor, h_R2F: Tensor, p_R: Tensor, counts_L: Groups | None = None
     ) -> tuple[Tensor, Tensor]:
-        if not self._rows.takes("swiglu gradient", h_R2F, da_RF):
+        if not self._rows.activates(SWIGLU, h_R2F, da_RF):
             return self._plain(counts_L).swiglu_probs_grad(da_RF, h_R2F, p_R, counts_L)
-        bound = _bound(counts_L, h_R2F)
-        grads: tuple[Tensor, Tensor] = load("triton_swiglu").swiglu_probs_grad(da_RF, h_R2F, p_R, bound)
-        return grads
+        return activated_grad(SWIGLU, da_RF, h_R2F, p_R, _bound(counts_L, h_R2F))
+
+    def activation_probs(
+        self, h: Tensor, p_R: Tensor, activation: ActivationProbs, counts_L: Groups | None = None
+    ) -> Tensor:
+        if not self._rows.activates(activation, h):
+            # With ``DeviceRows`` of all rows that there is room for: each is by itself, and the host waits for nothing.
+            return super().activation_probs(h, p_R, activation)
+        return activated(activation, h, p_R, _bound(counts_L, h))
+
+    def activation_probs_grad(
+        self, da_RF: Tensor, h: Tensor, p_R: Tensor, activation: ActivationProbs, counts_L: Groups | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if not self._rows.activates(activation, h, da_RF):
+            return super().activation_probs_grad(da_RF, h, p_R, activation)
+        return activated_grad(activation, da_RF, h, p_R, _bound(counts_L, h))
 
     def rms_norm(self, x: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         if not self._normalises(x, gamma):

@@ -15,6 +15,7 @@ from fluid_npu.device import kernels_of
 from fluid_npu.device.kernels.groups import DeviceRows, GroupRows, Groups
 
 if TYPE_CHECKING:
+    from fluid_npu.device.kernels.activations import ActivationProbs
     from fluid_npu.device.kernels.base import Kernels
 
 
@@ -27,6 +28,12 @@ class ExpertKernels(Protocol):
     def swiglu_probs(self, h_R2F: Tensor, p_R: Tensor, counts_L: Groups | None = None) -> Tensor: ...
     def swiglu_probs_grad(
         self, da_RF: Tensor, h_R2F: Tensor, p_R: Tensor, counts_L: Groups | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+    def activation_probs(
+        self, h: Tensor, p_R: Tensor, activation: ActivationProbs, counts_L: Groups | None = None
+    ) -> Tensor: ...
+    def activation_probs_grad(
+        self, da_RF: Tensor, h: Tensor, p_R: Tensor, activation: ActivationProbs, counts_L: Groups | None = None
     ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -66,6 +73,19 @@ class KnownRows:
         _, (da, h, p) = known(counts_L, da_RF, h_R2F, p_R)
         dh, dp = self._kernels.swiglu_probs_grad(da, h, p)
         return whole(dh, h_R2F.shape[0]), whole(dp, h_R2F.shape[0])
+
+    def activation_probs(
+        self, h: Tensor, p_R: Tensor, activation: ActivationProbs, counts_L: Groups | None = None
+    ) -> Tensor:
+        _, (used, p) = known(counts_L, h, p_R)
+        return whole(self._kernels.activation_probs(used, p, activation), h.shape[0])
+
+    def activation_probs_grad(
+        self, da_RF: Tensor, h: Tensor, p_R: Tensor, activation: ActivationProbs, counts_L: Groups | None = None
+    ) -> tuple[Tensor, Tensor]:
+        _, (da, used, p) = known(counts_L, da_RF, h, p_R)
+        dh, dp = self._kernels.activation_probs_grad(da, used, p, activation)
+        return whole(dh, h.shape[0]), whole(dp, h.shape[0])
 
 
 def known(counts_L: Groups | None, *buffers: Tensor) -> tuple[GroupRows, list[Tensor]]:

@@ -1,4 +1,4 @@
-"""Permute, payload, routing, SwiGLU and RMSNorm in Triton where they passed a check against plain torch, else torch.
+"""Operators on rows, such as permute, routing and activations, in Triton where they passed a check, else plain torch.
 
 The check runs when a kernel first meets a dtype, on a few rows. T tokens, N rows, H hidden, F ffn, R rows.
 """
@@ -6,6 +6,7 @@ The check runs when a kernel first meets a dtype, on a few rows. T tokens, N row
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fluid_npu.device.base import DeviceUnavailable
 from fluid_npu.device.choice import Choice
+from fluid_npu.device.kernels.activations import FORMS, ActivationProbs
 from fluid_npu.device.kernels.agreement import Agreement, of_this_job
 from fluid_npu.device.kernels.base import Kernels, RowLayout
 from fluid_npu.device.kernels.once_check import pairs_of_once
@@ -55,6 +57,13 @@ class RowKernels:
             and hidden * x.element_size() % wire.itemsize == 0
             and (self.takes("payload", x))
         )
+
+    def activates(self, activation: ActivationProbs, h: Tensor, *more: Tensor) -> bool:
+        """Whether Triton computes this activation times probability, and its gradients."""
+        if activation.form is None:
+            _announce_unknown(activation.title)
+            return False
+        return self.takes(activation.title, h, *more)
 
     def routes(self, map_TE: Tensor) -> bool:
         """Whether Triton finds the rows of this routing map."""
@@ -120,6 +129,28 @@ def summed_payload(payload_NW: Tensor, hidden: int, wire: torch.dtype, layout: R
     return sums
 
 
+def activated(activation: ActivationProbs, h: Tensor, p_R: Tensor, ends_L: Tensor | None = None) -> Tensor:
+    """``Kernels.activation_probs`` of an activation that has a form; ``ends_L`` where the last rows are not in use."""
+    module = load("triton_activations")
+    a_RF: Tensor = module.activation_probs(h, p_R, activation.form, activation.gated, ends_L)
+    return a_RF
+
+
+def activated_grad(
+    activation: ActivationProbs, da_RF: Tensor, h: Tensor, p_R: Tensor, ends_L: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``Kernels.activation_probs_grad``, as ``activated``."""
+    grads: tuple[Tensor, Tensor]
+    grads = load("triton_activations").activation_probs_grad(da_RF, h, p_R, activation.form, activation.gated, ends_L)
+    return grads
+
+
+@cache
+def _announce_unknown(title: str) -> None:
+    reason = f"fused launches are for {', '.join(FORMS)}, known by the function object; this is another"
+    Choice("torch, by autograd", reason).announce(f"{title} times probability")
+
+
 def _answer(choice: Choice[bool]) -> str:
     return f"{'yes' if choice.value else 'no'} {choice.reason}"
 
@@ -156,15 +187,14 @@ def _check_unpermute(plain: Kernels, dtype: torch.dtype, device: torch.device) -
     return worst_error([gathered_sum(x, y) for y in layouts], [plain.unpermute(x, y) for y in layouts])
 
 
-def _check_swiglu(plain: Kernels, dtype: torch.dtype, device: torch.device) -> float:
-    h, p = _random(_ROWS, 2 * _WIDTH, dtype, device), _random(_ROWS, 1, torch.float32, device).view(-1)
-    return worst_error([load("triton_swiglu").swiglu_probs(h, p)], [plain.swiglu_probs(h, p)])
-
-
-def _check_swiglu_grad(plain: Kernels, dtype: torch.dtype, device: torch.device) -> float:
-    h, p = _random(_ROWS, 2 * _WIDTH, dtype, device), _random(_ROWS, 1, torch.float32, device).view(-1)
-    da = _random(_ROWS, _WIDTH, dtype, device)
-    return worst_error(load("triton_swiglu").swiglu_probs_grad(da, h, p), plain.swiglu_probs_grad(da, h, p))
+def _check_activation(activation: ActivationProbs, plain: Kernels, dtype: torch.dtype, device: torch.device) -> float:
+    """Forward and gradients."""
+    with torch.inference_mode(False):  # plain torch's gradients are autograd's, which a first call may have off
+        h, p = _random(_ROWS, _WIDTH, dtype, device), _random(_ROWS, 1, torch.float32, device).view(-1)
+        da = _random(_ROWS, _WIDTH // 2 if activation.gated else _WIDTH, dtype, device)
+        got = [activated(activation, h, p), *activated_grad(activation, da, h, p)]
+        wanted = [plain.activation_probs(h, p, activation), *plain.activation_probs_grad(da, h, p, activation)]
+    return worst_error(got, wanted)
 
 
 def _check_norm(plain: Kernels, dtype: torch.dtype, device: torch.device) -> float:
@@ -229,6 +259,13 @@ def _unequal(got: Sequence[Tensor], wanted: Sequence[Any]) -> float:
     return 0.0 if all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True)) else float("inf")
 
 
+#: Every form by its own function, not by a caller's, which may be one that torch.compile has yet to compile.
+_ACTIVATIONS = [
+    ActivationProbs(function=function, gated=gated, known_as=form)
+    for form, function in FORMS.items()
+    for gated in (False, True)
+]
+
 _CHECKS: dict[str, Callable[[Kernels, torch.dtype, torch.device], float]] = {
     "permute": _check_permute,
     "unpermute": _check_unpermute,
@@ -238,9 +275,8 @@ _CHECKS: dict[str, Callable[[Kernels, torch.dtype, torch.device], float]] = {
     "e4m3": _check_e4m3,
     "routed rows": _check_routed_rows,
     "chunk order": _check_chunk_order,
-    "swiglu": _check_swiglu,
-    "swiglu gradient": _check_swiglu_grad,
     "rms_norm": _check_norm,
+    **{activation.title: partial(_check_activation, activation) for activation in _ACTIVATIONS},
 }
 
 

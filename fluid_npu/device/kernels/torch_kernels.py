@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fluid_npu.device import device_of
+from fluid_npu.device.kernels.activations import ActivationProbs
 from fluid_npu.device.kernels.base import Kernels, RowLayout
 from fluid_npu.device.kernels.groups import Groups, ends_of
 from fluid_npu.device.kernels.payload_tail import payload_width, read_tail, write_tail
@@ -136,6 +137,22 @@ class TorchKernels(Kernels):
     def _swiglu_rows_at_once(self, rows: int, width: int) -> int:
         """A CPU takes blocks that stay in its cache; a GPU all rows."""
         return max(rows, 1)
+
+    def activation_probs(
+        self, h: Tensor, p_R: Tensor, activation: ActivationProbs, counts_L: Groups | None = None
+    ) -> Tensor:
+        return (activation.plain(h) * p_R.unsqueeze(-1)).to(h.dtype)
+
+    def activation_probs_grad(
+        self, da_RF: Tensor, h: Tensor, p_R: Tensor, activation: ActivationProbs, counts_L: Groups | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The bits that autograd gives, without the products of its forward."""
+        h = h.detach().requires_grad_()
+        with torch.enable_grad():
+            plain = activation.plain(h)
+        da = da_RF.to(torch.promote_types(plain.dtype, p_R.dtype))
+        (dh,) = torch.autograd.grad(plain, h, (da * p_R.unsqueeze(-1)).to(plain.dtype))
+        return dh, (da * plain.detach()).sum(-1).to(p_R.dtype)
 
     def rms_norm(self, x: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         wide = _wide(x)

@@ -1,6 +1,6 @@
 """Whether Triton's kernels can be used here, and what the environment forces.
 
-``FLUID_ROW_KERNELS``: permute, SwiGLU and RMSNorm: ``auto`` (default), ``torch`` or ``triton``.
+``FLUID_ROW_KERNELS``: permute, activations, RMSNorm and so on: ``auto`` (default), ``torch`` or ``triton``.
 ``FLUID_GROUPED_GEMM``: grouped matmuls: ``auto`` (default), ``rule`` (no measuring), ``triton``, or the name of a form.
 ``FLUID_GEMM_PROFILE``: a file of decisions, which replaces measuring (``GemmChooser.decisions``).
 """
