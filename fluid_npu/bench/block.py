@@ -30,6 +30,7 @@ from fluid_npu.bench.stats import Times, difference_of_medians, paired_ratio, pe
 from fluid_npu.bench.workloads import Sizes
 from fluid_npu.device.choice import Choice
 from fluid_npu.device.kernels.torch_attention import repeatable_attention
+from fluid_npu.schedule.graphed import WARM_UP as CALLS_BEFORE_RECORDING
 from fluid_npu.schedule.lanes import Lanes
 from fluid_npu.train.config import TrainConfig
 from fluid_npu.train.model import TORCH_DTYPES, shared_experts
@@ -168,8 +169,10 @@ class Bench:
         return found
 
     def _results(self, variant: BlockVariant, twin: bool = False) -> dict[str, torch.Tensor]:
+        """Of layers that are replayed, what a replay gives."""
+        calls = CALLS_BEFORE_RECORDING + 2 if variant.recorded and not twin else 1
         with repeatable_attention(), variant.mode(twin):
-            return variant.results(*self.inputs[0])
+            return [variant.results(*self.inputs[0]) for _ in range(calls)][-1]
 
     def _twin(self, variant: BlockVariant, got: dict[str, torch.Tensor]) -> dict[str, Any]:
         """What differs in its bits from the serialised twin."""
@@ -224,9 +227,12 @@ class Bench:
     # ---- exchanges
 
     def add_exchanges(self, rows: list[dict[str, Any]], twins: list[dict[str, Any]]) -> None:
-        """For each overlapped form: a row for every AllToAll, and one for its step beside its twin's. Collective."""
+        """For each overlapped form but replays: a row for every AllToAll, and one for its step beside its twin's.
+
+        Collective.
+        """
         for variant in self.variants:
-            if variant.scheduler is not None and variant.kind.overlap != "off":
+            if variant.scheduler is not None and variant.kind.overlap != "off" and not variant.recorded:
                 found, step = self._exchanges(variant)
                 rows += found
                 twins.append(step)

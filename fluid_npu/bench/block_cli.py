@@ -11,7 +11,8 @@ from fluid_npu.train.presets import PresetError, get_preset
 
 IMPLS = (
     *("stock-te", "stock-te-a2a"),
-    *("ours-plain", "ours-overlapped", "ours-carry", "ours-attention-chunks", "ours-chunks", "ours-peer"),
+    *("ours-plain", "ours-overlapped", "ours-carry", "ours-attention-chunks", "ours-chunks", "ours-peer", "ours-once"),
+    *("ours-recorded", "ours-recorded-local-first"),
 )
 _ROUNDS, _ROWS = 12, 4096
 PARTIAL = "block.partial.json"

@@ -44,6 +44,15 @@ TE_RING = Kind(name="stock with TE, ring", impl="stock")
 TE_A2A = Kind(name="stock with TE, AllToAll", impl="stock")
 STOCK_TE = {TE_RING: "p2p", TE_A2A: "a2a"}
 _FULL = (("attention_chunks", 2), ("moe_chunks", 2))
+#: MoE layers in CUDA graphs, their AllToAlls ahead of what computes.
+_GRAPHS = (("dispatch", "static"), ("moe_cuda_graph", True), ("a2a_transport", "high-priority"))
+RECORDED = replace(OVERLAPPED, name="ours overlapped, MoE static, recorded", changes=_GRAPHS)
+RECORDED_LOCAL_FIRST = replace(
+    OVERLAPPED,
+    name="ours full, MoE static, local rows first, recorded",
+    overlap="full",
+    changes=(*_GRAPHS, ("moe_chunks", 1), ("local_first", True)),
+)
 KINDS = {
     "stock-te": TE_RING,
     "stock-te-a2a": TE_A2A,
@@ -55,9 +64,14 @@ KINDS = {
     ),
     "ours-chunks": replace(OVERLAPPED, name="ours full, 2 chunks of both", overlap="full", changes=_FULL),
     "ours-peer": replace(OVERLAPPED, name="ours overlapped, peer copies", changes=(("a2a_transport", "peer-copy"),)),
+    "ours-once": replace(
+        OVERLAPPED, name="ours overlapped, tokens once per rank", changes=(("dispatch", "once-per-rank"),)
+    ),
+    "ours-recorded": RECORDED,
+    "ours-recorded-local-first": RECORDED_LOCAL_FIRST,
 }
 #: Forms that need other packages or a device's own ways; where they fail they are left out with the reason.
-EXTRAS = (*STOCK_TE, KINDS["ours-peer"])
+EXTRAS = (*STOCK_TE, KINDS["ours-peer"], RECORDED, RECORDED_LOCAL_FIRST)
 _OF_TE = (
     (re.compile(r"^(.*)self_attention\.linear_qkv\.layer_norm_(weight|bias)$"), r"\1input_layernorm.\2"),
     (
@@ -132,6 +146,11 @@ class BlockVariant:
         with torch.no_grad():
             for name, value in own.items():
                 value.copy_(weights[name])
+
+    @property
+    def recorded(self) -> bool:
+        """Whether MoE layers are replayed: a replay has neither a twin nor clocks."""
+        return self.kind in (RECORDED, RECORDED_LOCAL_FIRST)
 
     def force(self, forced: ForcedRouting) -> None:
         """Its routers follow the workload; of whole sequences, all ranks' tokens in the order of the sequence."""

@@ -15,7 +15,7 @@ from fluid_npu.train.config import TrainConfig, validate
 
 CUT = {"layers": 1, "first_dense_layers": 0, "vocab_size": 128, "seq_length": 32, "micro_batch_size": 2}
 SMALL = {**CUT, "hidden": 32, "ffn": 24, "moe_ffn": 24, "heads": 8, "kv_heads": 4, "experts": 8, "topk": 2}
-OURS = ["ours-plain", "ours-overlapped", "ours-carry", "ours-attention-chunks", "ours-chunks"]
+OURS = ["ours-plain", "ours-overlapped", "ours-carry", "ours-attention-chunks", "ours-chunks", "ours-once"]
 #: Norms of queries and keys, latent attention with shared experts, LayerNorm, experts without gate in two layers.
 CASES: list[tuple[str, dict[str, int], str]] = [
     ("olmoe-1b-7b", {}, "preset"),

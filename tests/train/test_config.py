@@ -123,7 +123,10 @@ REFUSED = [
         ["--attention-chunks", "3", "--cp", "2"],
         r"--attention-chunks 3: must divide the 4 heads of a rank .*; use --attention-chunks 2",
     ),
-    (["--a2a-transport", "pigeon"], r"--a2a-transport 'pigeon': allowed are auto, collective, high-priority, peer-copy"),
+    (
+        ["--a2a-transport", "pigeon"],
+        r"--a2a-transport 'pigeon': allowed are auto, collective, high-priority, peer-copy",
+    ),
     (["--a2a-payload-dtype", "int4"], r"--a2a-payload-dtype 'int4': allowed are same, fp8"),
     (["--a2a-payload-dtype", "fp8", "--impl", "stock"], r"--a2a-payload-dtype fp8: stock Megatron .* has none"),
     (["--a2a-payload-dtype", "fp8", "--device", "npu"], r"--a2a-payload-dtype fp8: torch_npu has no e4m3 numbers"),
