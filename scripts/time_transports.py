@@ -6,6 +6,9 @@ the others is the host's and comes on top.
 
     torchrun --nproc-per-node 2 scripts/time_transports.py --out FILE --budget SECONDS
 
+First blocks of one size, then the rows of a Mixtral layer (4,096 tokens a rank, 8 experts, top-2) under the workloads
+W0 to W7 of ``fluid_npu.bench.workloads``, in the step of each that is the most uneven.
+
 In every round each item runs once, in the same order, after a small all-reduce that brings the ranks together. Times
 are of CUDA events; the median of a rank's rounds, then the largest of the ranks. Hidden is 1 - (both - product) /
 exchange: the median of the differences of a round over the median of the exchange alone.
@@ -24,6 +27,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fluid_npu.bench.workload_names import DESCRIPTIONS as NAMES
+from fluid_npu.bench.workloads import Sizes, counts, period
 from fluid_npu.comm.device_splits import open_device_splits
 from fluid_npu.comm.transports import (
     CollectiveTransport,
@@ -32,7 +37,9 @@ from fluid_npu.comm.transports import (
     few_ctas_transport,
     high_priority_transport,
 )
+from fluid_npu.comm.transports.base import begin
 from fluid_npu.comm.transports.peer_open import peer_copy_transport
+from fluid_npu.device.kernels.triton_grouped_gemm import Tiles, grouped_dw_
 
 MIB = 1 << 20
 WIDTH = 4096  # bf16: 8 KiB a row
@@ -47,8 +54,12 @@ def main() -> None:
     clock = Clock(time.monotonic() + args.budget)
     PRODUCTS.update(products())
     results: list[dict[str, Any]] = []
+    world = dist.get_world_size()
     for mib in (32, 64, 8, 1):
-        results += exchanges(mib, clock)
+        rows = mib * MIB // (2 * WIDTH)
+        results += exchanges(f"{mib} MiB", [[rows] * world] * world, clock, PRODUCTS if mib >= 32 else {})
+    for name in NAMES:
+        results += exchanges(name, table_of(name, world), clock, {LARGE_TRITON: PRODUCTS[LARGE_TRITON]})
     if dist.get_rank() == 0:
         with open(args.out, "w") as file:
             json.dump({"torch": torch.__version__, "results": results}, file, indent=1)
@@ -118,7 +129,13 @@ def products() -> dict[str, Item]:
         with carve_out(16):
             grouped()
 
-    return {"large baddbmm fp32": large, "small grouped_mm": grouped, "small grouped_mm carved": carved}
+    def tiles() -> None:
+        grouped_dw_(into, x_rows, dy_rows, ends_large, Tiles(128, 256, 64, 8, 4, described=True))
+
+    x_rows, dy_rows = x.transpose(1, 2).reshape(-1, 4096), dy.reshape(-1, 14336)
+    ends_large = torch.arange(1, 5, device="cuda", dtype=torch.int32) * 2048
+    small = {"small grouped_mm": grouped, "small grouped_mm carved": carved}
+    return {"large baddbmm fp32": large, LARGE_TRITON: tiles, **small}
 
 
 def _report(line: str, entry: dict[str, Any]) -> dict[str, Any]:
@@ -127,10 +144,10 @@ def _report(line: str, entry: dict[str, Any]) -> dict[str, Any]:
     return entry
 
 
-def _beside(start: Any, clock: Clock, what: str, size: str) -> list[dict[str, Any]]:
+def _beside(start: Any, clock: Clock, what: str, size: str, products: dict[str, Item]) -> list[dict[str, Any]]:
     """One item's share hidden behind each product."""
     found = []
-    for name, product in PRODUCTS.items():
+    for name, product in products.items():
         items: dict[str, Item] = {
             "product": product,
             "both": lambda product=product: around(start, product),  # type: ignore[misc]
@@ -155,6 +172,7 @@ def around(start: Any, product: Item | None) -> None:
 
 
 PRODUCTS: dict[str, Item] = {}
+LARGE_TRITON = "large Triton dW"
 
 
 TRANSPORTS: dict[str, Any] = {}
@@ -172,13 +190,25 @@ def transports() -> dict[str, Any]:
     return TRANSPORTS
 
 
-def by_device_splits(source: torch.Tensor, rows: int, received: dict[str, torch.Tensor]) -> dict[str, Any]:
+def table_of(name: str, world: int) -> list[list[int]]:
+    """[source][target] rows of a workload, in the step in which a rank receives the most."""
+    sizes = Sizes(ranks=world, experts=8, topk=2, tokens=4096)
+    steps = []
+    for step in range(period(name, world)):
+        sent = [counts(name, step, rank, sizes) for rank in range(world)]
+        local = sizes.local
+        steps.append([[sum(row[to * local : (to + 1) * local]) for to in range(world)] for row in sent])
+    return max(steps, key=lambda table: max(map(sum, zip(*table, strict=True))))
+
+
+def by_device_splits(source: torch.Tensor, table: list[list[int]], received: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The same exchange with its sizes on the device, by 4 and by 16 programs; nothing where it is not possible."""
-    world, found = dist.get_world_size(), {}
-    counts = torch.full((world,), rows, device="cuda", dtype=torch.int64)
+    found: dict[str, Any] = {}
+    sent = torch.tensor(table[dist.get_rank()], device="cuda", dtype=torch.int64)
+    most = max(map(sum, zip(*table, strict=True)))
     for programs in (4, 16):
         splits, reason = open_device_splits(
-            dist.group.WORLD, capacity=rows * world, row_shape=(WIDTH,), dtype=source.dtype, programs=programs
+            dist.group.WORLD, capacity=most, row_shape=(WIDTH,), dtype=source.dtype, programs=programs
         )
         if splits is None:
             _report(f"device splits: {reason}", {})
@@ -186,7 +216,7 @@ def by_device_splits(source: torch.Tensor, rows: int, received: dict[str, torch.
         name = f"device splits {programs}"
 
         def start(splits: Any = splits, name: str = name) -> Any:
-            arrival = splits.start(source, counts)
+            arrival = splits.start(source, sent)
             received[name] = arrival.rows
             return lambda: (arrival.wait(), arrival.release())
 
@@ -194,18 +224,20 @@ def by_device_splits(source: torch.Tensor, rows: int, received: dict[str, torch.
     return found
 
 
-def exchanges(mib: int, clock: Clock) -> list[dict[str, Any]]:
-    """``mib`` MiB to each peer: alone, the host's part of it, and beside the products."""
-    group, world, found = dist.group.WORLD, dist.get_world_size(), []
-    rows = mib * MIB // (2 * WIDTH)
-    source = torch.randn(rows * world, WIDTH, device="cuda", dtype=torch.bfloat16)
-    splits, received = [rows] * world, {}
+def exchanges(what: str, table: list[list[int]], clock: Clock, products: dict[str, Item]) -> list[dict[str, Any]]:
+    """Rows of ``table`` to the peers: alone, the host's part of it, and beside the products."""
+    group, rank, found = dist.group.WORLD, dist.get_rank(), []
+    sent, coming = table[rank], [row[rank] for row in table]
+    source = torch.randn(sum(sent), WIDTH, device="cuda", dtype=torch.bfloat16)
+    received: dict[str, torch.Tensor] = {}
+    most = max(sum(row) - row[number] for number, row in enumerate(table)) * 2 * WIDTH
 
     def starting(name: str) -> Any:
-        transport, table, output = TRANSPORTS[name], [splits] * world, torch.empty_like(source)
+        transport, output = TRANSPORTS[name], source.new_empty(sum(coming), WIDTH)
         if name != "peer-copy":
             received[name] = output
-            return lambda: transport.start(output, source, splits, splits, group).wait
+            splits = (coming, sent)
+            return lambda: begin(transport, output, source, splits, group, table).wait
 
         def start() -> Any:
             landing = transport.land(source, table, group)
@@ -215,12 +247,12 @@ def exchanges(mib: int, clock: Clock) -> list[dict[str, Any]]:
         return start
 
     starts = {name: starting(name) for name in transports()}
-    starts.update(by_device_splits(source, rows, received))
+    starts.update(by_device_splits(source, table, received))
     for name, start in starts.items():
         around(start, None)
         torch.cuda.synchronize()
-        if not torch.equal(received[name], received["collective"]):
-            _report(f"WRONG BYTES: {name}, {mib} MiB", {})
+        if not torch.equal(received[name][: sum(coming)], received["collective"]):
+            _report(f"WRONG BYTES: {name}, {what}", {})
     items: dict[str, Item] = {name: (lambda start=start: around(start, None)) for name, start in starts.items()}
     times = clock.rounds(items, count=21)
     for name in starts:
@@ -230,14 +262,13 @@ def exchanges(mib: int, clock: Clock) -> list[dict[str, Any]]:
             around(starts[name], None)
         host = slowest((time.perf_counter() - began) / 10 * 1e6)
         ms = slowest(statistics.median(times[name]))
-        rate = mib * MIB * (world - 1) / ms / 1e6
-        line = f"{name:16} {mib:4} MiB alone {ms:.3f} ms, {rate:6.1f} GB/s to the peers, host {host:5.0f} us a call"
-        found.append(_report(line, {"what": name, "size": f"{mib} MiB", "ms": ms, "host_us": host}))
+        rate = f"{most / ms / 1e6:6.1f} GB/s to the peers"
+        line = f"{name:16} {what:>8} alone {ms:.3f} ms, {rate}, host {host:5.0f} us a call"
+        found.append(_report(line, {"what": name, "size": what, "table": table, "ms": ms, "host_us": host}))
     for name, start in starts.items():
         if clock.over():
             break
-        if mib >= 32 or name in ("collective", "peer-copy") or name.startswith("device splits"):
-            found += _beside(start, clock, name, f"{mib} MiB")
+        found += _beside(start, clock, name, what, products)
     return found
 
 
