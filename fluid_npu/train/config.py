@@ -19,6 +19,8 @@ DTYPES = ("fp32", "bf16", "fp16")
 OVERLAPS = ("off", "dw", "full", "auto")
 IMPLS = ("fluid", "stock")
 DISPATCHES = ("plain", "once-per-rank", "once-per-node", "static", "auto")
+#: Transports whose exchanges a CUDA graph may hold.
+RECORDABLE_TRANSPORTS = ("collective", "high-priority", "few-ctas")
 A2A_TRANSPORTS = ("auto", "collective", "high-priority", "peer-copy", "few-ctas", "aicpu", "pairwise", "two-level")
 PAYLOAD_DTYPES = ("same", "fp8")
 
@@ -321,9 +323,9 @@ def _check_moe_cuda_graph(c: TrainConfig) -> None:
         (c.pp > 1, f"--pp {c.pp}", "has several forwards waiting for their backwards; use --pp 1"),
         (c.tp > 1, f"--tp {c.tp}", "has collectives that have not been recorded yet; use --tp 1"),
         (
-            c.a2a_transport != "collective",
+            c.a2a_transport not in RECORDABLE_TRANSPORTS,
             f"--a2a-transport {c.a2a_transport}",
-            "counts its exchanges on the host; leave it out",
+            f"may count its exchanges on the host; use {', '.join(RECORDABLE_TRANSPORTS)}",
         ),
         (c.plant_delay_ms > 0, "--plant-delay-ms", "delays on the host; leave it out"),
         (c.interleave_batches, "--interleave-batches", "has two halves under way at a time; leave one of them out"),

@@ -86,8 +86,14 @@ def test_the_specs_made_meanwhile_are_bound_by_the_settings_in_force() -> None:
 
 
 def test_allowed_is_what_a_scheduler_takes() -> None:
-    from fluid_npu.adaptor.settings import DISPATCHES, OVERLAPS, PAYLOAD_DTYPES, TRANSPORTS
-    from fluid_npu.comm.transports import choose
+    from fluid_npu.adaptor.settings import DISPATCHES, OVERLAPS, PAYLOAD_DTYPES, RECORDABLE_TRANSPORTS, TRANSPORTS
+    from fluid_npu.comm.transports import (
+        CollectiveTransport,
+        PairwiseTransport,
+        choose,
+        few_ctas_transport,
+        high_priority_transport,
+    )
     from fluid_npu.mcore import dispatch_choice
     from fluid_npu.ops import payload_fp8
     from fluid_npu.schedule.scheduler import OVERLAP_MODES
@@ -96,4 +102,8 @@ def test_allowed_is_what_a_scheduler_takes() -> None:
     assert OVERLAPS == OVERLAP_MODES
     assert DISPATCHES == dispatch_choice.DISPATCHES
     assert TRANSPORTS == choose.TRANSPORTS == config.A2A_TRANSPORTS
+    made = {"collective": CollectiveTransport(), "high-priority": high_priority_transport()}
+    made |= {"few-ctas": few_ctas_transport(), "pairwise": PairwiseTransport()}
+    recordable = tuple(name for name, transport in made.items() if getattr(transport, "recordable", False))
+    assert recordable == RECORDABLE_TRANSPORTS == config.RECORDABLE_TRANSPORTS
     assert PAYLOAD_DTYPES == payload_fp8.PAYLOAD_DTYPES == config.PAYLOAD_DTYPES

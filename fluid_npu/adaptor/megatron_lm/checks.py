@@ -5,6 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Iterator
 
+from fluid_npu.adaptor.settings import RECORDABLE_TRANSPORTS
+
 #: Flags of others that also overlap the AllToAlls, or keep weight gradients back: two such engines exclude each other.
 _OTHER_OVERLAPS = {
     "overlap_moe_expert_parallel_comm": "Megatron's 1F1B overlap",
@@ -117,9 +119,9 @@ def _recorded(args: Namespace) -> Iterator[str]:
         (args.fluid_carry_over, "--fluid-carry-over", "leaves weight gradients for another layer; drop one of the two"),
         (args.fluid_interleave_batches, "--fluid-interleave-batches", "has two halves under way; drop one of the two"),
         (
-            args.fluid_a2a_transport != "collective",
+            args.fluid_a2a_transport not in RECORDABLE_TRANSPORTS,
             f"--fluid-a2a-transport {args.fluid_a2a_transport}",
-            "may count its exchanges on the host; use collective",
+            f"may count its exchanges on the host; use {', '.join(RECORDABLE_TRANSPORTS)}",
         ),
         (stages > 1, f"--pipeline-model-parallel-size {stages}", "has several forwards waiting; use 1, or auto"),
         (getattr(args, "recompute_granularity", None) == "full", "--recompute-granularity full", "keeps random states"),

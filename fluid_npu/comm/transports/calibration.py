@@ -1,4 +1,4 @@
-"""How long an AllToAll of some sizes takes with each transport, alone and beside a matrix product; kept in a file.
+"""How long an AllToAll of some sizes takes with each transport, alone and beside an expert's product; kept in a file.
 
 Times are in milliseconds, of the slowest rank: the median of a few rounds, so that one late peer does not decide. What
 an exchange adds to a product that it runs beside is its *exposed* time.
@@ -19,7 +19,9 @@ import torch.distributed as dist
 
 from fluid_npu.comm.transports.agreement import gathered
 from fluid_npu.comm.transports.base import Transport, begin
+from fluid_npu.device import kernels_of
 from fluid_npu.device.base import Device
+from fluid_npu.device.kernels.beside import beside_exchange
 
 _ROUNDS = 7
 
@@ -100,17 +102,20 @@ class Calibration:
 def topology(groups: Sequence[Any], device: Device, nodes: int) -> str:
     """What a table is good for."""
     worlds = "+".join(str(dist.get_world_size(group)) for group in groups)
-    return f"{device.describe()}; torch {torch.__version__}; groups of {worlds} ranks; {nodes} node(s)"
+    return (
+        f"{device.describe()}; torch {torch.__version__}; groups of {worlds} ranks; {nodes} node(s); expert's product"
+    )
 
 
 def measure(transports: Mapping[str, Transport], group: Any, device: Device, where: torch.device) -> Table:
     """The table of a group, the same on all of its ranks; a collective call."""
     work = _WORK[device.name]
     factor = torch.ones(work.side, work.side, device=where, dtype=work.dtype)
-    product = torch.empty_like(factor)
+    kernels = kernels_of(factor)
 
     def multiply() -> None:
-        torch.mm(factor, factor, out=product)
+        with beside_exchange():  # in the form that a layer's products take there
+            kernels.grouped_mm(factor, factor.unsqueeze(0), [work.side])
 
     mine: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in transports}
     for size in work.sizes:
