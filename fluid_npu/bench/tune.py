@@ -27,6 +27,7 @@ from fluid_npu.bench.rounds import run_rounds
 from fluid_npu.bench.stats import Times, paired_ratio, percentiles, quiet_halves
 from fluid_npu.bench.tune_recorded import recorded_mb
 from fluid_npu.comm.shards import balanced_part
+from fluid_npu.comm.transports.choose import TransportUnavailable
 from fluid_npu.train.attention_plan import attention_obstacle
 from fluid_npu.train.config import TrainConfig
 from fluid_npu.train.halves import halves_are_the_same
@@ -45,12 +46,15 @@ _PLAIN: dict[str, Any] = {
     "interleave_batches": False,
     "attention_chunks": 1,
     "moe_cuda_graph": False,
+    "a2a_transport": "collective",
 }
 _DW: dict[str, Any] = {"overlap": "dw"}
 _BOTH: dict[str, Any] = {"overlap": "dw", "carry_over": True}
 _CHUNKS: dict[str, Any] = {"overlap": "full", "carry_over": True}
 _ONCE: dict[str, Any] = {"dispatch": "once-per-rank"}
 _STATIC: dict[str, Any] = {**_DW, "dispatch": "static"}
+_AHEAD: dict[str, Any] = {"a2a_transport": "high-priority"}
+_OWN_FIRST: dict[str, Any] = {"overlap": "full", "moe_chunks": 1, "local_first": True}
 
 #: Name and settings; the first is the reference.
 CANDIDATES: tuple[tuple[str, dict[str, Any]], ...] = tuple(
@@ -68,6 +72,11 @@ CANDIDATES: tuple[tuple[str, dict[str, Any]], ...] = tuple(
         ("tokens once per rank in 2 chunks of them, dW beside both", {**_CHUNKS, **_ONCE, "moe_chunks": 2}),
         ("tokens to every rank, dW beside the dispatch's backward", _STATIC),
         ("tokens to every rank, recorded, dW beside the dispatch's backward", {**_STATIC, "moe_cuda_graph": True}),
+        (
+            "tokens to every rank, local rows first, recorded, exchanges at high priority",
+            {**_STATIC, **_OWN_FIRST, **_AHEAD, "moe_cuda_graph": True},
+        ),
+        ("dW beside dispatch and combine, exchanges at high priority", {**_BOTH, **_AHEAD}),
         ("tokens once per rank, dW beside both", {**_BOTH, **_ONCE}),
     )
 )
@@ -84,6 +93,7 @@ def measure(config: TrainConfig, options: dict[str, Any], place: Place) -> dict[
     rows: list[dict[str, Any]] = []
     timed: list[Variant] = []
     for name, settings in CANDIDATES:
+        settings = with_transport(settings, config.a2a_transport)
         variant = _possible(name, settings, config, place, stock)
         if isinstance(variant, str):
             rows.append({**_row(name, settings), "refused": variant})
@@ -106,6 +116,11 @@ def measure(config: TrainConfig, options: dict[str, Any], place: Place) -> dict[
     model = {"preset": config.model().name, "cut": dict(config.cut), "compared_with": stock.name}
     result = envelope("tune", config, options, place, machine, rows, **model)
     return {**result, "profile": profile.as_dict()}
+
+
+def with_transport(settings: dict[str, Any], asked: str) -> dict[str, Any]:
+    """The settings by the transport that was asked for, which those that name another one are refused beside."""
+    return settings if settings["a2a_transport"] != "collective" else {**settings, "a2a_transport": asked}
 
 
 def choose(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], str]:
@@ -154,6 +169,8 @@ def _possible(name: str, settings: dict[str, Any], config: TrainConfig, place: P
         return impossible
     try:
         return _variant(name, settings, config, place, stock)
+    except TransportUnavailable as error:
+        return str(error)
     except ValueError as error:
         if not settings["moe_cuda_graph"]:
             raise
@@ -176,6 +193,8 @@ def _impossible(settings: dict[str, Any], config: TrainConfig) -> str | None:
     attention = attention_obstacle(config, settings["attention_chunks"])
     if attention is not None:
         return attention
+    if settings["a2a_transport"] != config.a2a_transport != "collective":
+        return f"--a2a-transport {config.a2a_transport} is asked for"
     if settings["local_first"] and config.ep == 1:
         return "with --ep 1 all rows are local"
     if settings["interleave_batches"]:

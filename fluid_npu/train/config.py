@@ -372,6 +372,7 @@ def _check_profile(c: TrainConfig, path: str) -> None:
         (c.interleave_batches, "--interleave-batches"),
         (c.moe_cuda_graph is not False, "--moe-cuda-graph"),
         (c.attention_chunks != 1, f"--attention-chunks {c.attention_chunks}"),
+        (c.a2a_transport != "collective", f"--a2a-transport {c.a2a_transport}"),
     )
     for given, text in decided:
         if given:

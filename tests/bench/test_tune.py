@@ -19,7 +19,10 @@ from tests.support.training import CUT, store
 
 _PLACE: list[Any] = []  # of this process; joined once
 PLAIN, DISPATCH, BOTH, *_, LAST = (settings for _, settings in CANDIDATES)
-((RECORDED, RECORDED_SETTINGS),) = (one for one in CANDIDATES if one[1]["moe_cuda_graph"])
+((RECORDED, RECORDED_SETTINGS), (FIRST, _)) = (one for one in CANDIDATES if one[1]["moe_cuda_graph"])
+(AHEAD,) = (name for name, one in CANDIDATES if one["a2a_transport"] != "collective" and not one["moe_cuda_graph"])
+NOT_HERE = "--a2a-transport high-priority: streams of high priority are NCCL's here, and this device is cpu; use "
+NOT_HERE += "--a2a-transport collective or auto"
 
 
 def row(number: int, ms: float, low: float, *, judged: bool = True, refused: str | None = None) -> dict[str, Any]:
@@ -68,6 +71,8 @@ def test_every_setting_is_checked_and_a_wrong_one_is_not_timed(run_ranks: Callab
     assert refused == {
         "2 chunks of attention heads, dW beside both": "with --cp 1 no heads are exchanged",
         RECORDED: "only CUDA graphs are supported, and the layer is on cpu; leave cuda_graph out",
+        FIRST: NOT_HERE,
+        AHEAD: NOT_HERE,
     }
     rows = [one for one in right["rows"] if not one["refused"]]
     assert all(one["error"] <= 1e-5 and one["median_ms"] > 0 and one["peak_memory_mb"] > 0 for one in rows)
@@ -159,6 +164,20 @@ def test_a_recording_that_is_wrong_or_cannot_be_had_is_refused(
     for result, _ in run_ranks(2, of_recordings, recorder, capacity_mb):
         assert said in result["rows"][1]["refused"], result["rows"][1]
         assert result["profile"]["settings"] == PLAIN
+
+
+def by_pairwise() -> dict[str, Any]:
+    """What was tuned where a transport is asked for, by name."""
+    from fluid_npu.bench import tune
+
+    tune.CANDIDATES = tuple(one for number, one in enumerate(CANDIDATES) if not number or one[0] == AHEAD)
+    result, _ = tuned(0.0, a2a_transport="pairwise")
+    return {one["setting"]: (one["settings"]["a2a_transport"], one["refused"]) for one in result["rows"]}
+
+
+def test_a_transport_that_is_asked_for_is_everybodys(run_ranks: Callable[..., list[Any]]) -> None:
+    wanted = {"plain": ("pairwise", None), AHEAD: ("high-priority", "--a2a-transport pairwise is asked for")}
+    assert run_ranks(2, by_pairwise) == [wanted, wanted]
 
 
 def test_what_recordings_keep_is_part_of_the_reason() -> None:

@@ -456,3 +456,19 @@ def test_no_room_to_measure_leaves_the_rule(monkeypatch: pytest.MonkeyPatch) -> 
     value, reason = GemmChooser(alone, forms(Other())).choose(call_of())
     assert (value, tried) == ("loop", []) and reason.endswith("not measured: it needs 9 MiB and 3 are free")
     assert gemm_timing.room_to_measure(call_of()) is None
+
+
+def test_a_dense_dw_beside_an_exchange_is_one_group_and_chosen_like_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed(monkeypatch, {"loop": 5.0, "other": 1.0})
+    torch.manual_seed(0)
+    x, dy = torch.randn(12, 8), torch.randn(12, 16)
+    alone_grad, beside_grad = torch.ones(16, 8), torch.ones(16, 8)
+    kernels = CudaKernels(GemmChooser(alone, forms(Other())))
+    kernels.dense_dw_add_(alone_grad, x, dy)
+    assert not kernels.chooser.decisions()
+    with beside_exchange():
+        kernels.dense_dw_add_(beside_grad, x, dy)
+    ((name, decision),) = kernels.chooser.decisions().items()
+    assert name.startswith("dw_add-float32-K16-N8-L1-") and name.endswith("-beside") and decision["form"] == "other"
+    for grad in (alone_grad, beside_grad):
+        assert relative_error(grad, 1 + dy.double().t() @ x.double()) <= 1e-6

@@ -94,6 +94,10 @@ REFUSED = [
     (["--profile", "p.json", "--overlap", "dw"], r"--profile p.json: it decides what --overlap dw asks for; drop one"),
     (["--profile", "p.json", "--carry-over"], r"--profile p.json: it decides what --carry-over asks for"),
     (["--profile", "p.json", "--dispatch", "auto"], r"--profile p.json: it decides what --dispatch auto asks for"),
+    (
+        ["--profile", "p.json", "--a2a-transport", "auto"],
+        r"--profile p.json: it decides what --a2a-transport auto asks",
+    ),
     (["--profile", "p.json", "--impl", "stock"], r"--profile p.json: stock Megatron"),
     (
         ["--dispatch", "once-per-node", "--overlap", "full", "--moe-chunks", "2"],

@@ -24,6 +24,7 @@ SETTINGS = {
     "interleave_batches": True,
     "attention_chunks": 1,
     "moe_cuda_graph": True,
+    "a2a_transport": "pairwise",
 }
 
 
@@ -75,10 +76,10 @@ def test_an_unreadable_profile_stops_every_rank(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[]", "not a profile of schema 4"),
+        ("[]", "not a profile of schema 5"),
         ("{", "no JSON"),
-        ('{"profile": 3}', "not a profile of schema 4"),
-        ('{"profile": 4, "key": {}, "reason": "", "settings": {"overlap": "dw"}}', "misses 'carry_over'"),
+        ('{"profile": 4}', "not a profile of schema 5"),
+        ('{"profile": 5, "key": {}, "reason": "", "settings": {"overlap": "dw"}}', "misses 'carry_over'"),
     ],
 )
 def test_what_is_no_profile_is_refused_before_anything_starts(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fluid_npu.device.kernels.activations import SWIGLU, ActivationProbs
 from fluid_npu.device.kernels.base import OnceKernels, RowLayout, StaticKernels
+from fluid_npu.device.kernels.beside import is_beside
 from fluid_npu.device.kernels.gemm_chooser import GemmChooser
 from fluid_npu.device.kernels.gemm_forms import GemmCall, add_product_, call_of_pieces, fuses_wide_mm
 from fluid_npu.device.kernels.groups import DeviceRows, Groups
@@ -88,6 +89,8 @@ class CudaKernels(TorchKernels):
     def dense_dw_add_(self, main_grad_NK: Tensor, x_RK: Tensor, dy_RN: Tensor) -> None:
         if x_RK.dtype != dy_RN.dtype or x_RK.shape[0] == 0:
             return super().dense_dw_add_(main_grad_NK, x_RK, dy_RN)
+        if is_beside() and main_grad_NK.is_contiguous():
+            return self.grouped_dw_add_(main_grad_NK.unsqueeze(0), dy_RN, x_RK, [x_RK.shape[0]])  # of one group
         return add_product_(main_grad_NK, dy_RN.t(), x_RK)
 
     def wide_mm(self, x_RK: Tensor, w_NK: Tensor, dtype: torch.dtype) -> Tensor:
