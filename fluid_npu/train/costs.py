@@ -18,8 +18,10 @@ from megatron.core import parallel_state
 from fluid_npu.comm.transports import CollectiveTransport, Transport
 from fluid_npu.comm.transports.nodes import nodes_of
 from fluid_npu.device import Choice, kernels_of
+from fluid_npu.device.kernels.beside import beside_exchange
 from fluid_npu.device.kernels.fused import AttentionCall
 from fluid_npu.device.kernels.groups import GroupRows
+from fluid_npu.device.kernels.pieces import DWPart, PieceRows
 from fluid_npu.mcore.dispatch_choice import expected_factor, form_by_rows
 from fluid_npu.ops.attention import fused_attention, fuses_attention
 from fluid_npu.ops.expert_mlp import ExpertMLP, mlp_backward, mlp_forward
@@ -124,7 +126,7 @@ class _Layer:
         self.mib = self._sent.nbytes * (config.ep - 1) / config.ep / MIB
 
     def compute_ms(self) -> list[float]:
-        """Forward, forward of one part of the experts or the rows, dX, dW, joining rows for dW."""
+        """Forward, forward of one part of the experts or the rows, dX, dW, what rows in two pieces add to dW."""
         counts = GroupRows(self._counts)
         mlp = ExpertMLP(counts=counts, activation=None)
         _, kept = mlp_forward(self._x, self._p, self._w1, self._w2, mlp)
@@ -137,27 +139,37 @@ class _Layer:
             some = ExpertMLP(counts=own, activation=None)
             mlp_forward(self._x[rows], self._p[rows], self._w1[experts], self._w2[experts], some)
 
+        into = [torch.zeros(w.shape, device=w.device) for w in (self._w1, self._w2)]
         self._dw: Callable[[], Any] = lambda: (
-            kernels_of(a).grouped_dw(a, self._x, counts),
-            kernels_of(a).grouped_dw(self._x, h, counts),
+            kernels_of(a).grouped_dw_add_(into[1], a, self._x, counts),
+            kernels_of(a).grouped_dw_add_(into[0], self._x, h, counts),
         )
+        dw = timed(self._place, self._dw)[0]
+        in_pieces = timed(self._place, lambda: self._dw_in_pieces(into, a, h))[0]
         return [
             timed(self._place, lambda: mlp_forward(self._x, self._p, self._w1, self._w2, mlp))[0],
             timed(self._place, run_part)[0],
             timed(self._place, lambda: mlp_backward(self._x, kept, mlp))[0],
-            timed(self._place, self._dw)[0],
-            timed(self._place, lambda: self._join(a, h))[0],
+            dw,
+            max(0.0, in_pieces - dw),
         ]
 
-    def _join(self, a: torch.Tensor, h: torch.Tensor) -> None:
-        """The copies that chunks of tokens and local rows first need before dW: each operand's rows, by expert."""
-        places = torch.arange(self._x.shape[0], device=self._x.device)
-        for rows in (a, self._x, self._x, h):
-            torch.empty_like(rows).index_copy_(0, places, rows)
+    def _dw_in_pieces(self, into: list[torch.Tensor], a: torch.Tensor, h: torch.Tensor) -> None:
+        """The dW of rows in two pieces, as chunks of tokens and local rows first have it."""
+        half = [rows // 2 for rows in self._counts]
+        rows = PieceRows([half, half], torch.tensor([half, half], device=a.device))
+        for main_grad, x, dy in ((into[1], a, self._x), (into[0], self._x, h)):
+            pairs = zip(x.chunk(2), dy.chunk(2), strict=True)
+            kernels_of(a).grouped_dw_pieces_add_(main_grad, [DWPart(*pair, half) for pair in pairs], rows)
 
     def exchange_ms(self, transport: Transport) -> list[float]:
         """As ``measured.exchange_ms``, of the dispatch's rows. Collective."""
-        return exchange_ms(self._place, transport, self._group, self._sent, self._dw)
+
+        def dw() -> None:
+            with beside_exchange():
+                self._dw()
+
+        return exchange_ms(self._place, transport, self._group, self._sent, dw)
 
 
 def attention_ms(config: TrainConfig, place: Place) -> tuple[float, float]:

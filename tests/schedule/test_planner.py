@@ -78,9 +78,14 @@ def test_local_rows_first_fill_the_first_exchange_of_each_direction() -> None:
     # One chunk of 4 ms there and back; two pieces of 3.25. Forward: local rows by 3.25, there at 4, computed at 7.25.
     one = expected_ms(local, Plan(overlap="full", chunks=1, local_first=True))
     assert one == (4 + 3.25 + 4) + max(4 + 3.25 + 6 + 2, 4 + 3.25 + 4)
-    # Two chunks of 2.5 ms; local rows by 3 + 1/3, then 1.5 + 1/3 each: computed at 31/6 and 7, back at 31/6 + 5.
+    # Two chunks of 2.5 ms. Forward: local FC1, 2/3 of 3 + 1/3, before they are there; 1.5 + 1/3 each, computed at 4.33 and
+    # 6.83; both there at 5, back at 7.5 and 10; local FC2 by 7.94, beside the last.
+    # Backward: local rows by 3 + 1/3, computed at 31/6 and 7, back at 31/6 + 5.
     two = expected_ms(local, Plan(overlap="full", chunks=2, local_first=True))
-    assert two == pytest.approx((31 / 6 + 2.5 + 2.5) + max(7 + 8, 31 / 6 + 5))
+    assert two == pytest.approx(10 + max(7 + 8, 31 / 6 + 5))
+    # Without transfers nothing is saved by the order: 6 ms of forward and what the second piece costs.
+    free = replace(local, alpha_ms=0.0, beta_ms_per_mib=0.0)
+    assert expected_ms(free, Plan(overlap="full", chunks=1, local_first=True)) == pytest.approx(6.5 + 6.5 + 8)
 
 
 def test_local_rows_first_are_taken_where_they_pay_and_never_where_none_stays() -> None:
