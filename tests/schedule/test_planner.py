@@ -78,8 +78,8 @@ def test_local_rows_first_fill_the_first_exchange_of_each_direction() -> None:
     # One chunk of 4 ms there and back; two pieces of 3.25. Forward: local rows by 3.25, there at 4, computed at 7.25.
     one = expected_ms(local, Plan(overlap="full", chunks=1, local_first=True))
     assert one == (4 + 3.25 + 4) + max(4 + 3.25 + 6 + 2, 4 + 3.25 + 4)
-    # Two chunks of 2.5 ms. Forward: local FC1, 2/3 of 3 + 1/3, before they are there; 1.5 + 1/3 each, computed at 4.33 and
-    # 6.83; both there at 5, back at 7.5 and 10; local FC2 by 7.94, beside the last.
+    # Two chunks of 2.5 ms. Forward: local FC1, 2/3 of 3 + 1/3, before these are there; 1.5 + 1/3 each, done at 4.33,
+    # and 6.83; both there at 5, back at 7.5 and 10; local FC2 by 7.94, beside the last.
     # Backward: local rows by 3 + 1/3, computed at 31/6 and 7, back at 31/6 + 5.
     two = expected_ms(local, Plan(overlap="full", chunks=2, local_first=True))
     assert two == pytest.approx(10 + max(7 + 8, 31 / 6 + 5))
