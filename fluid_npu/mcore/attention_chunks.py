@@ -4,8 +4,8 @@
     attention of chunk 0 || sp2hp of the others -> hp2sp of chunk 0 || attention of chunk 1 -> ...
     output projection of all chunks, once
 
-The backward is the same, read from right to left: autograd runs later nodes first. A projection chunk by chunk would
-add up products in fp32, whose memory traffic takes as long as what it could hide. T rows of this rank, B batch.
+The backward is the same, read from right to left, since autograd runs later nodes first; and the projection's dX comes
+chunk by chunk, each beside the exchanges before it. T rows of this rank, B batch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fluid_npu.comm.all_to_all import AllToAllHandle
 from fluid_npu.comm.ulysses import start_hp2sp, start_sp2hp
 from fluid_npu.mcore.context import ContextParallelCore, check_mask, packed_bounds
 from fluid_npu.mcore.head_chunks import HeadChunk, HeadChunks
-from fluid_npu.mcore.linear import InParts
+from fluid_npu.mcore.linear import InParts, InRows
 from fluid_npu.mcore.lines.rotary import apply_rotary
 
 #: Options of the configuration under which Megatron's forward does more than this one.
@@ -80,7 +80,7 @@ def in_chunks(
     attention.linear_qkv(InParts(parts=blocks, size=size, x=hidden_states, consume=send))
     for number in range(len(blocks)):
         flights.attend(number)
-    out, bias = attention.linear_proj(flights.collect())
+    out, bias = attention.linear_proj(InRows(parts=len(blocks), produce=flights.collect))
     return out, bias
 
 
@@ -116,13 +116,10 @@ class _Flights:
         how = {"by_rank": True, **self._how(number)}
         self._back.append(start_hp2sp(self._context.peers, out.unsqueeze(-2), self._shards, **how))
 
-    def collect(self) -> Tensor:
-        """``[T, B, N * D]`` of all chunks: of each rank its part of every chunk."""
-        landed = []
-        for number, flight in enumerate(self._back):
-            self._fill_again("hp2sp", number, len(self._back) - 1 - number)
-            landed.append(flight.wait())
-        out = torch.stack(landed, -2).flatten(-3)
+    def collect(self, number: int) -> Tensor:
+        """``[T, B, P, n * D]``: of each rank its heads of a chunk."""
+        self._fill_again("hp2sp", number, len(self._back) - 1 - number)
+        out: Tensor = self._back[number].wait()
         return out if self._packed is None else out.unsqueeze(1)
 
     def _how(self, number: int) -> dict[str, Any]:

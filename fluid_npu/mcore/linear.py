@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -28,10 +28,10 @@ from fluid_npu.comm.sink import DirectSink
 from fluid_npu.comm.tensor_parallel import TensorRegion
 from fluid_npu.device import device_of
 from fluid_npu.device.choice import Choice
-from fluid_npu.mcore.lines.linears import enter_columns, only_stock_can, stock_product, tensor_group
+from fluid_npu.mcore.lines.linears import enter_columns, leave_rows, only_stock_can, stock_product, tensor_group
 from fluid_npu.ops.dense_linear import DenseGradInParts, dense_weight_grad
 from fluid_npu.ops.grouped_matmul import placeholder_grad
-from fluid_npu.ops.linear_parts import ColumnParts
+from fluid_npu.ops.linear_parts import ColumnParts, RowParts, TakeDW
 from fluid_npu.ops.parallel_linear import LinearBackward, parallel_linear
 from fluid_npu.schedule.late_weight import LateWeight
 from fluid_npu.schedule.scheduler import BackwardScheduler
@@ -50,6 +50,17 @@ class InParts:
     size: int
     x: Tensor
     consume: Callable[[int, Tensor], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InRows:
+    """What a Fluid row-parallel linear is called with instead of ``x``, whose input comes in parts.
+
+    ``produce(number)`` gives part ``number`` of ``parts``: ``[..., P, n * D]`` (``ops.linear_parts.RowParts``).
+    """
+
+    parts: int
+    produce: Callable[[int], Tensor]
 
 
 class FluidLinear(torch.nn.Module):
@@ -111,13 +122,13 @@ class FluidLinear(torch.nn.Module):
         at_once = LinearBackward(take_dw=lambda x, dy: self._run(weight, region, x, dy), region=region)
         return parallel_linear(input, weight, bias, at_once)
 
-    def _in_parts(self, call: InParts) -> ColumnParts:
-        """The product of one call in parts. The weight is a constant to it; its dW reaches DDP through the gate."""
+    def _dw_of_parts(self) -> tuple[TakeDW | None, Tensor | None]:
+        """What takes the dW of a product in parts, and its gate: the weight is a constant to it, and its dW reaches DDP
+        through the gate."""
         weight: Any = self.weight
-        trained = weight.requires_grad and torch.is_grad_enabled()
-        gate = self._late.gate(weight.device) if trained else None
-        take = (lambda x, dy: self._take_late(weight, x, dy)) if trained else None
-        return ColumnParts(weight.detach(), call.parts, call.size, take, gate)
+        if not weight.requires_grad or not torch.is_grad_enabled():
+            return None, None
+        return lambda x, dy: self._take_late(weight, x, dy), self._late.gate(weight.device)
 
     def _take_late(self, weight: Any, x: Tensor, dy: Tensor) -> None:
         """dW queued where it may be, else computed now, and delivered to autograd by itself either way."""
@@ -218,7 +229,8 @@ class FluidColumnParallelLinear(FluidLinear, ColumnParallelLinear):
         """As Megatron's; with ``InParts`` (None, None)."""
         if not isinstance(input_, InParts):
             return super().forward(input_, *args, **kwargs)
-        x, product = enter_columns(self, input_.x), self._in_parts(input_)
+        x, weight = enter_columns(self, input_.x), cast(Tensor, self.weight)
+        product = ColumnParts(weight.detach(), input_.parts, input_.size, *self._dw_of_parts())
         bias: Any = self.bias
         for number in range(len(product.parts)):
             y = product.compute(x, number)
@@ -230,7 +242,20 @@ class FluidColumnParallelLinear(FluidLinear, ColumnParallelLinear):
 
 
 class FluidRowParallelLinear(FluidLinear, RowParallelLinear):
-    """Megatron's RowParallelLinear, same arguments and results. Its dX is not exchanged: the forward's output is."""
+    """Megatron's RowParallelLinear, same arguments and results. Its dX is not exchanged: the forward's output is.
+
+    ``InRows`` instead of the input gives dX part by part, in the reverse order.
+    """
+
+    def forward(self, input_: Any) -> Any:
+        """As Megatron's."""
+        if not isinstance(input_, InRows):
+            return super().forward(input_)
+        weight = cast(Tensor, self.weight)
+        product = RowParts(weight.detach(), input_.parts, *self._dw_of_parts())
+        y = leave_rows(self, product.compute([product.enter(input_.produce(n)) for n in range(input_.parts)]))
+        bias: Any = self.bias
+        return (y, bias) if self.skip_bias_add or bias is None else (y + bias, None)
 
     def _column_below(self) -> bool:
         return bool(self.input_size_per_partition != self.input_size) and not self.explicit_expert_comm

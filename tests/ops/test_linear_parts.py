@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluid_npu.ops.linear_parts import ColumnParts, Runs, runs_of
+from fluid_npu.ops.linear_parts import ColumnParts, RowParts, Runs, runs_of
 from fluid_npu.ops.reference import relative_error
 from tests.support.device import here
 from tests.support.op_count import OpCount
@@ -99,3 +101,61 @@ def test_equal_runs_at_equal_distances_are_one_product_and_no_copy_of_the_weight
     with OpCount() as count:
         ColumnParts(w, PARTS[1], SIZE, None, None).product(x, 1)
     assert dict(count.ops) == {"bmm": 1}
+
+
+def rows(parts: int, ranks: int, dtype: torch.dtype, frozen: str = "") -> dict[str, Any]:
+    """A linear whose input comes in parts: output, gradients, and in which order they came."""
+    width = HEADS * SIZE // parts // ranks
+    w = here(draw(OTHER, HEADS * SIZE, seed=2).to(dtype))
+    whole = here(draw(ROWS, BATCH, HEADS * SIZE, seed=1).to(dtype)).unflatten(-1, (ranks, parts, width))
+    pieces = [whole[..., number, :].contiguous().requires_grad_(frozen != "input") for number in range(parts)]
+    found: dict[str, Any] = {"order": []}
+
+    def take(x_RK: torch.Tensor, dy_RN: torch.Tensor) -> None:
+        found["order"].append("dW")
+        found["dw"] = dy_RN.double().t() @ x_RK.double()
+
+    gate = torch.empty(0, requires_grad=True)
+    gate.register_post_accumulate_grad_hook(lambda _: found["order"].append("gate"))
+    trained = frozen != "weight"
+    product = RowParts(w, parts, take if trained else None, gate if trained else None)
+    tokens = []
+    for number, piece in enumerate(pieces):
+        made = piece.clone()  # as an exchange's wait, whose backward launches the next
+        if made.requires_grad:
+            made.register_hook(lambda grad, number=number: found["order"].append(f"dX {number}"))
+        tokens.append(product.enter(made))
+    y = product.compute(tokens)
+    y.backward(here(draw(ROWS, BATCH, OTHER, seed=3).to(dtype)))
+    grads = [piece.grad for piece in pieces]
+    if grads[0] is not None:
+        found["dx"] = torch.stack(grads, -2).flatten(-3)  # type: ignore[arg-type]
+    return {"y": y.detach(), **found}
+
+
+def wanted_rows(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    x, w, dy = (draw(*shape, seed=n) for n, shape in ((1, (ROWS, BATCH, HEADS * SIZE)), (2, (OTHER, HEADS * SIZE)),
+                                                      (3, (ROWS, BATCH, OTHER))))  # fmt: skip
+    x, w, dy = (value.to(dtype).double() for value in (x, w, dy))
+    return {"y": x @ w.t(), "dx": dy @ w, "dw": dy.flatten(0, 1).t() @ x.flatten(0, 1)}
+
+
+@pytest.mark.parametrize(("parts", "ranks"), [(1, 2), (2, 1), (2, 2), (4, 2), (2, 4)])
+def test_inputs_in_parts_against_float64_and_each_gradient_before_the_next_is_made(parts: int, ranks: int) -> None:
+    found, want = rows(parts, ranks, torch.float32), wanted_rows(torch.float32)
+    for name, value in want.items():
+        assert relative_error(found[name].cpu(), value) <= 1e-6, name
+    assert found["order"] == [*(f"dX {number}" for number in reversed(range(1, parts))), "dW", "gate", "dX 0"]
+    half, rounded = rows(parts, ranks, torch.bfloat16), wanted_rows(torch.bfloat16)
+    for name in ("y", "dx"):
+        allowed = 1.1 * relative_error(rounded[name].bfloat16(), rounded[name])
+        assert relative_error(half[name].cpu(), rounded[name]) <= allowed, name
+
+
+def test_inputs_in_parts_with_a_frozen_weight_or_input() -> None:
+    found = rows(2, 2, torch.float32, "weight")
+    assert "dw" not in found and found["order"] == ["dX 1", "dX 0"]
+    assert relative_error(found["dx"].cpu(), wanted_rows(torch.float32)["dx"]) <= 1e-6
+    found = rows(2, 2, torch.float32, "input")
+    assert found["order"] == ["dW", "gate"] and "dx" not in found
+    assert relative_error(found["dw"].cpu(), wanted_rows(torch.float32)["dw"]) <= 1e-6

@@ -49,6 +49,13 @@ def enter_columns(linear: Any, x: Tensor) -> Tensor:
     return _mapped(linear, "copy_to_tensor_model_parallel_region", x) if linear.allreduce_dgrad else x
 
 
+def leave_rows(linear: Any, y: Tensor) -> Tensor:
+    """The sum over the tensor ranks of a row-parallel linear's products: all of it, or this rank's rows."""
+    if linear.sequence_parallel:
+        return _mapped(linear, "reduce_scatter_to_sequence_parallel_region", y)
+    return _mapped(linear, "reduce_from_tensor_model_parallel_region", y)
+
+
 def _mapped(linear: Any, name: str, x: Tensor) -> Tensor:
     """Through Megatron's mapping of that name, over the linear's tensor-parallel group where the line takes one."""
     mapping, group = getattr(mappings, name), getattr(linear, "tp_group", None)
