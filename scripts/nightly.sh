@@ -127,6 +127,8 @@ with_torch() {
     return 1
 }
 
+say "the other lines of megatron-core, for tests/lines and tests/mcore"
+"$python" scripts/megatron_lines.py install || exit 1
 if [[ -f "$record" ]]; then note ""; fi
 {
     printf 'scripts/nightly.sh, %s UTC, commit %s\n' "$(date -u '+%Y-%m-%d %H:%M')" "$(git rev-parse --short HEAD 2>/dev/null || echo unknown)"

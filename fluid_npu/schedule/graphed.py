@@ -189,9 +189,7 @@ class _Recording:
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
             with scheduler.tallied() as self.backward_tally:
                 found = iter(torch.autograd.grad(out, wanted, self.dy, allow_unused=True))
-            grads = [next(found) if leaf.requires_grad else None for leaf in leaves]
-            # A placeholder is nobody's gradient: it is made anew at each replay.
-            return tuple(None if _added(leaf) else grad for leaf, grad in zip(leaves, grads, strict=True))
+            return tuple(next(found) if leaf.requires_grad else None for leaf in leaves)
 
         self.replay_forward, self.out = recorder.record(forward_body)
         self.dy = torch.zeros_like(self.out)
@@ -247,18 +245,22 @@ class _Replay(torch.autograd.Function):
         recording.scheduler.count_again(recording.backward_tally)
         dx, *grads = recording.grads
         # Copies: autograd may keep what it is given as a parameter's ``grad``, and the next replay writes there.
-        kept = (None if grad is None else grad.clone() for grad in grads)
         delivered = [
-            _placeholder(parameter) if fused else grad
-            for parameter, fused, grad in zip(recording.parameters, recording.fused, kept, strict=True)
+            _placeholder(parameter, grad) if fused else None if grad is None else grad.clone()
+            for parameter, fused, grad in zip(recording.parameters, recording.fused, grads, strict=True)
         ]
         return (None, None if dx is None else dx.clone(), *delivered)
 
 
-def _placeholder(parameter: Any) -> Tensor:
-    """What autograd is given for a weight whose gradient the replay added to ``main_grad``."""
+def _placeholder(parameter: Any, recorded: Tensor | None) -> Tensor:
+    """What autograd is given for a weight whose gradient the replay added to ``main_grad``.
+
+    Nobody reads it, so the recording's own memory will do, unless a hook adds it.
+    """
     parameter.grad_added_to_main_grad = True
-    return placeholder_grad(parameter)
+    if recorded is None or getattr(parameter, "zero_out_wgrad", False):
+        return placeholder_grad(parameter)
+    return recorded.detach()
 
 
 def _twin(parameter: Parameter) -> Parameter:

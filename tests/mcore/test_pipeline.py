@@ -52,13 +52,22 @@ def reference() -> list[list[dict[str, Any]]]:
     return run_ranks(2, train_all, [replace(BASE, impl="stock"), BASE], sizes={}, timeout=600)
 
 
+#: Steps after which a rounding may have sent a token to another expert: which, depends on the machine.
+SURE = 8
+
+
 def check(results: list[list[dict[str, Any]]], reference: list[list[dict[str, Any]]]) -> None:
-    """Losses of all runs within 1e-4 of the reference's on every rank; gradients of the first step once."""
-    expected = reference[0][0]["losses"]
+    """Losses of all runs within 1e-4 of those without a pipeline, by the same implementation; in the first steps also
+    of stock's. Gradients of the first step once."""
+    stock, ours = (reference[0][number]["losses"] for number in range(2))
     for runs in results:
         for run in runs:
-            assert run["losses"] == pytest.approx(expected, abs=1e-4)
-    apart = [max(abs(a - b) for a, b in zip(run["losses"], expected, strict=True)) for run in results[0]]
+            assert run["losses"] == pytest.approx(stock if run["impl"] == "stock" else ours, abs=1e-4)
+            assert run["losses"][:SURE] == pytest.approx(stock[:SURE], abs=1e-4)
+    own = [stock if run["impl"] == "stock" else ours for run in results[0]]
+    apart = [
+        max(abs(a - b) for a, b in zip(run["losses"], to, strict=True)) for run, to in zip(results[0], own, strict=True)
+    ]
     figures = ", ".join(f"{difference:.1e}" for difference in apart)
     print(f"megatron-core {results[0][0]['megatron']}: largest loss differences of the runs: {figures}")
     gradients = whole([runs[0] for runs in reference], "grads")

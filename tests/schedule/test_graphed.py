@@ -136,8 +136,24 @@ def test_what_a_recording_keeps_is_known() -> None:
     ours.step(0)
     assert ours.layer.held_bytes == 0, "nothing is recorded yet"
     ours.step(1)
-    tokens, out, gradient = 5 * 4, 5 * 3, 5 * 4 + 4 * 3  # x; the output, as dy; of x and of ``plain``
+    # x; the output, as dy; gradients of x and of ``plain``, and the placeholder of ``fused``
+    tokens, out, gradient = 5 * 4, 5 * 3, 5 * 4 + 4 * 3 + ours.module.fused.numel()
     assert ours.layer.held_bytes == 4 * (tokens + 2 * out + gradient)
+
+
+def test_a_placeholder_takes_no_memory_of_its_own_unless_a_hook_adds_it() -> None:
+    ours, seen = Bench(warm_up=1), []
+    ours.module.fused._backward_hooks.clear()  # whose results are new tensors
+    ours.module.fused.register_hook(lambda grad: seen.append((grad.data_ptr(), float(grad.abs().sum()))))
+    for seed in range(4):
+        ours.step(seed)
+        ours.module.fused.grad = None
+    recorded = ours.layer._recording.grads[1:]
+    own = {grad.data_ptr() for grad in recorded if grad is not None}
+    assert len(seen) == 4 and {address for address, _ in seen[1:]} <= own
+    ours.module.fused.zero_out_wgrad = True
+    ours.step(4)
+    assert seen[-1][0] not in own and seen[-1][1] == 0.0
 
 
 def test_the_serialised_twin_runs_as_ever_and_the_next_step_is_replayed() -> None:

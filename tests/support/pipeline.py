@@ -205,6 +205,7 @@ def train(run: Run, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
         losses.append(mean_loss(outputs))
     return {
         "megatron": megatron.core.__version__,
+        "impl": run.impl,
         "losses": losses,
         "grads": grads,
         "weights": {name: value.clone() for name, value in weights_by_name(ddps).items()},
