@@ -24,10 +24,11 @@ CASES = [
     Steps(dtype=torch.float32, device="cuda", recompute=True, aux=True),
     Steps(dtype=torch.bfloat16, device="cuda", tokens=1000, topk=8),
 ]
-RANKS = [
-    1,
-    pytest.param(2, marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")),
-]
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+RANKS = [1, pytest.param(2, marks=TWO_GPUS)]
+FIRST = Steps(dtype=torch.bfloat16, device="cuda", overlap="full", local_first=True)
+#: Of several ranks alone.
+BETWEEN_RANKS = [replace(CASES[0], high_priority=True), FIRST, replace(FIRST, high_priority=True, tokens=1000, topk=8)]
 
 
 class NoWait:
@@ -98,8 +99,17 @@ def _on_host(run: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_a_recorded_layer_has_the_bits_of_the_layer_as_ever(ranks: int, tmp_path: Path) -> None:
-    for found in run_ranks(ranks, both, CASES, str(tmp_path / "store"), timeout=300, start="spawn"):
-        for case, (eager, recorded) in zip(CASES, found, strict=True):
+    _check(ranks, CASES, tmp_path)
+
+
+@TWO_GPUS
+def test_so_it_has_with_local_rows_first_and_at_high_priority(tmp_path: Path) -> None:
+    _check(2, BETWEEN_RANKS, tmp_path)
+
+
+def _check(ranks: int, cases: list[Steps], folder: Path) -> None:
+    for found in run_ranks(ranks, both, cases, str(folder / "store"), timeout=300, start="spawn"):
+        for case, (eager, recorded) in zip(cases, found, strict=True):
             assert recorded["recorded"] and not eager["recorded"], case
             assert recorded["held"] > 0 == eager["held"], case
             for name, wanted in eager["tensors"].items():
@@ -108,9 +118,10 @@ def test_a_recorded_layer_has_the_bits_of_the_layer_as_ever(ranks: int, tmp_path
                 assert recorded["stats"][name] == eager["stats"][name], (case, name)
 
 
-def test_process_groups_end_while_a_recording_is_alive(tmp_path: Path) -> None:
-    ranks = min(2, torch.cuda.device_count())
-    assert run_ranks(ranks, ends, CASES[0], str(tmp_path / "store"), timeout=100, start="spawn") == [True] * ranks
+@pytest.mark.parametrize("high_priority", [False, True])
+def test_process_groups_end_while_a_recording_is_alive(high_priority: bool, tmp_path: Path) -> None:
+    ranks, case = min(2, torch.cuda.device_count()), replace(CASES[0], high_priority=high_priority)
+    assert run_ranks(ranks, ends, case, str(tmp_path / "store"), timeout=100, start="spawn") == [True] * ranks
 
 
 def many(steps: int, store: str) -> tuple[int, int]:

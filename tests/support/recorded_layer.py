@@ -26,6 +26,8 @@ class Steps:
     aux: bool = False
     local_first: bool = False
     """With ``overlap`` 'full'."""
+    high_priority: bool = False
+    """NCCL on a stream of high priority instead of the job's group."""
     fuse: bool = True
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
@@ -64,6 +66,7 @@ def run_steps(run: Steps, watch: AbstractContextManager[Any] | None = None, watc
 def _layer(run: Steps) -> Any:
     from megatron.core import parallel_state
 
+    from fluid_npu.comm.transports import high_priority_transport
     from fluid_npu.mcore.layer_spec import get_fluid_moe_layer_spec
 
     config: dict[str, Any] = {"moe_router_dtype": "fp32"}
@@ -76,7 +79,12 @@ def _layer(run: Steps) -> Any:
     case = Case(ep=run.ep, topk=run.topk, fuse=run.fuse, dtype=run.dtype, config=config)
     made = make_config(case)
     spec = get_fluid_moe_layer_spec(
-        made, overlap=run.overlap, dispatch="static", cuda_graph=run.graph, local_first=run.local_first
+        made,
+        overlap=run.overlap,
+        dispatch="static",
+        cuda_graph=run.graph,
+        local_first=run.local_first,
+        transport=high_priority_transport() if run.high_priority else None,
     )
     layer = _built(spec.submodules.mlp, made).to(run.device)
     layer.set_layer_number(1)
