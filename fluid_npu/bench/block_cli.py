@@ -12,7 +12,7 @@ from fluid_npu.train.presets import PresetError, get_preset
 IMPLS = (
     *("stock-te", "stock-te-a2a"),
     *("ours-plain", "ours-overlapped", "ours-carry", "ours-attention-chunks", "ours-chunks", "ours-peer", "ours-once"),
-    *("ours-recorded", "ours-recorded-local-first"),
+    *("ours-recorded", "ours-recorded-local-first", "ours-recorded-attention-chunks"),
 )
 _ROUNDS, _ROWS = 12, 4096
 PARTIAL = "block.partial.json"

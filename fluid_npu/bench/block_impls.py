@@ -53,6 +53,13 @@ RECORDED_LOCAL_FIRST = replace(
     overlap="full",
     changes=(*_GRAPHS, ("moe_chunks", 1), ("local_first", True)),
 )
+RECORDED_BOTH = replace(
+    RECORDED_LOCAL_FIRST,
+    name="ours full, MoE static, local rows first, recorded, 2 attention chunks",
+    changes=(*RECORDED_LOCAL_FIRST.changes, ("attention_chunks", 2)),
+)
+#: Those whose MoE layers are replayed.
+REPLAYED = (RECORDED, RECORDED_LOCAL_FIRST, RECORDED_BOTH)
 KINDS = {
     "stock-te": TE_RING,
     "stock-te-a2a": TE_A2A,
@@ -69,9 +76,10 @@ KINDS = {
     ),
     "ours-recorded": RECORDED,
     "ours-recorded-local-first": RECORDED_LOCAL_FIRST,
+    "ours-recorded-attention-chunks": RECORDED_BOTH,
 }
 #: Forms that need other packages or a device's own ways; where they fail they are left out with the reason.
-EXTRAS = (*STOCK_TE, KINDS["ours-peer"], RECORDED, RECORDED_LOCAL_FIRST)
+EXTRAS = (*STOCK_TE, KINDS["ours-peer"], *REPLAYED)
 _OF_TE = (
     (re.compile(r"^(.*)self_attention\.linear_qkv\.layer_norm_(weight|bias)$"), r"\1input_layernorm.\2"),
     (
@@ -150,7 +158,7 @@ class BlockVariant:
     @property
     def recorded(self) -> bool:
         """Whether MoE layers are replayed: a replay has neither a twin nor clocks."""
-        return self.kind in (RECORDED, RECORDED_LOCAL_FIRST)
+        return self.kind in REPLAYED
 
     def force(self, forced: ForcedRouting) -> None:
         """Its routers follow the workload; of whole sequences, all ranks' tokens in the order of the sequence."""
