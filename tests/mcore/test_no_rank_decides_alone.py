@@ -87,7 +87,7 @@ def _force_routing(model: Any, load: str) -> None:
 
 def _slow_down(scheduler: Any) -> None:
     run, start = scheduler._run, scheduler.transport.start
-    scheduler._run = lambda task, region: (time.sleep(0.01), run(task, region))[1]
+    scheduler._run = lambda *given, **more: (time.sleep(0.01), run(*given, **more))[1]
     scheduler.transport.start = lambda *a: (time.sleep(0.01), start(*a))[1]
 
 
