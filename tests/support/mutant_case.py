@@ -89,15 +89,16 @@ def slow_tasks() -> None:
     """Every dW sleeps a little before it computes, so that a clock that is started or stopped wrongly shows."""
     from fluid_npu.schedule.scheduler import BackwardScheduler
 
-    submit = BackwardScheduler.submit
-    if hasattr(submit, "slow"):
-        return
+    for name in ("submit", "run_now"):
+        plain = getattr(BackwardScheduler, name)
+        if hasattr(plain, "slow"):
+            continue
 
-    def slow(self: Any, task: Any) -> None:
-        submit(self, replace(task, run=lambda: (time.sleep(DW_MS / 1e3), task.run())[1]))
+        def slow(self: Any, task: Any, *more: Any, plain: Any = plain) -> None:
+            plain(self, replace(task, run=lambda: (time.sleep(DW_MS / 1e3), task.run())[1]), *more)
 
-    slow.slow = True  # type: ignore[attr-defined]
-    BackwardScheduler.submit = slow  # type: ignore[method-assign]
+        slow.slow = True  # type: ignore[attr-defined]
+        setattr(BackwardScheduler, name, slow)
 
 
 def planted(stats: dict[str, float]) -> dict[str, Any]:
