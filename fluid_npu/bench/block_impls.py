@@ -28,7 +28,7 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
 from fluid_npu.bench.forced_routing import ForcedRouting
-from fluid_npu.bench.layer_impls import stock_names
+from fluid_npu.bench.layer_impls import ONCE, PEER, ours, stock_names
 from fluid_npu.bench.rig import OVERLAPPED, PLAIN, Kind, fuse_weight_gradients
 from fluid_npu.comm.shards import SequenceShards, balanced_part
 from fluid_npu.mcore.convert import gradients_by_name, weights_by_name
@@ -46,7 +46,7 @@ STOCK_TE = {TE_RING: "p2p", TE_A2A: "a2a"}
 _FULL = (("attention_chunks", 2), ("moe_chunks", 2))
 #: MoE layers in CUDA graphs, their AllToAlls ahead of what computes.
 _GRAPHS = (("dispatch", "static"), ("moe_cuda_graph", True), ("a2a_transport", "high-priority"))
-RECORDED = replace(OVERLAPPED, name="ours overlapped, MoE static, recorded", changes=_GRAPHS)
+RECORDED = ours("MoE static, recorded", *_GRAPHS)
 RECORDED_LOCAL_FIRST = replace(
     OVERLAPPED,
     name="ours full, MoE static, local rows first, recorded",
@@ -65,21 +65,17 @@ KINDS = {
     "stock-te-a2a": TE_A2A,
     "ours-plain": PLAIN,
     "ours-overlapped": OVERLAPPED,
-    "ours-carry": replace(OVERLAPPED, name="ours overlapped, Fluid linears", changes=(("carry_over", True),)),
-    "ours-attention-chunks": replace(
-        OVERLAPPED, name="ours overlapped, 2 attention chunks", changes=(("attention_chunks", 2),)
-    ),
+    "ours-carry": ours("Fluid linears", ("carry_over", True)),
+    "ours-attention-chunks": ours("2 attention chunks", ("attention_chunks", 2)),
     "ours-chunks": replace(OVERLAPPED, name="ours full, 2 chunks of both", overlap="full", changes=_FULL),
-    "ours-peer": replace(OVERLAPPED, name="ours overlapped, peer copies", changes=(("a2a_transport", "peer-copy"),)),
-    "ours-once": replace(
-        OVERLAPPED, name="ours overlapped, tokens once per rank", changes=(("dispatch", "once-per-rank"),)
-    ),
+    "ours-peer": PEER,
+    "ours-once": ours("tokens once per rank", *ONCE.changes),
     "ours-recorded": RECORDED,
     "ours-recorded-local-first": RECORDED_LOCAL_FIRST,
     "ours-recorded-attention-chunks": RECORDED_BOTH,
 }
 #: Forms that need other packages or a device's own ways; where they fail they are left out with the reason.
-EXTRAS = (*STOCK_TE, KINDS["ours-peer"], *REPLAYED)
+EXTRAS = (*STOCK_TE, PEER, *REPLAYED)
 _OF_TE = (
     (re.compile(r"^(.*)self_attention\.linear_qkv\.layer_norm_(weight|bias)$"), r"\1input_layernorm.\2"),
     (

@@ -36,32 +36,32 @@ TE = Kind(name="stock TEGroupedMLP", impl="stock")
 TE_OVERLAPPED = Kind(name="stock TEGroupedMLP, dW beside dispatch", impl="stock")
 
 
-def _ours(form: str, *changes: tuple[str, Any], overlap: str = "dw") -> Kind:
+def ours(form: str, *changes: tuple[str, Any], overlap: str = "dw") -> Kind:
     """A form of ours, overlapped; ``changes`` are fields of TrainConfig and their values."""
     return Kind(name=f"ours overlapped, {form}", impl="fluid", overlap=overlap, changes=changes)
 
 
-ONCE = _ours("once per rank", ("dispatch", "once-per-rank"))
-ONCE_NODE = _ours("once per node", ("dispatch", "once-per-node"))
-PEER = _ours("peer copies", ("a2a_transport", "peer-copy"))
-ONCE_PEER = _ours("once per rank, peer copies", *ONCE.changes, *PEER.changes)
-STATIC = _ours("static", ("dispatch", "static"))
-STATIC_PEER = _ours("static, peer copies", *STATIC.changes, *PEER.changes)
+ONCE = ours("once per rank", ("dispatch", "once-per-rank"))
+ONCE_NODE = ours("once per node", ("dispatch", "once-per-node"))
+PEER = ours("peer copies", ("a2a_transport", "peer-copy"))
+ONCE_PEER = ours("once per rank, peer copies", *ONCE.changes, *PEER.changes)
+STATIC = ours("static", ("dispatch", "static"))
+STATIC_PEER = ours("static, peer copies", *STATIC.changes, *PEER.changes)
 _GRAPH = ("moe_cuda_graph", True)
-STATIC_GRAPH = _ours("static, recorded", *STATIC.changes, _GRAPH)
+STATIC_GRAPH = ours("static, recorded", *STATIC.changes, _GRAPH)
 #: Two pieces: rows that stay on their rank, and the others.
-LOCAL_FIRST = _ours("local rows first", ("moe_chunks", 1), ("local_first", True), overlap="full")
-STATIC_LOCAL_FIRST = _ours("static, local rows first", *STATIC.changes, *LOCAL_FIRST.changes, overlap="full")
-STATIC_LOCAL_FIRST_GRAPH = _ours(
+LOCAL_FIRST = ours("local rows first", ("moe_chunks", 1), ("local_first", True), overlap="full")
+STATIC_LOCAL_FIRST = ours("static, local rows first", *STATIC.changes, *LOCAL_FIRST.changes, overlap="full")
+STATIC_LOCAL_FIRST_GRAPH = ours(
     "static, local rows first, recorded", *STATIC_LOCAL_FIRST.changes, _GRAPH, overlap="full"
 )
 #: Those that replay what was recorded.
 RECORDED = (STATIC_GRAPH, STATIC_LOCAL_FIRST_GRAPH)
 #: Pipelined in so many chunks of a rank's experts.
-IN_CHUNKS = {n: _ours(f"{n} chunks", ("moe_chunks", n), overlap="full") for n in (2, 4)}
-ONCE_IN_CHUNKS = _ours("once per rank, 2 chunks", *ONCE.changes, ("moe_chunks", 2), overlap="full")
-ONCE_LOCAL_FIRST = _ours("once per rank, local rows first", *ONCE.changes, *LOCAL_FIRST.changes, overlap="full")
-ONCE_FP8 = _ours("once per rank, fp8", *ONCE.changes, ("a2a_payload_dtype", "fp8"))
+IN_CHUNKS = {n: ours(f"{n} chunks", ("moe_chunks", n), overlap="full") for n in (2, 4)}
+ONCE_IN_CHUNKS = ours("once per rank, 2 chunks", *ONCE.changes, ("moe_chunks", 2), overlap="full")
+ONCE_LOCAL_FIRST = ours("once per rank, local rows first", *ONCE.changes, *LOCAL_FIRST.changes, overlap="full")
+ONCE_FP8 = ours("once per rank, fp8", *ONCE.changes, ("a2a_payload_dtype", "fp8"))
 #: The newest Megatron's own overlap within a layer: experts' dW on a second stream beside the dispatch's backward.
 OWN_OVERLAP = "overlap_dispatch_backward_with_experts_wgrad"
 #: Forms of sending to other ranks.
