@@ -18,13 +18,13 @@ record="$out/gpu-tests.txt"
 work="$(mktemp -d)"
 failed=0
 export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1
-soaked=(ours-overlapped ours-once ours-static ours-static-graph ours-static-local-first-graph ours-peer ours-2-chunks)
+soaked=(ours-overlapped ours-once ours-static ours-static-graph ours-static-local-first-graph ours-once-local-first-graph ours-peer ours-2-chunks)
 
 # Files of tests, by who may run beside whom: one GPU, the other, both, both.
 shares=("tests/device/test_triton_kernels.py"
     "tests/device/test_cuda_kernels.py tests/device/test_cuda_attention.py tests/ops tests/order/test_on_cuda.py"
-    "tests/device/test_cuda_graph.py tests/device/test_device_splits.py tests/comm/test_on_cuda_transports.py"
-    "tests/device/test_cuda_context.py")
+    "tests/device/test_cuda_graph.py"
+    "tests/device/test_cuda_context.py tests/device/test_device_splits.py tests/comm/test_on_cuda_transports.py")
 gpus=(0 1 "0,1" "0,1")
 while read -r file; do
     case " ${shares[*]} " in

@@ -17,6 +17,7 @@ DISPATCHES = ("plain", "once-per-rank", "once-per-node", "static", "auto")
 PAYLOAD_DTYPES = ("same", "fp8")
 TRANSPORTS = ("auto", "collective", "high-priority", "peer-copy", "few-ctas", "aicpu", "pairwise", "two-level")
 #: Those whose exchanges a CUDA graph may hold.
+RECORDED_DISPATCHES = ("static", "once-per-rank")
 RECORDABLE_TRANSPORTS = ("collective", "high-priority", "few-ctas")
 #: Settings that say which transport, and of what.
 OF_TRANSPORT = ("a2a_transport", "a2a_node_size", "a2a_bytes", "device")

@@ -30,7 +30,7 @@ from fluid_npu.bench.stats import Times, difference_of_medians, paired_ratio, pe
 from fluid_npu.bench.workloads import Sizes
 from fluid_npu.device.choice import Choice
 from fluid_npu.device.kernels.torch_attention import repeatable_attention
-from fluid_npu.schedule.graphed import WARM_UP as CALLS_BEFORE_RECORDING
+from fluid_npu.schedule.graphed import MOST_WARM_UP as CALLS_BEFORE_RECORDING
 from fluid_npu.schedule.lanes import Lanes
 from fluid_npu.train.config import TrainConfig
 from fluid_npu.train.model import TORCH_DTYPES, shared_experts

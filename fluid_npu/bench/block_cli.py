@@ -13,6 +13,7 @@ IMPLS = (
     *("stock-te", "stock-te-a2a"),
     *("ours-plain", "ours-overlapped", "ours-carry", "ours-attention-chunks", "ours-chunks", "ours-peer", "ours-once"),
     *("ours-recorded", "ours-recorded-local-first", "ours-recorded-attention-chunks"),
+    "ours-recorded-once",
 )
 _ROUNDS, _ROWS = 12, 4096
 PARTIAL = "block.partial.json"

@@ -58,8 +58,13 @@ RECORDED_BOTH = replace(
     name="ours full, MoE static, local rows first, recorded, 2 attention chunks",
     changes=(*RECORDED_LOCAL_FIRST.changes, ("attention_chunks", 2)),
 )
+RECORDED_ONCE = replace(
+    RECORDED_LOCAL_FIRST,
+    name="ours full, MoE once per rank, local rows first, recorded",
+    changes=(*RECORDED_LOCAL_FIRST.changes, *ONCE.changes),
+)
 #: Those whose MoE layers are replayed.
-REPLAYED = (RECORDED, RECORDED_LOCAL_FIRST, RECORDED_BOTH)
+REPLAYED = (RECORDED, RECORDED_LOCAL_FIRST, RECORDED_BOTH, RECORDED_ONCE)
 KINDS = {
     "stock-te": TE_RING,
     "stock-te-a2a": TE_A2A,
@@ -73,6 +78,7 @@ KINDS = {
     "ours-recorded": RECORDED,
     "ours-recorded-local-first": RECORDED_LOCAL_FIRST,
     "ours-recorded-attention-chunks": RECORDED_BOTH,
+    "ours-recorded-once": RECORDED_ONCE,
 }
 #: Forms that need other packages or a device's own ways; where they fail they are left out with the reason.
 EXTRAS = (*STOCK_TE, PEER, *REPLAYED)

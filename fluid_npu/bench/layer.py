@@ -35,7 +35,7 @@ from fluid_npu.bench.workloads import Sizes, tokens_of
 from fluid_npu.comm.transports.nodes import nodes_of
 from fluid_npu.device.choice import Choice
 from fluid_npu.mcore.dispatch_choice import lacks_nodes
-from fluid_npu.schedule.graphed import WARM_UP as CALLS_BEFORE_RECORDING
+from fluid_npu.schedule.graphed import MOST_WARM_UP as CALLS_BEFORE_RECORDING
 from fluid_npu.train.config import TrainConfig
 from fluid_npu.train.parallel import Place
 

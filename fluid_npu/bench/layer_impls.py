@@ -55,12 +55,23 @@ STATIC_LOCAL_FIRST = ours("static, local rows first", *STATIC.changes, *LOCAL_FI
 STATIC_LOCAL_FIRST_GRAPH = ours(
     "static, local rows first, recorded", *STATIC_LOCAL_FIRST.changes, _GRAPH, overlap="full"
 )
-#: Those that replay what was recorded.
-RECORDED = (STATIC_GRAPH, STATIC_LOCAL_FIRST_GRAPH)
 #: Pipelined in so many chunks of a rank's experts.
 IN_CHUNKS = {n: ours(f"{n} chunks", ("moe_chunks", n), overlap="full") for n in (2, 4)}
 ONCE_IN_CHUNKS = ours("once per rank, 2 chunks", *ONCE.changes, ("moe_chunks", 2), overlap="full")
 ONCE_LOCAL_FIRST = ours("once per rank, local rows first", *ONCE.changes, *LOCAL_FIRST.changes, overlap="full")
+ONCE_GRAPH, ONCE_LOCAL_FIRST_GRAPH, ONCE_IN_CHUNKS_GRAPH = (
+    ours(f"once per rank{form}, recorded", *changes, _GRAPH, overlap=overlap)
+    for form, changes, overlap in (
+        ("", ONCE.changes, "dw"),
+        (", local rows first", ONCE_LOCAL_FIRST.changes, "full"),
+        (", local rows first, 2 chunks", (*ONCE.changes, ("moe_chunks", 2), ("local_first", True)), "full"),
+    )
+)
+#: Those that replay what was recorded.
+RECORDED = (
+    *(STATIC_GRAPH, STATIC_LOCAL_FIRST_GRAPH),
+    *(ONCE_GRAPH, ONCE_LOCAL_FIRST_GRAPH, ONCE_IN_CHUNKS_GRAPH),
+)
 ONCE_FP8 = ours("once per rank, fp8", *ONCE.changes, ("a2a_payload_dtype", "fp8"))
 #: The newest Megatron's own overlap within a layer: experts' dW on a second stream beside the dispatch's backward.
 OWN_OVERLAP = "overlap_dispatch_backward_with_experts_wgrad"
@@ -68,6 +79,7 @@ OWN_OVERLAP = "overlap_dispatch_backward_with_experts_wgrad"
 _TO_OTHERS = (
     *(ONCE, PEER, ONCE_PEER, STATIC, STATIC_PEER, STATIC_GRAPH, ONCE_IN_CHUNKS, ONCE_FP8),
     *(LOCAL_FIRST, ONCE_LOCAL_FIRST, STATIC_LOCAL_FIRST, STATIC_LOCAL_FIRST_GRAPH, ONCE_NODE),
+    *(ONCE_GRAPH, ONCE_LOCAL_FIRST_GRAPH, ONCE_IN_CHUNKS_GRAPH),
 )
 #: Forms that need other packages or a device's own ways, or round more, or are new there; where they fail they are left
 #: out.
@@ -94,6 +106,9 @@ KINDS = {
     "ours-static-local-first": STATIC_LOCAL_FIRST,
     "ours-static-local-first-graph": STATIC_LOCAL_FIRST_GRAPH,
     "ours-once-fp8": ONCE_FP8,
+    "ours-once-graph": ONCE_GRAPH,
+    "ours-once-local-first-graph": ONCE_LOCAL_FIRST_GRAPH,
+    "ours-once-2-chunks-graph": ONCE_IN_CHUNKS_GRAPH,
 }
 #: What no single layer can show, and why.
 NEVER = {

@@ -76,6 +76,10 @@ CANDIDATES: tuple[tuple[str, dict[str, Any]], ...] = tuple(
             "tokens to every rank, local rows first, recorded, exchanges at high priority",
             {**_STATIC, **_OWN_FIRST, **_AHEAD, "moe_cuda_graph": True},
         ),
+        (
+            "tokens once per rank, local rows first, recorded, exchanges at high priority",
+            {**_ONCE, **_OWN_FIRST, **_AHEAD, "moe_cuda_graph": True},
+        ),
         ("dW beside dispatch and combine, exchanges at high priority", {**_BOTH, **_AHEAD}),
         ("tokens once per rank, dW beside both", {**_BOTH, **_ONCE}),
     )

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from fluid_npu.bench.agreement import Disagreement, names_over_ranks
 from fluid_npu.bench.memory import capacity_mb, recordings_mb
 from fluid_npu.bench.rig import Variant
-from fluid_npu.schedule.graphed import WARM_UP as CALLS_BEFORE_RECORDING
+from fluid_npu.schedule.graphed import MOST_WARM_UP as CALLS_BEFORE_RECORDING
 from fluid_npu.train.model import moe_layers
 from fluid_npu.train.parallel import Place
 from fluid_npu.train.presets import get_preset

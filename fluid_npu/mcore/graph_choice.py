@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fluid_npu.device.choice import Choice
 from fluid_npu.device.graphs import GraphRecorder, graph_recorder
+from fluid_npu.mcore.agreed_room import AgreedRoom
 from fluid_npu.mcore.chunk_choice import AUTO
 from fluid_npu.mcore.experts import FluidGroupedMLP
 from fluid_npu.mcore.lines.aux_losses import HAS_TRACKER, tensors_outside
@@ -61,8 +62,11 @@ def graphed(layer: Any, forward: Callable[[Tensor], Tensor], asked: bool | str =
         raise ValueError(f"cuda_graph=True: {'; '.join(problems)}")
     # A layer is named when it is numbered, after it is built: the first one may be announced without.
     scheduler, name = lambda: layer.backward_scheduler, layer.label or "an MoE layer"
-    together = RecordedTogether(layer.token_dispatcher.groups.ep)
-    return GraphedLayer(layer, forward, scheduler, recorder, name, outside=tensors_outside, agree=together)
+    dispatcher = layer.token_dispatcher
+    if dispatcher.dispatch_form.value == "once-per-rank" and dispatcher.room is None:
+        dispatcher.room = AgreedRoom(dispatcher.groups.ep)
+    together, room = RecordedTogether(dispatcher.groups.ep), dispatcher.room
+    return GraphedLayer(layer, forward, scheduler, recorder, name, outside=tensors_outside, agree=together, room=room)
 
 
 def _device_of(layer: Any) -> torch.device:
@@ -78,10 +82,15 @@ def _obstacles(layer: Any) -> Iterator[str]:
     if not isinstance(layer.experts, FluidGroupedMLP):
         yield f"experts are {type(layer.experts).__name__}; set moe_grouped_gemm=True"
     form = layer.token_dispatcher.dispatch_form
-    if form.value != "static":
-        yield f"with dispatch={form.value!r} ({form.reason}) the host waits for sizes; use dispatch='static'"
-    if layer.chunks.value > 1:
-        yield f"the layer runs in {layer.chunks.value} chunks; use chunks=1"
+    if form.value not in ("static", "once-per-rank"):
+        yield (
+            f"with dispatch={form.value!r} ({form.reason}) the host waits for sizes; use dispatch='static' or "
+            "'once-per-rank'"
+        )
+    elif layer.token_dispatcher.groups.etp_size > 1:
+        yield f"expert_tensor_parallel_size={layer.token_dispatcher.groups.etp_size} exchanges rows again; use 1"
+    if layer.chunks.value > 1 and form.value == "static":
+        yield f"the layer runs in {layer.chunks.value} chunks; use chunks=1 or dispatch='once-per-rank'"
     if layer._binder.interleave_batches:
         yield "interleave_batches=True has two halves of a micro-batch under way at a time; leave it out"
     if layer.backward_scheduler.carry_over:

@@ -24,6 +24,8 @@ from fluid_npu.comm.sink import OverlapSink, Passengers
 from fluid_npu.comm.transports.base import wants_table
 from fluid_npu.device import Choice, kernels_of
 from fluid_npu.device.kernels.groups import GroupRows
+from fluid_npu.mcore.agreed_room import AgreedRoom
+from fluid_npu.mcore.bounded_plan import make_bounded_chunked_plan, make_bounded_plan
 from fluid_npu.mcore.chunk_plan import ChunkedPlan, make_chunked_plan
 from fluid_npu.mcore.dispatch_choice import choose_dispatch, nodes_for
 from fluid_npu.mcore.dispatch_plan import (
@@ -109,6 +111,8 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         if dispatch != "plain":
             self.dispatch_form.announce("dispatch")
         self.payload = usable_payload(payload, self.groups)
+        self.room: AgreedRoom | None = None
+        """Where a layer is recorded that sends a token once per rank."""
         self._current: DispatchPlan | None = None
 
     # ---- the steps of a layer, plan in hand
@@ -184,6 +188,13 @@ class FluidTokenDispatcher(MoETokenDispatcher):
     def _plan_once(self, routing_map_TE: Tensor, tokens_shape: torch.Size) -> DispatchPlan:
         """One row for each (token, rank); what a rank is told is its rows, then the rows of each of its experts."""
         ranks = self.groups.ep_size
+        room, tokens = self.room, [routing_map_TE.shape[0]]
+        if room is not None and (rows := room.rows_for(tokens)) is not None:
+            plan, short = make_bounded_plan(
+                routing_map_TE, self.config.moe_router_topk, tokens_shape, self.groups, rows[0]
+            )
+            if room.suffices(short):
+                return plan
         counts_PC, layout_of = once_counts(routing_map_TE, self.config.moe_router_topk, ranks)
         one_wait = kernels_of(counts_PC).one_wait_for_counts
         pending = exchange_counts(counts_PC.view(-1), self.groups, self._everyone_counts or one_wait)
@@ -194,6 +205,8 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         if host_PC is None or layout is None:
             host_PC = counts_PC.cpu() if told.own is None else told.own
             layout = layout_of(int(host_PC[:, 0].sum()))
+        if room is not None:
+            room.observe([int(host_PC[:, 0].max())], tokens)
         return make_once_plan(layout, tokens_shape, host_PC, told, self.groups)
 
     def _plan_node(self, routing_map_TE: Tensor, tokens_shape: torch.Size) -> DispatchPlan:
@@ -229,6 +242,11 @@ class FluidTokenDispatcher(MoETokenDispatcher):
             maps = [routing_map_TE & own_E, *(part & ~own_E for part in maps)]
             tokens = [slice(0, routing_map_TE.shape[0]), *tokens]
         topk, ranks = self.config.moe_router_topk, self.groups.ep_size
+        room, sizes = self.room, [part.shape[0] for part in maps]
+        if room is not None and (rows := room.rows_for(sizes)) is not None:
+            plan, short = make_bounded_chunked_plan(maps, topk, tokens, tokens_shape, self.groups, rows, local_first)
+            if room.suffices(short):
+                return plan
         made = [once_counts(part, topk, ranks) for part in maps]
         counts_PCN = torch.stack([counts for counts, _ in made], dim=1)
         one_wait = kernels_of(counts_PCN).one_wait_for_counts
@@ -238,6 +256,8 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         if host_PCN is None:
             host_PCN = counts_PCN.cpu() if told.own is None else told.own.view(counts_PCN.shape)
         layouts = [layout_of(int(host_PCN[:, n, 0].sum())) for n, (_, layout_of) in enumerate(made)]
+        if room is not None:
+            room.observe(host_PCN[:, :, 0].amax(0).tolist(), sizes)
         return make_token_chunked_plan(layouts, tokens, tokens_shape, host_PCN, told, self.groups, local_first)
 
     @property

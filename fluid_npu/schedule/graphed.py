@@ -8,14 +8,17 @@ is added by the recording, at the address it had.
 
 A replay is right only where shapes, addresses, modes and the scheduler's settings are those that were recorded; all
 else runs as ever, with one printed reason. One forward may wait for its backward at a time.
+
+A layer whose sizes depend on its input is recorded with ``Room`` for more. Each replayed forward tells soon whether the
+room sufficed; where it did not, what the forward changed is put back and the layer runs as ever.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +30,12 @@ from fluid_npu.ops.grouped_matmul import placeholder_grad
 from fluid_npu.schedule.scheduler import BackwardScheduler
 
 WARM_UP = 3
+#: Calls that already keep to the room that is to be recorded, the last ones before it: they choose kernels for it.
+_IN_ROOM = 2
+#: Calls before any layer is recorded, with room or not.
+MOST_WARM_UP = WARM_UP + _IN_ROOM - 1
+#: So many replays without enough room, and the layer is recorded anew.
+_TOO_OFTEN = 3
 
 #: The parts of a signature, for messages.
 _GIVEN = (
@@ -37,6 +46,26 @@ _GIVEN = (
     "a buffer",
     "a tensor outside the layer",
 )
+
+
+class Room(Protocol):
+    """Sizes that ranks agree on before a layer is recorded with them."""
+
+    def settle(self, device: torch.device) -> str:
+        """Agrees on them from the calls so far; why that cannot be, '' where it can. Collective."""
+
+    def forget(self) -> None:
+        """Nothing is agreed any more."""
+
+    def kept_to(self, recorded: bool = False) -> AbstractContextManager[None]:
+        """Inside, a forward keeps to them if they are agreed on; one that is ``recorded`` whether they suffice or not,
+        another one where they do."""
+
+    def ask(self) -> None:
+        """A forward is to be replayed."""
+
+    def sufficed(self) -> bool:
+        """Whether they did on all ranks in that replay; waits until that is known."""
 
 
 class GraphedLayer:
@@ -52,6 +81,7 @@ class GraphedLayer:
         outside: what else a recording takes for given, such as addresses of tensors that are not the module's.
         agree: called after the attempt with why it failed, '' where it did not; gives why nothing is replayed. For
             ranks that must replay together.
+        room: of a layer whose sizes depend on its input.
     """
 
     def __init__(
@@ -62,12 +92,15 @@ class GraphedLayer:
         recorder: Callable[[], GraphRecorder],
         name: str = "layer",
         warm_up: int = WARM_UP,
-        outside: Callable[[], tuple[Any, ...]] = tuple,
+        outside: Callable[[], tuple[Tensor | None, ...]] = tuple,
         agree: Callable[[str], str] = str,
+        room: Room | None = None,
     ) -> None:
         self._module, self._forward, self._scheduler = module, forward, scheduler
-        self._make_recorder, self._name, self._warm_up, self._outside = recorder, name, warm_up, outside
-        self._agree = agree
+        self._make_recorder, self._name, self._outside = recorder, name, outside
+        self._warm_up = warm_up + (0 if room is None else _IN_ROOM - 1)
+        self._agree, self._room = agree, room
+        self._without_room = 0
         self._recording: _Recording | None = None
         self._signature: Any = None
         self._calls = 0
@@ -87,16 +120,37 @@ class GraphedLayer:
         """The layer's output, as a tensor of its own."""
         if not torch.is_grad_enabled():
             return self._forward(x)
-        reason = self._broken or self._in_the_way()
+        reason, lacks_room = self._broken or self._in_the_way(), False
         if not reason and self._warm(x):
             reason = self._why_not_recorded(x) if self._recording is None else self._why_not_replayed(x)
             if not reason:
                 recording = self._recording
                 assert recording is not None, "recorded just now, or before"
-                return _Replay.apply(recording, x, *recording.parameters)
+                if recording.forward(x):
+                    return _Replay.apply(recording, x, *recording.parameters)
+                reason, lacks_room = self._lacked_room(), True
         if reason:
             Choice("as ever", reason).announce(f"graph of {self._name}")
-        return self._forward(x)
+        elif self._room is not None and self._calls == self._warm_up - _IN_ROOM + 1:
+            self._broken = self._room.settle(x.device)
+        if self._room is None or lacks_room:
+            return self._forward(x)
+        with self._room.kept_to():  # of a layer like the recorded one: its kernels and its bits
+            return self._forward(x)
+
+    def _lacked_room(self) -> str:
+        """Why the call runs as ever; the same on all ranks."""
+        self._without_room += 1
+        if self._without_room == _TOO_OFTEN:
+            Choice("anew", f"{_TOO_OFTEN} steps needed more room than was recorded").announce(f"graph of {self._name}")
+            self._forget()
+        return "some rank has more rows for another than there is room for in what was recorded"
+
+    def _forget(self) -> None:
+        """Nothing is recorded, and the warm-up begins again."""
+        self._recording, self._signature, self._without_room = None, None, 0
+        if self._room is not None:
+            self._room.forget()
 
     def _in_the_way(self) -> str:
         """What watches this call and would see nothing of a replay."""
@@ -117,6 +171,8 @@ class GraphedLayer:
         signature = self._sign(x)
         if signature != self._signature:
             self._signature, self._calls = signature, 0
+            if self._room is not None:
+                self._room.forget()
         self._calls += 1
         return self._calls > self._warm_up
 
@@ -128,7 +184,8 @@ class GraphedLayer:
         buffers = tuple(buffer.data_ptr() for buffer in self._module.buffers())
         given = x.shape, x.dtype, x.device, x.requires_grad
         parameters = tuple(map(_addresses, self._module.parameters()))
-        return given, modes, hooked, parameters, buffers, self._outside()
+        outside = tuple(None if tensor is None else tensor.data_ptr() for tensor in self._outside())
+        return given, modes, hooked, parameters, buffers, outside
 
     def _why_not_replayed(self, x: Tensor) -> str:
         recording = self._recording
@@ -145,7 +202,7 @@ class GraphedLayer:
         """Records; what went wrong, if anything."""
         recording, failed = None, ""
         try:
-            recording = _Recording(self._module, self._forward, self._scheduler(), self._make_recorder(), x)
+            recording = self._record(x)
         except RuntimeError as error:
             failed = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         failed = self._agree(failed)
@@ -155,6 +212,11 @@ class GraphedLayer:
         self._recording = recording
         Choice("recorded", f"after {self._warm_up} calls alike").announce(f"graph of {self._name}")
         return ""
+
+    def _record(self, x: Tensor) -> _Recording:
+        changed = [*self._module.buffers(), *(tensor for tensor in self._outside() if tensor is not None)]
+        made = self._scheduler(), self._make_recorder()
+        return _Recording(self._module, self._forward, *made, x, self._room, changed)
 
 
 class _Recording:
@@ -167,18 +229,25 @@ class _Recording:
         scheduler: BackwardScheduler,
         recorder: GraphRecorder,
         x: Tensor,
+        room: Room | None,
+        changed: Sequence[Tensor],
     ) -> None:
+        """``changed``: what a forward may write besides its output."""
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.scheduler = scheduler
         self._recorder = recorder
         self._pending: weakref.ref[_Token] | None = None
         self._out: Tensor | None = None
+        self._room, self._changed = room, list(changed) if room is not None else []
+        self._before: list[Tensor] = []
         twins = {parameter: _twin(parameter) for parameter in module.parameters()}
         # Copied, not empty: a recorder may compute while it records.
         self.x = x.detach().clone(memory_format=torch.contiguous_format).requires_grad_(x.requires_grad)
 
         def forward_body() -> Tensor:
-            with scheduler.tallied() as self.forward_tally, _swapped(module, twins), torch.enable_grad():
+            self._before = [tensor.detach().clone() for tensor in self._changed]
+            kept = nullcontext() if room is None else room.kept_to(recorded=True)
+            with kept, scheduler.tallied() as self.forward_tally, _swapped(module, twins), torch.enable_grad():
                 self._out = forward(self.x)
             return self._out.detach()
 
@@ -206,6 +275,21 @@ class _Recording:
         """Whether the buffers hold a forward whose graph is alive and whose backward has not run."""
         return self._pending is not None and self._pending() is not None
 
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> bool:
+        """Replays the forward; False where its room did not suffice: then it has changed nothing."""
+        self.x.copy_(x)
+        if self._room is None:
+            self.replay_forward()
+            return True
+        self._room.ask()
+        self.replay_forward()
+        if self._room.sufficed():
+            return True
+        for tensor, before in zip(self._changed, self._before, strict=True):
+            tensor.copy_(before)
+        return False
+
     def begin(self) -> _Token:
         """A forward was replayed."""
         token = _Token()
@@ -230,8 +314,6 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, recording: _Recording, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.recording, ctx.token = recording, recording.begin()
-        recording.x.detach().copy_(x)
-        recording.replay_forward()
         recording.scheduler.count_again(recording.forward_tally)
         return recording.out.clone()  # the next replay writes there
 

@@ -113,8 +113,8 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--moe-chunks", default="auto", metavar="N", type=_number_or_auto, help=text)
     text = "with --overlap full: rows that stay on their rank are a chunk before the others"
     group.add_argument("--local-first", action="store_true", help=text)
-    text = "with --dispatch static on CUDA: record each MoE layer and replay it by one call of the host; on (the flag "
-    text += "alone), off, or auto, which does so where nothing is in the way and says what is (off)"
+    text = "with --dispatch static or once-per-rank on CUDA: record each MoE layer and replay it by one call of the "
+    text += "host; on (the flag alone), off, or auto, which does so where nothing is in the way and says what is (off)"
     words: dict[str, Any] = {"nargs": "?", "const": True, "default": False, "type": _on_off_auto, "metavar": "NAME"}
     group.add_argument("--moe-cuda-graph", **words, help=text)
     text = "with --cp: parts of a rank's heads, each part's AllToAlls beside the computation of others, or auto (1)"

@@ -19,6 +19,8 @@ DTYPES = ("fp32", "bf16", "fp16")
 OVERLAPS = ("off", "dw", "full", "auto")
 IMPLS = ("fluid", "stock")
 DISPATCHES = ("plain", "once-per-rank", "once-per-node", "static", "auto")
+#: Those of layers that can be recorded; 'auto' may choose another.
+RECORDED_DISPATCHES = ("static", "once-per-rank")
 #: Transports whose exchanges a CUDA graph may hold.
 RECORDABLE_TRANSPORTS = ("collective", "high-priority", "few-ctas")
 A2A_TRANSPORTS = ("auto", "collective", "high-priority", "peer-copy", "few-ctas", "aicpu", "pairwise", "two-level")
@@ -318,7 +320,11 @@ def _check_moe_cuda_graph(c: TrainConfig) -> None:
     obstacles = (
         (c.impl != "fluid", f"--impl {c.impl}", "has none; use --impl fluid"),
         (c.device in ("cpu", "npu"), f"--device {c.device}", "records no graphs; use --device cuda"),
-        (c.dispatch != "static", f"--dispatch {c.dispatch}", "may wait for sizes on the host; use --dispatch static"),
+        (
+            c.dispatch not in RECORDED_DISPATCHES,
+            f"--dispatch {c.dispatch}",
+            f"may wait for sizes on the host; use --dispatch {' or '.join(RECORDED_DISPATCHES)}",
+        ),
         (c.carry_over, "--carry-over", "leaves dW for another layer; leave it out"),
         (c.pp > 1, f"--pp {c.pp}", "has several forwards waiting for their backwards; use --pp 1"),
         (c.tp > 1, f"--tp {c.tp}", "has collectives that have not been recorded yet; use --tp 1"),

@@ -118,6 +118,34 @@ def _check(ranks: int, cases: list[Steps], folder: Path) -> None:
                 assert recorded["stats"][name] == eager["stats"][name], (case, name)
 
 
+#: Sizes that depend on the routing, recorded with room for more; fp32, so that other kernels differ little.
+ONCE = [
+    replace(
+        FIRST, dtype=torch.float32, dispatch="once-per-rank", tokens=1000, topk=1, rate=1e-3, chunks=chunks, steps=4
+    )
+    for chunks in (1, 2)
+]
+ONCE += [replace(ONCE[0], high_priority=True, topk=2), replace(ONCE[0], overlap="dw", local_first=False, chunks="auto")]
+
+
+def both_once(cases: list[Steps], store: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """As ``both``; told sizes are waited for, a recorded layer's are not."""
+    os.environ.setdefault("FLUID_ROW_KERNELS", "triton")
+    _on_nccl(store)
+    pairs = ((run_steps(case), run_steps(replace(case, graph=True), NoWait(), watch_from=3)) for case in cases)
+    return [(_on_host(eager), _on_host(recorded)) for eager, recorded in pairs]
+
+
+@TWO_GPUS
+def test_sizes_that_depend_on_the_routing_are_recorded_with_room(tmp_path: Path) -> None:
+    for found in run_ranks(2, both_once, ONCE, str(tmp_path / "store"), timeout=300, start="spawn"):
+        for case, (eager, recorded) in zip(ONCE, found, strict=True):
+            assert recorded["recorded"], case
+            for name, wanted in eager["tensors"].items():
+                error = (recorded["tensors"][name].double() - wanted.double()).norm() / wanted.double().norm()
+                assert error < 1e-5, (case, name, float(error))
+
+
 @pytest.mark.parametrize("high_priority", [False, True])
 def test_process_groups_end_while_a_recording_is_alive(high_priority: bool, tmp_path: Path) -> None:
     ranks, case = min(2, torch.cuda.device_count()), replace(CASES[0], high_priority=high_priority)

@@ -58,6 +58,6 @@ def all_grown(steps: int) -> list[dict[str, float]]:
 def test_nothing_is_kept_from_step_to_step(steps: int, run_ranks: Ranks) -> None:
     for found in run_ranks(2, all_grown, steps, sizes=CASES[0].sizes, timeout=280):
         for growth in found:
-            # The first reading's own list and tuple are alive at the second.
-            assert growth["tensors"] == 0 and growth["objects"] <= 50 and growth["mib"] <= 4, growth
+            # The first reading's own list and tuple are alive at the second. Fewer tensors are no growth.
+            assert growth["tensors"] <= 0 and growth["objects"] <= 50 and growth["mib"] <= 4, growth
     print(f"2 ranks, {steps} steps: resident memory grew by {max(one['mib'] for one in found):.2f} MiB")

@@ -23,15 +23,23 @@ CASES = [Steps(), Steps(overlap="off"), Steps(recompute=True, topk=1), Steps(sha
 CASES += [Steps(overlap="full", local_first=True, shared=shared, fuse=not shared) for shared in (False, True)]
 
 
+#: Sizes that depend on the routing. There is room for every row: 24 tokens with three experts each.
+ONCE = [
+    Steps(dispatch="once-per-rank", steps=4),
+    Steps(dispatch="once-per-rank", steps=4, shared=True, fuse=False, overlap="full", chunks=1, local_first=True),
+    Steps(dispatch="once-per-rank", steps=4, aux=True, overlap="full", chunks=2, local_first=True),
+    Steps(dispatch="once-per-rank", steps=4, recompute=True, overlap="full", chunks=2),
+]
+#: So few spare rows that some replays lack room.
+TIGHT = [replace(case, tokens=200, topk=1, steps=8, rate=1e-3) for case in ONCE]
+
+
 def both(cases: list[Steps]) -> list[tuple[dict[str, Any], dict[str, Any], list[int]]]:
     """Each case as ever and recorded, with the replays of the recorder."""
-    from fluid_npu.device.choice import Choice
-    from fluid_npu.mcore import graph_choice
-
     found = []
     for case in cases:
         recorder = FakeRecorder()
-        graph_choice.graph_recorder = lambda device, made=recorder: Choice(lambda: made, "a fake")  # type: ignore
+        _take(recorder)
         found.append((run_steps(case), run_steps(replace(case, graph=True)), recorder.replays))
     return found
 
@@ -46,6 +54,87 @@ def test_three_steps_of_two_micro_batches_have_the_bits_of_the_layer_as_ever(run
                 assert torch.equal(recorded["tensors"][name], wanted), (case, name)
             for name in ("a2a_count", "a2a_bytes", "total_dw_tasks", "completed_dw_tasks", "dw_flops"):
                 assert recorded["stats"][name] == eager["stats"][name], (case, name)
+
+
+def test_sizes_that_depend_on_the_routing_are_recorded_with_room(run_ranks: Ranks) -> None:
+    for found in run_ranks(2, both, ONCE, sizes={"expert_model_parallel_size": 2}):
+        for case, (eager, recorded, replays) in zip(ONCE, found, strict=True):
+            # Two calls tell sizes, two more keep to what was agreed on; the other four of the eight are replayed.
+            assert replays == [4, 4], case
+            for name, wanted in eager["tensors"].items():
+                assert torch.equal(recorded["tensors"][name], wanted), (case, name)
+            for name in ("a2a_count", "total_dw_tasks", "completed_dw_tasks"):
+                assert recorded["stats"][name] == eager["stats"][name], (case, name)
+
+
+def with_little_room() -> list[tuple[list[str], list[int], list[str]]]:
+    """Of each case what differs from the layer as ever, the replays, and what is said."""
+    from fluid_npu.device import choice
+    from fluid_npu.mcore import agreed_room
+
+    agreed_room._with_spare = lambda most: most + 2  # type: ignore[attr-defined]
+    found = []
+    for case in TIGHT:
+        choice._announced.clear()
+        ((eager, recorded, replays),) = both([case])
+        differ = [n for n, wanted in eager["tensors"].items() if not torch.equal(recorded["tensors"][n], wanted)]
+        said = [str(one.value) for what, one in choice.announced() if what.startswith("graph of")]
+        found.append((differ, replays, said))
+    return found
+
+
+def test_a_replay_without_room_is_computed_as_ever_by_all_ranks(run_ranks: Ranks) -> None:
+    """Auxiliary losses too, which its forward has logged already; after three of them it is recorded anew."""
+    first, second = run_ranks(2, with_little_room, sizes={"expert_model_parallel_size": 2})
+    assert first == second
+    for case, (differ, replays, said) in zip(TIGHT, first, strict=True):
+        assert differ == [], case
+        lacking = sum(replays[::2]) - sum(replays[1::2])
+        assert lacking > 0 and "as ever" in said, (case, replays, "every replay had room: nothing is tested")
+        assert ("anew" in said) == (len(replays) > 2 or lacking == 3), (case, replays)
+    assert any(len(replays) > 2 and replays[3] for _, replays, _ in first), "none was recorded anew and replayed"
+
+
+def logged_losses() -> tuple[list[float], list[float], int]:
+    """Megatron's log of an auxiliary loss over steps some of whose replays lack room, as ever and recorded."""
+    from megatron.core.transformer.moe import moe_utils
+
+    from fluid_npu.mcore import agreed_room
+
+    def values() -> list[torch.Tensor]:
+        return [entry["values"] for entry in moe_utils.get_moe_layer_wise_logging_tracker().values()]
+
+    class Quiet(FakeRecorder):
+        def record(self, body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+            before = [log.clone() for log in values()]
+            made = super().record(body)  # which logs, as a recording of CUDA would not
+            for log, old in zip(values(), before, strict=True):
+                log.copy_(old)
+            return made
+
+    agreed_room._with_spare = lambda most: most + 2  # type: ignore[attr-defined]
+    logs: list[list[float]] = []
+    replays: list[int] = []
+    for graph in (False, True):
+        moe_utils.get_moe_layer_wise_logging_tracker().clear()
+        recorder = Quiet()
+        _take(recorder)
+        run_steps(replace(TIGHT[2], graph=graph))
+        logs.append([float(log.sum()) for log in values()])
+        replays = recorder.replays
+    return logs[0], logs[1], sum(replays[::2]) - sum(replays[1::2])
+
+
+def _take(recorder: FakeRecorder) -> None:
+    from fluid_npu.device.choice import Choice
+    from fluid_npu.mcore import graph_choice
+
+    graph_choice.graph_recorder = lambda device: Choice(lambda: recorder, "a fake")
+
+
+def test_a_replay_without_room_logs_nothing_twice(run_ranks: Ranks) -> None:
+    for wanted, found, lacking in run_ranks(2, logged_losses, sizes={"expert_model_parallel_size": 2}):
+        assert lacking > 0 and wanted and found == wanted
 
 
 def in_a_model(overlap_grad_reduce: bool) -> tuple[list[list[str]], list[float], list[float], int]:
@@ -159,7 +248,10 @@ def test_what_is_in_the_way_is_named(run_ranks: Ranks) -> None:
     messages = run_ranks(2, refusals, sizes={"expert_model_parallel_size": 2})[0]
     assert all(message.startswith("cuda_graph=True: ") for message in messages.values()), messages
     assert "the layer is on cpu; leave cuda_graph out" in messages["cpu"]
-    assert "with dispatch='plain' (as asked) the host waits for sizes; use dispatch='static'" in messages["plain"]
+    assert (
+        "with dispatch='plain' (as asked) the host waits for sizes; use dispatch='static' or 'once-per-rank'"
+        in messages["plain"]
+    )
     assert "carry_over=True leaves dW for another layer" in messages["carry"]
     assert "pairwise counts its exchanges" in messages["pairwise"]
     assert "moe_router_load_balancing_type='sinkhorn'" in messages["sinkhorn"]

@@ -207,7 +207,12 @@ REFUSED: list[tuple[list[str], dict[str, Any], str, str]] = [
         "--fluid-local-first with --fluid-a2a-payload-dtype fp8: chunks are not coded; drop one",
     ),
     (["--fluid-local-first"], {"moe_grouped_gemm": False}, "0.16", "--fluid-local-first without --moe-grouped-gemm"),
-    (["--fluid-moe-cuda-graph"], {}, "0.16", "--fluid-moe-cuda-graph on with --fluid-dispatch plain: .*use static"),
+    (
+        ["--fluid-moe-cuda-graph"],
+        {},
+        "0.16",
+        "--fluid-moe-cuda-graph on with --fluid-dispatch plain: .*use static or once-per-rank",
+    ),
     (
         ["--fluid-moe-cuda-graph", *STATIC, "--fluid-device", "cpu"],
         {},

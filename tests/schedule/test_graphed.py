@@ -55,7 +55,7 @@ class Bench:
         self.module, self.recorder, self.delivered = Product(), FakeRecorder(), 0
         self.scheduler = BackwardScheduler()
         made = lambda: self.recorder
-        self.outside: list[int] = []
+        self.outside: list[Tensor] = []
         outside = lambda: tuple(self.outside)
         layer = GraphedLayer(self.module, self.module.compute, lambda: self.scheduler, made, "it", warm_up, outside)
         self.layer: Any = layer if graph else self.module.compute
@@ -110,7 +110,7 @@ def test_results_of_a_replay_outlive_the_next() -> None:
         (lambda b: b.module.plain.requires_grad_(False), "a parameter"),
         (lambda b: setattr(b.module.plain, "data", b.module.plain.data.clone()), "a parameter"),
         (lambda b: setattr(b.module, "seen", torch.zeros(())), "a buffer"),
-        (lambda b: b.outside.append(1), "a tensor outside the layer"),
+        (lambda b: b.outside.append(torch.zeros(1)), "a tensor outside the layer"),
         (lambda b: setattr(b.scheduler.recorder, "enabled", True), "the scheduler's recorder is on"),
         (lambda b: setattr(b.scheduler, "submit", b.scheduler.submit), "a clock"),
     ],

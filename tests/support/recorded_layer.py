@@ -1,4 +1,4 @@
-"""Training steps of one MoE layer with dispatch='static', as ever or recorded, on a CPU or a GPU."""
+"""Training steps of one MoE layer, as ever or recorded, on a CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ class Steps:
     tokens: int = 24
     topk: int = 3
     overlap: str = "dw"
+    dispatch: str = "static"
+    chunks: int | str = "auto"
+    """With ``overlap`` 'full'."""
     graph: bool = False
     recompute: bool = False
     shared: bool = False
@@ -31,6 +34,8 @@ class Steps:
     fuse: bool = True
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    rate: float = 0.05
+    """Of the descent."""
     ep: int = 2
     kept: bool = True
     """Whether the result has the tensors."""
@@ -55,7 +60,7 @@ def run_steps(run: Steps, watch: AbstractContextManager[Any] | None = None, watc
                 out.backward(g)
             if run.kept:
                 result[f"out {step} {micro}"], result[f"dx {step} {micro}"] = out.detach(), x.grad
-        _descend(layer)
+        _descend(layer, run.rate)
         if run.kept:
             result.update({f"{name} {step}": p.detach().clone() for name, p in layer.named_parameters()})
     recorded = layer.graphed is not None and layer.graphed.recorded
@@ -81,7 +86,8 @@ def _layer(run: Steps) -> Any:
     spec = get_fluid_moe_layer_spec(
         made,
         overlap=run.overlap,
-        dispatch="static",
+        dispatch=run.dispatch,
+        chunks=run.chunks,
         cuda_graph=run.graph,
         local_first=run.local_first,
         transport=high_priority_transport() if run.high_priority else None,
@@ -96,13 +102,13 @@ def _layer(run: Steps) -> Any:
     return layer
 
 
-def _descend(layer: Any) -> None:
-    """p -= 0.05 grad, from main_grad where it was added there; gradients are zeroed in place."""
+def _descend(layer: Any, rate: float) -> None:
+    """p -= rate * grad, from main_grad where it was added there; gradients are zeroed in place."""
     for parameter in layer.parameters():
         added = getattr(parameter, "grad_added_to_main_grad", False)
         grad = parameter.main_grad if added else parameter.grad
         with torch.no_grad():
-            parameter -= 0.05 * grad.to(parameter.dtype)
+            parameter -= rate * grad.to(parameter.dtype)
         if added:
             parameter.main_grad.zero_()
             parameter.grad_added_to_main_grad = False

@@ -110,7 +110,10 @@ REFUSED = [
     (["--dispatch", "once-per-node", "--impl", "stock"], r"--dispatch once-per-node: stock Megatron .* has none"),
     (["--dispatch", "twice"], r"--dispatch 'twice': allowed are plain, once-per-rank, once-per-node, static, auto"),
     (["--dispatch", "auto", "--impl", "stock"], r"--dispatch auto: stock Megatron .* use --dispatch plain"),
-    (["--moe-cuda-graph"], r"--moe-cuda-graph: --dispatch plain may wait for sizes .*; use --dispatch static"),
+    (
+        ["--moe-cuda-graph"],
+        r"--moe-cuda-graph: --dispatch plain may wait for sizes .*; use --dispatch static or once-per-rank",
+    ),
     (
         ["--moe-cuda-graph", "--dispatch", "static", "--carry-over", "--overlap", "dw"],
         r"--moe-cuda-graph: --carry-over leaves dW for another layer",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Iterator
 
-from fluid_npu.adaptor.settings import RECORDABLE_TRANSPORTS
+from fluid_npu.adaptor.settings import RECORDABLE_TRANSPORTS, RECORDED_DISPATCHES
 
 #: Flags of others that also overlap the AllToAlls, or keep weight gradients back: two such engines exclude each other.
 _OTHER_OVERLAPS = {
@@ -115,7 +115,11 @@ def _recorded(args: Namespace) -> Iterator[str]:
     stages, shards = (getattr(args, f"{kind}_model_parallel_size", 1) for kind in ("pipeline", "tensor"))
     obstacles = (
         (args.fluid_device in ("cpu", "npu"), f"--fluid-device {args.fluid_device}", "records no graphs; use cuda"),
-        (args.fluid_dispatch != "static", f"--fluid-dispatch {args.fluid_dispatch}", "may wait for sizes; use static"),
+        (
+            args.fluid_dispatch not in RECORDED_DISPATCHES,
+            f"--fluid-dispatch {args.fluid_dispatch}",
+            f"may wait for sizes; use {' or '.join(RECORDED_DISPATCHES)}",
+        ),
         (args.fluid_carry_over, "--fluid-carry-over", "leaves weight gradients for another layer; drop one of the two"),
         (args.fluid_interleave_batches, "--fluid-interleave-batches", "has two halves under way; drop one of the two"),
         (

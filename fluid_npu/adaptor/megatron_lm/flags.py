@@ -78,8 +78,8 @@ FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
             "nargs": "?",
             "const": "on",
             "default": "off",
-            "help": "with --fluid-dispatch static on CUDA: record each MoE layer and replay it by one call of the "
-            "host; on (the flag alone), off, or auto: where nothing is in the way, which is said (off)",
+            "help": "with --fluid-dispatch static or once-per-rank on CUDA: record each MoE layer and replay it by one "
+            "call of the host; on (the flag alone), off, or auto: where nothing is in the way, which is said (off)",
         },
     ),
     (

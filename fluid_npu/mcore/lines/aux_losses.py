@@ -19,12 +19,9 @@ _find_tracker: Any = getattr(moe_utils, _TRACKER, None) or getattr(parallel_stat
 HAS_TRACKER = _find_tracker is not None
 
 
-def tensors_outside() -> tuple[int | None, ...]:
-    """Addresses of the scale and of every log that there is, in the order in which they were made."""
+def tensors_outside() -> tuple[Tensor | None, ...]:
+    """The scale and every log that there is, in the order in which they were made."""
     scale: Any = getattr(moe_utils.MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
     logs = _find_tracker().values() if HAS_TRACKER else ()
-    return (_address(scale), *(_address(log.get("values")) for log in logs))
-
-
-def _address(value: Any) -> int | None:
-    return value.data_ptr() if isinstance(value, Tensor) else None
+    found = (scale, *(log.get("values") for log in logs))
+    return tuple(value if isinstance(value, Tensor) else None for value in found)

@@ -1,0 +1,108 @@
+"""Plans of a dispatch that sends a token once to each rank, in blocks of rows that were agreed on beforehand.
+
+All sizes follow from those blocks, so that a layer can be recorded as a whole; as with rows that go to every rank,
+which rows the experts have is found on the device (``ops.payload_static``). Rows, their order and all sums are those
+of the same dispatch with sizes that are told (``make_once_plan``, ``make_token_chunked_plan``): the filling behind a
+block's rows is computed by nobody. Bytes to compare with are those of even routing: the host does not know another.
+
+P ranks, C chunks, T tokens; no expert tensor parallelism.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from fluid_npu.device.kernels.groups import DeviceRows
+from fluid_npu.device.kernels.pieces import PieceRows
+from fluid_npu.mcore.chunk_plan import ChunkedPlan, ChunkPlan
+from fluid_npu.mcore.dispatch_plan import DispatchPlan, ExpertGroups, PlainCounts
+from fluid_npu.mcore.dispatch_rows import StaticRows
+from fluid_npu.ops.once import OnceLayout
+from fluid_npu.ops.once_bounded import bounded_groups
+from fluid_npu.ops.payload_static import StaticArrival
+
+
+def make_bounded_plan(
+    map_TE: Tensor, topk: int, tokens_shape: torch.Size, groups: ExpertGroups, rows: int
+) -> tuple[DispatchPlan, Tensor]:
+    """(The plan for a bool map and ``rows`` for each rank, a bool scalar: whether they are too few)."""
+    ranks, pairs = groups.ep_size, map_TE.shape[0] * topk
+    layout, short = bounded_groups(map_TE, topk, [rows] * ranks)
+    sends, splits = _sends(layout, ranks * rows, pairs), [rows] * ranks
+    plan = DispatchPlan(
+        rows=sends,
+        tokens_shape=tokens_shape,
+        input_splits=splits,
+        output_splits=splits,
+        gather_splits=[ranks * rows],
+        tokens_per_expert=sends.arrival.experts,
+        plain=_to_others(pairs, ranks),
+        table=[splits] * ranks,
+    )
+    return plan, short
+
+
+def make_bounded_chunked_plan(
+    maps: Sequence[Tensor],
+    topk: int,
+    tokens: Sequence[slice],
+    tokens_shape: torch.Size,
+    groups: ExpertGroups,
+    rows: Sequence[int],
+    own_first: bool,
+) -> tuple[ChunkedPlan, Tensor]:
+    """(The plan, a bool scalar: whether some chunk has too few rows).
+
+    Args:
+        maps: bool, of each chunk's tokens.
+        topk: K.
+        tokens: each chunk's, of the T tokens.
+        tokens_shape: of the layer's input.
+        groups: the ranks.
+        rows: of each chunk, for each rank.
+        own_first: the first chunk's rows are those that stay on this rank, and no other's do.
+    """
+    ranks, own = groups.ep_size, groups.ep_rank
+    plans, shorts, start = [], [], 0
+    for number, (map_TE, mine, each) in enumerate(zip(maps, tokens, rows, strict=True)):
+        here = own_first and number == 0
+        # [P, P]: to each rank from each, and of the rows that stay here where the others' are not.
+        table = [[each if here == (s == t) or not own_first else 0 for t in range(ranks)] for s in range(ranks)]
+        layout, short = bounded_groups(map_TE, topk, table[own])
+        pairs, received = map_TE.shape[0] * topk, sum(table[own])
+        share = 1.0 if not own_first else 1 / ranks if here else 1 - 1 / ranks
+        sends = _sends(layout, received, ceil(pairs * share))
+        plans.append(
+            ChunkPlan(
+                rows=slice(start, start + received),
+                experts=slice(0, layout.local),
+                sends=sends,
+                input_splits=[] if here else table[own],
+                output_splits=[] if here else table[own],
+                tokens_per_expert=sends.arrival.experts,
+                table=None if here else table,
+                plain=None if here else _to_others(pairs, ranks),
+                tokens=None if here else mine,
+                here=here,
+            )
+        )
+        shorts.append(short)
+        start += received
+    shared = PieceRows([plan.tokens_per_expert for plan in plans])
+    plan = ChunkedPlan(tokens_shape=tokens_shape, whole=None, chunks=plans, shared=shared)
+    return plan, torch.stack(shorts).any()
+
+
+def _sends(layout: OnceLayout, received: int, expected: int) -> StaticRows:
+    room = received * layout.num_slots
+    experts = DeviceRows(layout.local, capacity=room, expected=min(expected, room))
+    return StaticRows(layout=layout, arrival=StaticArrival(experts=experts))
+
+
+def _to_others(pairs: int, ranks: int) -> PlainCounts:
+    to_others = pairs * (ranks - 1) // ranks
+    return PlainCounts(sent=to_others, received=to_others, gathered_sent=0, gathered_received=0)
