@@ -104,15 +104,17 @@ def _routed_rows(
     start_of_token = tl.sum(before) + tl.cumsum(of_token, 0) - of_token
     slot = tl.cumsum(entry, 1) - entry
     pair = start_of_token[:, None] + slot
-    here = (entry != 0) & (row < num_rows) & (pair < num_rows)
+    # Of a map with more entries than promised the last rows are left out, and no index points outside either.
+    here = (entry != 0) & (row < num_rows)
     token = at.to(tl.int64)[:, None] + tl.zeros((BLOCK, EXPERTS), dtype=tl.int64)
     tl.store(indices + row, token, mask=here)
     if SLOTS > 0:
         tl.store(indices + num_rows + row, token * SLOTS + slot, mask=here)
     else:
         tl.store(indices + num_rows + row, token * experts + numbers[None, :], mask=here)
-    tl.store(indices + 2 * num_rows + pair, row.to(tl.int64), mask=here)
-    tl.store(starts + at, start_of_token.to(tl.int64), mask=at < tokens)
+    known = tl.minimum(row, num_rows - 1).to(tl.int64)
+    tl.store(indices + 2 * num_rows + pair, known, mask=(entry != 0) & (pair < num_rows))
+    tl.store(starts + at, tl.minimum(start_of_token, num_rows).to(tl.int64), mask=at < tokens)
     if tl.program_id(0) == 0:
         tl.store(counts + numbers, total.to(tl.int64), mask=numbers < experts)
         # A map with fewer entries than promised: no index may point outside, whatever else goes wrong.
