@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fluid_npu.comm.group_names import new_local_group
 from fluid_npu.comm.transports.base import PendingWork
 from fluid_npu.device.choice import Choice
 from fluid_npu.device.graphs import release_recordings
@@ -47,14 +48,9 @@ class OwnGroupsTransport:
     def prepare(self, group: Any) -> Choice[bool]:
         """Makes the group's twins; a collective call of all of its ranks."""
         # Ranks outside of the group do not take part: groups may be made by each on its own.
+        ranks = dist.get_process_group_ranks(group)
         self._twins[group.group_name] = [
-            dist.new_group(
-                dist.get_process_group_ranks(group),
-                backend=self._backend,
-                pg_options=self._options(),
-                use_local_synchronization=True,
-            )
-            for _ in range(self._count)
+            new_local_group(ranks, self._backend, self._options()) for _ in range(self._count)
         ]
         self._next[group.group_name] = 0
         return Choice(True, self._reason)
