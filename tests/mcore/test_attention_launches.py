@@ -73,6 +73,10 @@ def _launched(chunks: int) -> tuple[dict[str, Any], ...]:
 BOUNDS = {1: (36, 36), 2: (50, 54), 4: (98, 94)}
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8),
+    reason="torch 2.7 on a CPU computes grouped keys by other operators",
+)
 def test_chunks_launch_what_they_must(run_ranks: Callable[..., list[Any]]) -> None:
     sizes = {"context_parallel_size": 2, "expert_model_parallel_size": 2}
     (found, _) = run_ranks(2, launched, list(BOUNDS), sizes=sizes, env={"FLUID_ATTENTION": "torch"})
