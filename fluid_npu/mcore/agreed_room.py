@@ -1,7 +1,7 @@
 """How many rows a recorded dispatch has room for, agreed by expert-parallel ranks, and whether a step needs no more.
 
 A recording has fixed sizes. A dispatch that sends a token once to each rank that wants it is recorded with blocks of so
-many rows for each rank: the most that any rank sent to any other in the calls before, and an eighth more. Each step all
+many rows for each rank: the most that any rank sent to any other in the calls before, and some more. Each step all
 ranks find out together whether the blocks suffice: one flag, reduced over the group on the device while the dispatch
 goes on. Where they do not, no rank uses what it computed, and all of them compute the step as ever.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import isqrt
 
 import torch
 import torch.distributed as dist
@@ -19,8 +20,10 @@ from torch import Tensor
 from fluid_npu.comm.all_to_all import Peers
 from fluid_npu.comm.guard import collective
 
-#: Room beyond the most rows seen: one part in so many, and rows go in units.
-_SPARE, _UNIT = 8, 16
+#: Rows of a block go in units.
+_UNIT = 16
+#: Spare rows at the first agreement, as one part in so many, and at most: each agreement after the first doubles them.
+_FIRST_SPARE, _MOST_SPARE = 32, 4
 _UNKNOWN = -1
 _SPIN_S = 0.05
 
@@ -37,6 +40,7 @@ class AgreedRoom:
         self._rows: list[int] | None = None
         self._most: list[int] = []
         self._tokens: list[int] = []
+        self._times = 0
         self._open = self._recorded = False
         self._answer: Tensor | None = None
 
@@ -54,7 +58,8 @@ class AgreedRoom:
         most, tokens, fewest = (part.tolist() for part in told.chunk(3))
         if any(a != -b for a, b in zip(tokens, fewest, strict=True)):
             return f"ranks have different numbers of tokens ({tokens} and {[-few for few in fewest]} among them)"
-        self._rows = [min(_with_spare(rows), all_of) for rows, all_of in zip(most, tokens, strict=True)]
+        self._rows = [min(_with_spare(rows, self._times), all_of) for rows, all_of in zip(most, tokens, strict=True)]
+        self._times += 1
         self._most = []  # the next agreement is on what comes from now on, such as steps without enough room
         if self._answer is None:  # recordings write there; memory of the host cannot be had while they are made
             self._answer = torch.full((), _UNKNOWN, dtype=torch.int32, pin_memory=device.type == "cuda")
@@ -107,6 +112,12 @@ class AgreedRoom:
         return int(seen) == 0
 
 
-def _with_spare(most: int) -> int:
-    """Rows of a block for ``most`` rows seen."""
-    return -(-(most + most // _SPARE) // _UNIT) * _UNIT
+def _with_spare(most: int, times: int) -> int:
+    """Rows of a block for ``most`` rows seen, after so many agreements.
+
+    Spare rows are sent in every step, and a step without room costs about one launched by the host, so there are few:
+    what even random routing varies by, which is at most the root of the rows, and a part of them that grows where the
+    routing varies more.
+    """
+    part = min(2**times / _FIRST_SPARE, 1 / _MOST_SPARE)
+    return -(-(most + isqrt(most) + int(most * part)) // _UNIT) * _UNIT

@@ -72,7 +72,7 @@ def with_little_room() -> list[tuple[list[str], list[int], list[str]]]:
     from fluid_npu.device import choice
     from fluid_npu.mcore import agreed_room
 
-    agreed_room._with_spare = lambda most: most + 2  # type: ignore[attr-defined]
+    agreed_room._with_spare = lambda most, times: most + 2  # type: ignore[attr-defined]
     found = []
     for case in TIGHT:
         choice._announced.clear()
@@ -112,7 +112,7 @@ def logged_losses() -> tuple[list[float], list[float], int]:
                 log.copy_(old)
             return made
 
-    agreed_room._with_spare = lambda most: most + 2  # type: ignore[attr-defined]
+    agreed_room._with_spare = lambda most, times: most + 2  # type: ignore[attr-defined]
     logs: list[list[float]] = []
     replays: list[int] = []
     for graph in (False, True):
