@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fluid_npu.comm.all_to_all import Peers
 from fluid_npu.comm.guard import collective
+from fluid_npu.device.choice import Choice
 
 #: Rows of a block go in units.
 _UNIT = 16
@@ -60,6 +61,8 @@ class AgreedRoom:
             return f"ranks have different numbers of tokens ({tokens} and {[-few for few in fewest]} among them)"
         self._rows = [min(_with_spare(rows, self._times), all_of) for rows, all_of in zip(most, tokens, strict=True)]
         self._times += 1
+        said = ", ".join(f"{room} for at most {rows} so far" for room, rows in zip(self._rows, most, strict=True))
+        Choice(self._rows, f"agreed by the ranks: {said}").announce("rows to a rank in a recorded dispatch")
         self._most = []  # the next agreement is on what comes from now on, such as steps without enough room
         if self._answer is None:  # recordings write there; memory of the host cannot be had while they are made
             self._answer = torch.full((), _UNKNOWN, dtype=torch.int32, pin_memory=device.type == "cuda")
