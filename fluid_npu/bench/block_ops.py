@@ -2,15 +2,18 @@
 
 For each kind of ``bench block``: milliseconds of the parts of an iteration, each waited for before the next begins, and
 how long the host took to launch it; then, of one forward and backward in torch's profiler, the operations of the GPU
-and the operators and calls of the host that took longest. ``scripts/gpu_attention.py`` is the command (part ``ops``).
-Nothing is compared here: ``bench block`` does that.
+and the operators and calls of the host that took longest; and the lines at which torch waits for the device.
+``scripts/gpu_attention.py`` is the command (part ``ops``). Nothing is compared here: ``bench block`` does that.
 """
 
 from __future__ import annotations
 
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -75,7 +78,7 @@ class _Run:
         for _ in range(_WARM_UP):
             for part in self.parts().values():
                 part()
-        return [self.times(), *self.profiled()]
+        return [self.times(), *self.profiled(), *self.waits()]
 
     def parts(self) -> dict[str, Callable[[], Any]]:
         """Of an iteration, in order."""
@@ -108,6 +111,25 @@ class _Run:
         launched = time.perf_counter()
         self.place.device.synchronize()
         return (time.perf_counter() - start) * 1e3, (launched - start) * 1e3
+
+    def waits(self) -> list[str]:
+        """Which lines of one forward and backward make the host wait, as torch warns of them; on CUDA alone."""
+        if self.place.device.name != "cuda":
+            return []
+        parts = self.parts()
+        parts["clear"]()
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                parts["forward"]()
+                parts["backward"]()
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        lines = Counter(f"{Path(one.filename).name}:{one.lineno}" for one in found if "synchron" in str(one.message))
+        told = ", ".join(f"{count} x {line}" for line, count in lines.most_common())
+        return [f"  where torch waits for the device: {told or 'nowhere'}"]
 
     def profiled(self) -> list[str]:
         """Of one forward and backward."""

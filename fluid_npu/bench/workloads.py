@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 _BURST = 4
+_TRADES = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +65,27 @@ def received(name: str, step: int, sizes: Sizes) -> list[int]:
 
 
 def routing_map(counts_E: Sequence[int], tokens: int, seed: Sequence[int]) -> npt.NDArray[np.bool_]:
-    """bool [T, E] with these column sums and as many experts in every row; which tokens go where is random."""
+    """bool [T, E] with these column sums and as many experts in every row, at random among all such maps.
+
+    Which experts a token has together decides how many rows it is where it goes once to each rank, so that is random
+    too: rows trade, in random pairs, the experts that only one of the two has (Strona and others, "A fast and unbiased
+    procedure to randomize ecological binary matrices", 2014).
+    """
     experts = np.repeat(np.arange(len(counts_E)), counts_E)
     map_TE = np.zeros((tokens, len(counts_E)), dtype=bool)
     # No expert has more than T rows, so its run never meets one token twice.
     map_TE[np.arange(len(experts)) % tokens, experts] = True
-    return np.random.default_rng(seed).permutation(map_TE)
+    random = np.random.default_rng(seed)
+    map_TE = random.permutation(map_TE)
+    for _ in range(_TRADES):
+        pairs = random.permutation(tokens)[: tokens // 2 * 2].reshape(2, -1)
+        one, other = map_TE[pairs[0]], map_TE[pairs[1]]
+        apart = one ^ other
+        # The experts apart in random order; the first of them go to one row, as many as it had, the rest to the other.
+        place = np.where(apart, random.random(apart.shape), 2.0).argsort(1).argsort(1)
+        mine = apart & (place < (one & ~other).sum(1, keepdims=True))
+        map_TE[pairs[0]], map_TE[pairs[1]] = (one & other) | mine, (one & other) | (apart & ~mine)
+    return map_TE
 
 
 def _weights(name: str, step: int, sizes: Sizes) -> list[int]:

@@ -10,6 +10,7 @@ import pytest
 
 from fluid_npu.bench.workload_names import DESCRIPTIONS
 from fluid_npu.bench.workloads import Sizes, counts, period, received, routing_map, tokens_of
+from fluid_npu.mcore.dispatch_choice import expected_coverage
 
 FOUR = Sizes(ranks=2, experts=4, topk=2, tokens=12)  # 24 rows a rank, two experts a rank
 
@@ -102,3 +103,12 @@ def test_the_dispatcher_sends_what_the_oracle_says(run_ranks: Callable[..., list
             assert plan["sent"] == sent[rank].sum(axis=1).tolist(), name
             assert plan["got"] == sent[:, rank].sum(axis=1).tolist(), name
             assert plan["rows"] == sent[:, rank].sum(axis=0).tolist(), name
+
+
+@pytest.mark.parametrize(("ranks", "experts", "topk"), [(4, 64, 6), (4, 8, 2), (2, 8, 2)])
+def test_which_experts_a_token_has_together_is_random(ranks: int, experts: int, topk: int) -> None:
+    """So tokens are wanted by as many ranks as under random routing, not by as many as can be."""
+    sizes = Sizes(ranks=ranks, experts=experts, topk=topk, tokens=4096)
+    map_TE = routing_map(counts("W0", 0, 0, sizes), sizes.tokens, (1, 0, 0))
+    wanted = map_TE.reshape(sizes.tokens, ranks, -1).any(2).mean()
+    assert abs(wanted - expected_coverage(experts, topk, ranks)) < 0.01
