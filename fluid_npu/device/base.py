@@ -57,6 +57,10 @@ class Device(ABC):
         """Seed torch's generators of the CPU and of this device."""
 
     @abstractmethod
+    def on_host(self, values: torch.Tensor) -> torch.Tensor:
+        """A copy of the host's ``values`` in memory of the host that work of this device may write to at any time."""
+
+    @abstractmethod
     def get_rng_state(self) -> torch.Tensor:
         """State of this device's default generator, a uint8 tensor on the CPU."""
 
@@ -116,6 +120,9 @@ class AcceleratorDevice(Device):
     def from_host(self, values: torch.Tensor, where: torch.device) -> torch.Tensor:
         """A copy through pinned memory, which torch's host allocator keeps until the copy has run."""
         return values.pin_memory().to(where, non_blocking=True)
+
+    def on_host(self, values: torch.Tensor) -> torch.Tensor:
+        return values.pin_memory()
 
     def manual_seed(self, seed: int) -> None:
         torch.manual_seed(seed)

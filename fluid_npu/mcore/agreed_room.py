@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fluid_npu.comm.all_to_all import Peers
 from fluid_npu.comm.guard import collective
+from fluid_npu.device import Device, device_of
 from fluid_npu.device.choice import Choice
 
 #: Rows of a block go in units.
@@ -44,6 +45,7 @@ class AgreedRoom:
         self._times = 0
         self._open = self._recorded = False
         self._answer: Tensor | None = None
+        self._device: Device | None = None
 
     def observe(self, most: Sequence[int], tokens: Sequence[int]) -> None:
         """A dispatch as ever sent so many rows at most to a rank, and had so many tokens; of each chunk."""
@@ -65,7 +67,8 @@ class AgreedRoom:
         Choice(self._rows, f"agreed by the ranks: {said}").announce("rows to a rank in a recorded dispatch")
         self._most = []  # the next agreement is on what comes from now on, such as steps without enough room
         if self._answer is None:  # recordings write there; memory of the host cannot be had while they are made
-            self._answer = torch.full((), _UNKNOWN, dtype=torch.int32, pin_memory=device.type == "cuda")
+            self._device = device_of(told)
+            self._answer = self._device.on_host(torch.full((), _UNKNOWN, dtype=torch.int32))
         return ""
 
     def forget(self) -> None:
@@ -109,7 +112,8 @@ class AgreedRoom:
         seen, until = answer.numpy(), time.perf_counter() + _SPIN_S
         while seen == _UNKNOWN:
             if time.perf_counter() > until:  # a device that failed would never answer: this raises its error
-                torch.cuda.current_stream().synchronize()
+                assert self._device is not None, "there is an answer"
+                self._device.synchronize()
                 break
             time.sleep(0)
         return int(seen) == 0
