@@ -84,6 +84,22 @@ def test_dense_dw_in_main_grad(dtype):
     assert relative_error(on_gpu.cpu(), 1 + dy.double().t() @ x.double()) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("form", ["triton", "loop", "rule"])
+def test_a_dense_dw_beside_an_exchange_waits_for_nothing(form, monkeypatch):
+    monkeypatch.setenv("FLUID_GROUPED_GEMM", form)
+    x, dy = (torch.randn(64, 32, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    main_grad = torch.zeros(32, 32, device="cuda")
+    before = torch.cuda.get_sync_debug_mode()
+    with beside_exchange():
+        kernels_of(x).dense_dw_add_(main_grad, x, dy)  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            kernels_of(x).dense_dw_add_(main_grad, x, dy)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    assert relative_error(main_grad.cpu(), 2 * (dy.double().t() @ x.double()).cpu()) <= TOLERANCE[torch.bfloat16]
+
+
 @pytest.mark.parametrize("uniform", [2, None])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_permute_and_unpermute_are_repeatable_and_right(dtype, uniform):

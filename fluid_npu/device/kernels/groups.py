@@ -116,11 +116,15 @@ def rows_in(counts_L: Groups, x: Tensor) -> int:
 
 
 def ends_of(counts_L: Groups, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[L]: where each group ends, on ``device``; of bare integers a copy from the host."""
+    """[L]: where each group ends, on ``device``; of bare integers a copy from the host, of one of them none."""
     if isinstance(counts_L, GroupRows | DeviceRows):
         return counts_L.ends(device, dtype)
     return _copied(counts_L, device, dtype)
 
 
 def _copied(counts_L: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    if (
+        len(counts_L) == 1
+    ):  # filled by the device itself: the host waits for the end of a copy, and so for all before it
+        return torch.full((1,), counts_L[0], dtype=dtype, device=device)
     return torch.tensor(list(accumulate(counts_L)), dtype=dtype, device=device)
