@@ -6,19 +6,11 @@ itself, for want of memory. Ranks tell each other over the job's store, once for
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
 
 from fluid_npu.comm.all_to_all import Peers
 from fluid_npu.comm.guard import rank_names
-from fluid_npu.device.kernels.agreement import store_of_job
-
-_PREFIX = "fluid_npu/recorded/"
-
-#: How many layers a group was asked about, by store and ranks: layers are recorded in the same order on all ranks.
-_asked: Counter[tuple[int, tuple[int, ...]]] = Counter()
+from fluid_npu.mcore.store_round import answers_of_all
 
 
 @dataclass(frozen=True)
@@ -33,12 +25,8 @@ class RecordedTogether:
         ranks = self.peers.ranks
         if len(ranks) == 1:
             return failed
-        store = store_of_job()
-        key = f"{_PREFIX}{'-'.join(map(str, ranks))}/{_asked[id(store), ranks]}"
-        _asked[id(store), ranks] += 1
         me = ranks[self.peers.index]
-        store.set(f"{key}/{me}", failed or "recorded")
-        answers = {rank: self._answer(store, f"{key}/{rank}") for rank in ranks}
+        answers = answers_of_all(self.peers, "recorded", failed or "recorded", self.timeout_s)
         missing = [rank for rank, answer in answers.items() if answer is None]
         if missing:
             raise RuntimeError(
@@ -47,10 +35,3 @@ class RecordedTogether:
             )
         others = (f"rank {rank}: {answer}" for rank, answer in answers.items() if answer != "recorded" and rank != me)
         return failed or next(others, "")
-
-    def _answer(self, store: Any, key: str) -> str | None:
-        try:
-            store.wait([key], timedelta(seconds=self.timeout_s))
-        except RuntimeError:  # a DistStoreError is one
-            return None
-        return str(store.get(key).decode())

@@ -190,11 +190,10 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         ranks = self.groups.ep_size
         room, tokens = self.room, [routing_map_TE.shape[0]]
         if room is not None and (rows := room.rows_for(tokens)) is not None:
-            plan, short = make_bounded_plan(
-                routing_map_TE, self.config.moe_router_topk, tokens_shape, self.groups, rows[0]
-            )
-            if room.suffices(short):
-                return plan
+            topk = self.config.moe_router_topk
+            plan, short = make_bounded_plan(routing_map_TE, topk, tokens_shape, self.groups, rows[0])
+            room.tell(short)
+            return plan
         counts_PC, layout_of = once_counts(routing_map_TE, self.config.moe_router_topk, ranks)
         one_wait = kernels_of(counts_PC).one_wait_for_counts
         pending = exchange_counts(counts_PC.view(-1), self.groups, self._everyone_counts or one_wait)
@@ -245,8 +244,8 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         room, sizes = self.room, [part.shape[0] for part in maps]
         if room is not None and (rows := room.rows_for(sizes)) is not None:
             plan, short = make_bounded_chunked_plan(maps, topk, tokens, tokens_shape, self.groups, rows, local_first)
-            if room.suffices(short):
-                return plan
+            room.tell(short)
+            return plan
         made = [once_counts(part, topk, ranks) for part in maps]
         counts_PCN = torch.stack([counts for counts, _ in made], dim=1)
         one_wait = kernels_of(counts_PCN).one_wait_for_counts

@@ -51,21 +51,20 @@ _GIVEN = (
 class Room(Protocol):
     """Sizes that ranks agree on before a layer is recorded with them."""
 
-    def settle(self, device: torch.device) -> str:
-        """Agrees on them from the calls so far; why that cannot be, '' where it can. Collective."""
+    def settle(self, x: Tensor) -> str:
+        """Agrees on them from the calls so far, the last one's input in hand; why that cannot be, '' where it can."""
 
     def forget(self) -> None:
         """Nothing is agreed any more."""
 
-    def kept_to(self, recorded: bool = False) -> AbstractContextManager[None]:
-        """Inside, a forward keeps to them if they are agreed on; one that is ``recorded`` whether they suffice or not,
-        another one where they do."""
+    def kept_to(self) -> AbstractContextManager[None]:
+        """Inside, a forward keeps to them if they are agreed on, whether they suffice or not."""
 
-    def ask(self) -> None:
-        """A forward is to be replayed."""
+    def ask(self, replay: bool) -> None:
+        """A forward is to be called, or replayed."""
 
     def sufficed(self) -> bool:
-        """Whether they did on all ranks in that replay; waits until that is known."""
+        """Whether they did on all ranks in that forward; waits until that is known."""
 
 
 class GraphedLayer:
@@ -132,11 +131,26 @@ class GraphedLayer:
         if reason:
             Choice("as ever", reason).announce(f"graph of {self._name}")
         elif self._room is not None and self._calls == self._warm_up - _IN_ROOM + 1:
-            self._broken = self._room.settle(x.device)
+            self._broken = self._room.settle(x)
         if self._room is None or lacks_room:
             return self._forward(x)
-        with self._room.kept_to():  # of a layer like the recorded one: its kernels and its bits
-            return self._forward(x)
+        return self._called_in(self._room, x)
+
+    def _called_in(self, room: Room, x: Tensor) -> Tensor:
+        """As ever, but like the recorded layer where the room suffices: with its kernels, exchanges and bits."""
+        changed = self._changed()
+        before = [tensor.detach().clone() for tensor in changed]
+        room.ask(replay=False)
+        with room.kept_to():
+            out = self._forward(x)
+        if room.sufficed():
+            return out
+        _put_back(changed, before)
+        return self._forward(x)
+
+    def _changed(self) -> list[Tensor]:
+        """What a forward may write besides its output."""
+        return [*self._module.buffers(), *(tensor for tensor in self._outside() if tensor is not None)]
 
     def _lacked_room(self) -> str:
         """Why the call runs as ever; the same on all ranks."""
@@ -214,9 +228,8 @@ class GraphedLayer:
         return ""
 
     def _record(self, x: Tensor) -> _Recording:
-        changed = [*self._module.buffers(), *(tensor for tensor in self._outside() if tensor is not None)]
         made = self._scheduler(), self._make_recorder()
-        return _Recording(self._module, self._forward, *made, x, self._room, changed)
+        return _Recording(self._module, self._forward, *made, x, self._room, self._changed())
 
 
 class _Recording:
@@ -246,7 +259,7 @@ class _Recording:
 
         def forward_body() -> Tensor:
             self._before = [tensor.detach().clone() for tensor in self._changed]
-            kept = nullcontext() if room is None else room.kept_to(recorded=True)
+            kept = nullcontext() if room is None else room.kept_to()
             with kept, scheduler.tallied() as self.forward_tally, _swapped(module, twins), torch.enable_grad():
                 self._out = forward(self.x)
             return self._out.detach()
@@ -282,12 +295,11 @@ class _Recording:
         if self._room is None:
             self.replay_forward()
             return True
-        self._room.ask()
+        self._room.ask(replay=True)
         self.replay_forward()
         if self._room.sufficed():
             return True
-        for tensor, before in zip(self._changed, self._before, strict=True):
-            tensor.copy_(before)
+        _put_back(self._changed, self._before)
         return False
 
     def begin(self) -> _Token:
@@ -332,6 +344,12 @@ class _Replay(torch.autograd.Function):
             for parameter, fused, grad in zip(recording.parameters, recording.fused, grads, strict=True)
         ]
         return (None, None if dx is None else dx.clone(), *delivered)
+
+
+@torch.no_grad()
+def _put_back(changed: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+    for tensor, old in zip(changed, before, strict=True):
+        tensor.copy_(old)
 
 
 def _placeholder(parameter: Any, recorded: Tensor | None) -> Tensor:

@@ -20,38 +20,60 @@ def agreed() -> list[Any]:
     found: list[Any] = []
     room.observe([900 if rank else 400, 100], [1000, 2000])
     room.observe([300, 100 if rank else 140], [1000, 2000])
-    found.append(room.settle(torch.device("cpu")))
+    found.append(room.settle(torch.zeros(1)))
     found.append(room.rows_for([1000, 2000]))  # nothing is kept to yet
     with room.kept_to():
         found += [room.rows_for([1000, 2000]), room.rows_for([1000, 1000])]
     short = torch.tensor(rank == 1)
-    found += [room.suffices(~short & short), room.suffices(short)]
-    with room.kept_to(recorded=True):
-        room.ask()
-        found += [room.suffices(short), room.sufficed()]
-        room.ask()
-        found += [room.suffices(short & ~short), room.sufficed()]
+    found.append(room.sufficed())  # nothing kept to it yet
+    for flag in (short, short & ~short):
+        for replay in (False, True):
+            room.ask(replay)
+            room.tell(flag)
+            found.append(room.sufficed())
     room.forget()
     with room.kept_to():
         found.append(room.rows_for([1000, 2000]))
     for _ in range(6):
         room.observe([400, 140], [1000, 2000])
-        room.settle(torch.device("cpu"))
+        room.settle(torch.zeros(1))
     with room.kept_to():
         found.append(room.rows_for([1000, 2000]))
     room.observe([5], [10 + rank])
-    found.append(room.settle(torch.device("cpu")))
+    found.append(room.settle(torch.zeros(1)))
     return found
 
 
 def test_all_ranks_keep_to_the_same_rows_and_know_whether_they_suffice(run_ranks: Ranks) -> None:
     first, second = run_ranks(2, agreed)
     assert first == second
-    failed, before, kept, of_other_tokens, fits, lacks, *rest = first
-    assert failed == "" and before is None and of_other_tokens is None
+    failed, before, kept, of_other_tokens, unasked, *rest = first
+    assert failed == "" and before is None and of_other_tokens is None and unasked
     assert kept == [960, 160], "900 + 30 + 28 in units of 16; 140 + 11 + 4"
-    assert fits and not lacks, "one rank without room is enough"
-    goes_on, sufficed, goes_on_too, sufficed_too, forgotten, grown, uneven = rest
-    assert goes_on and not sufficed and goes_on_too and sufficed_too
+    lacks, lacks_in_replay, fits, fits_in_replay, forgotten, grown, uneven = rest
+    assert not lacks and not lacks_in_replay, "one rank without room is enough"
+    assert fits and fits_in_replay
     assert forgotten is None and grown == [528, 192], "400 + 20 + 100; 140 + 11 + 35: a quarter at most"
-    assert "different numbers of tokens ([11] and [10] among them)" in uneven
+    assert uneven == "ranks have different numbers of tokens: rank 0 [10], rank 1 [11]"
+
+
+def alone() -> str:
+    import torch.distributed as dist
+
+    from fluid_npu.comm.all_to_all import Peers
+    from fluid_npu.mcore import agreed_room
+
+    agreed_room._TIMEOUT_S = 0.2
+    room = agreed_room.AgreedRoom(Peers.of(dist.group.WORLD))
+    room.observe([5], [10])
+    if dist.get_rank() == 0:
+        try:
+            room.settle(torch.zeros(1))
+        except RuntimeError as error:
+            return str(error)
+    return ""
+
+
+def test_a_rank_that_does_not_come_to_agree_is_named(run_ranks: Ranks) -> None:
+    message, _ = run_ranks(2, alone)
+    assert message.startswith("rank 0 agrees on sizes to record a layer with, but rank 1 did not come to it in 0 s")

@@ -67,12 +67,12 @@ def test_sizes_that_depend_on_the_routing_are_recorded_with_room(run_ranks: Rank
                 assert recorded["stats"][name] == eager["stats"][name], (case, name)
 
 
-def with_little_room() -> list[tuple[list[str], list[int], list[str]]]:
+def with_little_room(spare: int) -> list[tuple[list[str], list[int], list[str]]]:
     """Of each case what differs from the layer as ever, the replays, and what is said."""
     from fluid_npu.device import choice
     from fluid_npu.mcore import agreed_room
 
-    agreed_room._with_spare = lambda most, times: most + 2  # type: ignore[attr-defined]
+    agreed_room._with_spare = lambda most, times: most + spare  # type: ignore[attr-defined]
     found = []
     for case in TIGHT:
         choice._announced.clear()
@@ -85,7 +85,7 @@ def with_little_room() -> list[tuple[list[str], list[int], list[str]]]:
 
 def test_a_replay_without_room_is_computed_as_ever_by_all_ranks(run_ranks: Ranks) -> None:
     """Auxiliary losses too, which its forward has logged already; after three of them it is recorded anew."""
-    first, second = run_ranks(2, with_little_room, sizes={"expert_model_parallel_size": 2})
+    first, second = run_ranks(2, with_little_room, 2, sizes={"expert_model_parallel_size": 2})
     assert first == second
     for case, (differ, replays, said) in zip(TIGHT, first, strict=True):
         assert differ == [], case
@@ -93,6 +93,15 @@ def test_a_replay_without_room_is_computed_as_ever_by_all_ranks(run_ranks: Ranks
         assert lacking > 0 and "as ever" in said, (case, replays, "every replay had room: nothing is tested")
         assert ("anew" in said) == (len(replays) > 2 or lacking == 3), (case, replays)
     assert any(len(replays) > 2 and replays[3] for _, replays, _ in first), "none was recorded anew and replayed"
+
+
+def test_calls_before_the_recording_without_room_are_computed_as_ever_too(run_ranks: Ranks) -> None:
+    """Nothing fits: every forward that keeps to the room is thrown away, called or replayed."""
+    first, second = run_ranks(2, with_little_room, -8, sizes={"expert_model_parallel_size": 2})
+    assert first == second
+    for case, (differ, replays, said) in zip(TIGHT, first, strict=True):
+        assert differ == [] and not any(replays[1::2]), (case, replays)
+        assert sum(replays) >= 3 and "anew" in said, (case, replays)
 
 
 def logged_losses() -> tuple[list[float], list[float], int]:
