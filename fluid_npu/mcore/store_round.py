@@ -17,9 +17,12 @@ from fluid_npu.device.kernels.agreement import store_of_job
 _rounds: Counter[tuple[int, str, tuple[int, ...]]] = Counter()
 
 
-def answers_of_all(peers: Peers, topic: str, mine: str, timeout_s: float) -> dict[int, str | None]:
-    """What each rank of the group said in this round of ``topic``, by global rank; None of one that did not come."""
-    store = store_of_job()
+def answers_of_all(peers: Peers, topic: str, mine: str, timeout_s: float, store: Any = None) -> dict[int, str | None]:
+    """What each rank of the group said in this round of ``topic``, by global rank; None of one that did not come.
+
+    ``store``: None takes one of the job's own.
+    """
+    store = store_of_job() if store is None else store
     count = id(store), topic, peers.ranks
     key = f"fluid_npu/{topic}/{'-'.join(map(str, peers.ranks))}/{_rounds[count]}"
     _rounds[count] += 1
