@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -17,6 +18,8 @@ from fluid_npu.comm.progress import ProgressBoard
 from fluid_npu.device import Device, get_device
 from fluid_npu.probes import installed
 from fluid_npu.train.config import TrainConfig
+
+_LET_GO_S = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +71,8 @@ def leave(place: Place) -> None:
     with place.phase("closing barrier"):
         dist.barrier()
     place.board.stop()
+    # A thread of gloo may still drop its last tensor, for which it needs the GIL; torch 2.7 joins it with the GIL held.
+    time.sleep(_LET_GO_S)
     dist.destroy_process_group()
 
 
