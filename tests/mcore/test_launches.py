@@ -55,5 +55,5 @@ def test_a_layer_in_pieces_launches_no_more_than_today(run_ranks: Callable[..., 
 def test_no_more_operators_than_today(run_ranks: Callable[..., list[Any]]) -> None:
     for found in run_ranks(2, counted, CASES, sizes={"expert_model_parallel_size": 2}):
         totals = {name: sum(ops.values()) for name, ops in found.items()}
-        # 72 and 139 with torch 2.13, 83 and 150 with 2.7.1
-        assert totals["plain"] <= 84 and totals["once-per-rank"] <= 150, (totals, found)
+        # 72 and 143 with torch 2.13, 83 and 154 with 2.7.1
+        assert totals["plain"] <= 84 and totals["once-per-rank"] <= 154, (totals, found)
