@@ -16,8 +16,9 @@ OVERLAPS = ("off", "dw", "full")
 DISPATCHES = ("plain", "once-per-rank", "once-per-node", "static", "auto")
 PAYLOAD_DTYPES = ("same", "fp8")
 TRANSPORTS = ("auto", "collective", "high-priority", "peer-copy", "few-ctas", "aicpu", "pairwise", "two-level")
-#: Those whose exchanges a CUDA graph may hold.
+#: Dispatches of layers that can be recorded.
 RECORDED_DISPATCHES = ("static", "once-per-rank")
+#: Transports whose exchanges a CUDA graph may hold.
 RECORDABLE_TRANSPORTS = ("collective", "high-priority", "few-ctas")
 #: Settings that say which transport, and of what.
 OF_TRANSPORT = ("a2a_transport", "a2a_node_size", "a2a_bytes", "device")

@@ -40,7 +40,7 @@ def make_bounded_plan(
         output_splits=splits,
         gather_splits=[ranks * rows],
         tokens_per_expert=sends.arrival.experts,
-        plain=_to_others(pairs, ranks),
+        plain=PlainCounts.of_even_routing(pairs, ranks),
         table=[splits] * ranks,
     )
     return plan, short
@@ -85,7 +85,7 @@ def make_bounded_chunked_plan(
                 output_splits=[] if here else table[own],
                 tokens_per_expert=sends.arrival.experts,
                 table=None if here else table,
-                plain=None if here else _to_others(pairs, ranks),
+                plain=None if here else PlainCounts.of_even_routing(pairs, ranks),
                 tokens=None if here else mine,
                 here=here,
             )
@@ -101,8 +101,3 @@ def _sends(layout: OnceLayout, received: int, expected: int) -> StaticRows:
     room = received * layout.num_slots
     experts = DeviceRows(layout.local, capacity=room, expected=min(expected, room))
     return StaticRows(layout=layout, arrival=StaticArrival(experts=experts))
-
-
-def _to_others(pairs: int, ranks: int) -> PlainCounts:
-    to_others = pairs * (ranks - 1) // ranks
-    return PlainCounts(sent=to_others, received=to_others, gathered_sent=0, gathered_received=0)

@@ -68,6 +68,12 @@ class PlainCounts:
     across: tuple[int, int] = (0, 0)
     """Of those sent and received, to and from other nodes, where a dispatch goes by nodes."""
 
+    @staticmethod
+    def of_even_routing(pairs: int, ranks: int) -> PlainCounts:
+        """Of a rank with so many (token, expert), where the host knows no other routing."""
+        to_others = pairs * (ranks - 1) // ranks
+        return PlainCounts(sent=to_others, received=to_others, gathered_sent=0, gathered_received=0)
+
     def bytes(self, row_bytes: int) -> tuple[int, int]:
         """Sent and received by a dispatch with rows of that many bytes."""
         return self.sent * row_bytes, self.received * row_bytes
@@ -246,7 +252,6 @@ def make_static_plan(
     if most is not None:
         room = min(room, ranks * layout.local * most)
     experts = DeviceRows(layout.local, capacity=room, expected=min(pairs, room))
-    to_others = pairs * (ranks - 1) // ranks
     return DispatchPlan(
         rows=StaticRows(layout=layout, arrival=StaticArrival(experts=experts)),
         tokens_shape=tokens_shape,
@@ -254,6 +259,6 @@ def make_static_plan(
         output_splits=splits,
         gather_splits=[tokens * ranks],
         tokens_per_expert=experts,
-        plain=PlainCounts(sent=to_others, received=to_others, gathered_sent=0, gathered_received=0),
+        plain=PlainCounts.of_even_routing(pairs, ranks),
         table=[splits] * ranks,
     )

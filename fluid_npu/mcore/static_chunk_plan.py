@@ -37,7 +37,6 @@ def make_static_own_first(map_TE: Tensor, topk: int, tokens_shape: torch.Size, g
         )
     )
     splits = [0 if rank == own else tokens for rank in range(ranks)]
-    to_others = pairs * (ranks - 1) // ranks
     experts = slice(0, layout.local)
     first = ChunkPlan(
         rows=slice(0, tokens),
@@ -57,7 +56,7 @@ def make_static_own_first(map_TE: Tensor, topk: int, tokens_shape: torch.Size, g
         output_splits=splits,
         tokens_per_expert=there.arrival.experts,
         table=[[0 if source == target else tokens for target in range(ranks)] for source in range(ranks)],
-        plain=PlainCounts(sent=to_others, received=to_others, gathered_sent=0, gathered_received=0),
+        plain=PlainCounts.of_even_routing(pairs, ranks),
     )
     whole = StaticRows(layout=layout, arrival=there.arrival)
     shared = PieceRows([first.tokens_per_expert, others.tokens_per_expert])

@@ -123,8 +123,7 @@ def ends_of(counts_L: Groups, device: torch.device, dtype: torch.dtype) -> Tenso
 
 
 def _copied(counts_L: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
-    if (
-        len(counts_L) == 1
-    ):  # filled by the device itself: the host waits for the end of a copy, and so for all before it
+    if len(counts_L) == 1:
+        # Filled by the device itself: the host waits for the end of a copy, and so for all before it.
         return torch.full((1,), counts_L[0], dtype=dtype, device=device)
     return torch.tensor(list(accumulate(counts_L)), dtype=dtype, device=device)
