@@ -18,6 +18,8 @@ from fluid_npu.device.choice import Choice
 
 #: What ``dispatch`` may be.
 DISPATCHES = ("plain", "once-per-rank", "once-per-node", "static", "auto")
+#: Those of layers that can be recorded.
+RECORDED_DISPATCHES = ("static", "once-per-rank")
 
 _UNKNOWN = Choice[Nodes | None](None, f"how many ranks a node has is not known; give {FLAG}")
 

@@ -17,6 +17,7 @@ from fluid_npu.device.choice import Choice
 from fluid_npu.device.graphs import GraphRecorder, graph_recorder
 from fluid_npu.mcore.agreed_room import AgreedRoom
 from fluid_npu.mcore.chunk_choice import AUTO
+from fluid_npu.mcore.dispatch_choice import RECORDED_DISPATCHES
 from fluid_npu.mcore.experts import FluidGroupedMLP
 from fluid_npu.mcore.lines.aux_losses import HAS_TRACKER, tensors_outside
 from fluid_npu.mcore.recorded_together import RecordedTogether
@@ -82,7 +83,7 @@ def _obstacles(layer: Any) -> Iterator[str]:
     if not isinstance(layer.experts, FluidGroupedMLP):
         yield f"experts are {type(layer.experts).__name__}; set moe_grouped_gemm=True"
     form = layer.token_dispatcher.dispatch_form
-    if form.value not in ("static", "once-per-rank"):
+    if form.value not in RECORDED_DISPATCHES:
         yield (
             f"with dispatch={form.value!r} ({form.reason}) the host waits for sizes; use dispatch='static' or "
             "'once-per-rank'"

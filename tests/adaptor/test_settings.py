@@ -86,6 +86,7 @@ def test_the_specs_made_meanwhile_are_bound_by_the_settings_in_force() -> None:
 
 
 def test_allowed_is_what_a_scheduler_takes() -> None:
+    from fluid_npu.adaptor import settings
     from fluid_npu.adaptor.settings import DISPATCHES, OVERLAPS, PAYLOAD_DTYPES, RECORDABLE_TRANSPORTS, TRANSPORTS
     from fluid_npu.comm.transports import (
         CollectiveTransport,
@@ -101,6 +102,8 @@ def test_allowed_is_what_a_scheduler_takes() -> None:
 
     assert OVERLAPS == OVERLAP_MODES
     assert DISPATCHES == dispatch_choice.DISPATCHES
+    recorded = dispatch_choice.RECORDED_DISPATCHES
+    assert settings.RECORDED_DISPATCHES == recorded == config.RECORDED_DISPATCHES
     assert TRANSPORTS == choose.TRANSPORTS == config.A2A_TRANSPORTS
     made = {"collective": CollectiveTransport(), "high-priority": high_priority_transport()}
     made |= {"few-ctas": few_ctas_transport(), "pairwise": PairwiseTransport()}
