@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from fluid_npu.bench.job import Job  # noqa: E402
 from fluid_npu.bench.launch import run_job  # noqa: E402
 from fluid_npu.bench.layer_cli import IMPLS  # noqa: E402
-from fluid_npu.train.config import TrainConfig, validate  # noqa: E402
+from fluid_npu.train.config import A2A_TRANSPORTS, TrainConfig, validate  # noqa: E402
 
 OURS = [name for name in IMPLS if name.startswith("ours")]
 _FINE = {"moe_ffn": 1408, "hidden": 2048, "experts": 64, "topk": 6}
@@ -39,6 +39,7 @@ def main() -> int:
         "--impl", nargs="+", default=["ours-overlapped"], choices=OURS, metavar="I", help=", ".join(OURS)
     )
     parser.add_argument("--dispatch", default="plain", choices=("plain", "once-per-rank", "auto"))
+    parser.add_argument("--a2a-transport", default="auto", choices=A2A_TRANSPORTS, metavar="NAME")
     parser.add_argument("--workload", default="W0")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="bf16")
@@ -53,6 +54,7 @@ def _run(arguments: argparse.Namespace, case: str, impl: str) -> int:
     cut = {"layers": 1, "first_dense_layers": 0, "vocab_size": 128, "seq_length": 4096, **CASES[case]}
     n, a = arguments.nproc, arguments
     run = {"nproc": n, "ep": n, "device": a.device, "dtype": a.dtype, "dispatch": a.dispatch, "overlap": "dw"}
+    run["a2a_transport"] = a.a2a_transport
     config = validate(TrainConfig(preset="mixtral-8x7b", cut=cut, **run))
     options = {"impl": impl, "order": not a.no_order, "cprofile": case == "tiny", "workload": a.workload}
     options |= {"router": a.router, "plant_error": 0.0}

@@ -41,6 +41,7 @@ class Operation:
     name: str
     start_us: float
     end_us: float
+    stream: int = 0
 
 
 def measure(config: TrainConfig, options: dict[str, Any], place: Place) -> dict[str, Any]:
@@ -136,7 +137,10 @@ class _LayerRun:
         if not on_gpu:
             return [f"{what}: the profiler saw nothing on the GPU"]
         zero = min(e.start_ns() for e in on_gpu)
-        operations = [Operation(e.name(), (e.start_ns() - zero) / 1e3, (e.end_ns() - zero) / 1e3) for e in on_gpu]
+        operations = [
+            Operation(e.name(), (e.start_ns() - zero) / 1e3, (e.end_ns() - zero) / 1e3, e.device_resource_id())
+            for e in on_gpu
+        ]
         waits = [e for e in events if any(word in e.name() for word in _WAITS) and "CUDA" not in str(e.device_type())]
         operations.sort(key=lambda one: one.start_us)
         return [*table(what, operations), *_waits(waits, zero), *(in_order(operations) if order else [])]
@@ -175,12 +179,13 @@ def table(what: str, operations: list[Operation]) -> list[str]:
 
 
 def in_order(operations: list[Operation]) -> list[str]:
-    """One line for each operation: when it began, how long it took, how long the GPU had been idle."""
-    lines, end = ["  in order: start us, time us, idle before us"], 0.0
+    """One line for each operation: when it began, how long it took, how long the GPU had been idle, its stream."""
+    lines, end = ["  in order: start us, time us, idle before us, stream"], 0.0
     for one in operations:
         idle = max(0.0, one.start_us - end)
         end = max(end, one.end_us)
-        lines.append(f"  {one.start_us:9.1f} {one.end_us - one.start_us:8.1f} {idle:8.1f}  {one.name[:90]}")
+        times = f"{one.start_us:9.1f} {one.end_us - one.start_us:8.1f} {idle:8.1f}"
+        lines.append(f"  {times} {one.stream:4d}  {one.name[:90]}")
     return lines
 
 
