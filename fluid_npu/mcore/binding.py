@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from fluid_npu.comm.transports import Transport
-from fluid_npu.mcore.chunk_choice import AUTO, check_chunks, check_local_first
+from fluid_npu.mcore.chunk_choice import AUTO, check_chunks, check_chunks_of, check_local_first
 from fluid_npu.mcore.dispatch_choice import check_dispatch
 from fluid_npu.mcore.graph_choice import check_graph
 from fluid_npu.ops.payload_fp8 import payload_of
@@ -46,6 +46,7 @@ class SchedulerBinder:
         payload_dtype: str = "same",
         cuda_graph: bool | str = False,
         local_first: bool = False,
+        chunks_of: str = AUTO,
         node_size: int = 0,
     ) -> None:
         if node_size < 0:
@@ -67,6 +68,7 @@ class SchedulerBinder:
         # Checked here so that a wrong value is refused where it was written.
         BackwardScheduler(**self._settings)
         self.chunks = check_chunks(chunks, overlap)
+        self.chunks_of = check_chunks_of(chunks_of, overlap, dispatch)
         self.local_first = check_local_first(local_first, overlap)
         #: By kind and number: MoE layers, attentions, and whole layers whose linears were bound.
         self._layers: dict[tuple[str, int], weakref.ref[Any]] = {}

@@ -2,7 +2,7 @@
 
 All sizes follow from those blocks, so that a layer can be recorded as a whole; as with rows that go to every rank,
 which rows the experts have is found on the device (``ops.payload_static``). Rows, their order and all sums are those
-of the same dispatch with sizes that are told (``make_once_plan``, ``make_token_chunked_plan``): the filling behind a
+of the same dispatch with sizes that are told (``make_once_plan``, ``make_once_chunked_plan``): the filling behind a
 block's rows is computed by nobody. Bytes to compare with are those of even routing: the host does not know another.
 
 P ranks, C chunks, T tokens; no expert tensor parallelism.
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fluid_npu.device.kernels.groups import DeviceRows
 from fluid_npu.device.kernels.pieces import PieceRows
+from fluid_npu.mcore.chunk_cuts import ChunkCut, share_experts
 from fluid_npu.mcore.chunk_plan import ChunkedPlan, ChunkPlan
 from fluid_npu.mcore.dispatch_plan import DispatchPlan, ExpertGroups, PlainCounts
 from fluid_npu.mcore.dispatch_rows import StaticRows
@@ -47,53 +48,50 @@ def make_bounded_plan(
 
 
 def make_bounded_chunked_plan(
-    maps: Sequence[Tensor],
+    map_TE: Tensor,
     topk: int,
-    tokens: Sequence[slice],
+    cuts: Sequence[ChunkCut],
     tokens_shape: torch.Size,
     groups: ExpertGroups,
     rows: Sequence[int],
-    own_first: bool,
 ) -> tuple[ChunkedPlan, Tensor]:
     """(The plan, a bool scalar: whether some chunk has too few rows).
 
     Args:
-        maps: bool, of each chunk's tokens.
+        map_TE: bool.
         topk: K.
-        tokens: each chunk's, of the T tokens.
+        cuts: what is in each chunk.
         tokens_shape: of the layer's input.
         groups: the ranks.
         rows: of each chunk, for each rank.
-        own_first: the first chunk's rows are those that stay on this rank, and no other's do.
     """
     ranks, own = groups.ep_size, groups.ep_rank
-    plans, shorts, start = [], [], 0
-    for number, (map_TE, mine, each) in enumerate(zip(maps, tokens, rows, strict=True)):
-        here = own_first and number == 0
-        # [P, P]: to each rank from each, and of the rows that stay here where the others' are not.
-        table = [[each if here == (s == t) or not own_first else 0 for t in range(ranks)] for s in range(ranks)]
-        layout, short = bounded_groups(map_TE, topk, table[own])
-        pairs, received = map_TE.shape[0] * topk, sum(table[own])
-        share = 1.0 if not own_first else 1 / ranks if here else 1 - 1 / ranks
+    plans, shorts, arriving, start = [], [], [], 0
+    for cut, each in zip(cuts, rows, strict=True):
+        table = [[each if cut.sends_to(target, source) else 0 for target in range(ranks)] for source in range(ranks)]
+        layout, short = bounded_groups(cut.map(map_TE, ranks, own), topk, table[own])
+        received, pairs = sum(table[own]), cut.num_tokens * topk * cut.num_experts // cut.local
+        share = 1.0 if cut.here is None else 1 / ranks if cut.here else 1 - 1 / ranks
         sends = _sends(layout, received, ceil(pairs * share))
+        arriving.append(sends.arrival.experts.among(cut.experts.start, cut.local))
         plans.append(
             ChunkPlan(
                 rows=slice(start, start + received),
-                experts=slice(0, layout.local),
+                experts=cut.experts,
                 sends=sends,
-                input_splits=[] if here else table[own],
-                output_splits=[] if here else table[own],
+                input_splits=[] if cut.here else table[own],
+                output_splits=[] if cut.here else table[own],
                 tokens_per_expert=sends.arrival.experts,
-                table=None if here else table,
-                plain=None if here else PlainCounts.of_even_routing(pairs, ranks),
-                tokens=None if here else mine,
-                here=here,
+                table=None if cut.here else table,
+                plain=None if cut.here else PlainCounts.of_even_routing(pairs, ranks),
+                cut=cut,
+                here=bool(cut.here),
             )
         )
         shorts.append(short)
         start += received
-    shared = PieceRows([plan.tokens_per_expert for plan in plans])
-    plan = ChunkedPlan(tokens_shape=tokens_shape, whole=None, chunks=plans, shared=shared)
+    shared = PieceRows(arriving) if share_experts(cuts) else None
+    plan = ChunkedPlan(tokens_shape=tokens_shape, whole=None, chunks=plans, shared=shared, ranks=ranks)
     return plan, torch.stack(shorts).any()
 
 

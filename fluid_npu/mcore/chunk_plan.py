@@ -1,14 +1,14 @@
 """The plan of a dispatch in chunks of experts: chunk c moves the rows of the c-th group of every rank's local experts.
 
-Plain rows only; ``token_chunk_plan`` says why. All splits come from the one exchange of counts. With local rows first
-the rows of this rank's own experts are a chunk before these, which nothing is exchanged for, and dW is of its rows
-and the others'. T tokens, N rows of this rank before dispatch, R rows of its experts, E experts, L local experts, P
-expert-parallel ranks; no expert tensor parallelism.
+Plain rows only; for rows that are sent once per rank see ``once_chunk_plan``. All splits come from the one exchange of
+counts. With local rows first the rows of this rank's own experts are a chunk before these, which nothing is exchanged
+for, and dW is of its rows and the others'. T tokens, N rows of this rank before dispatch, R rows of its experts, E
+experts, L local experts, P expert-parallel ranks; no expert tensor parallelism.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from fluid_npu.comm.transports import Table
 from fluid_npu.device import kernels_of
 from fluid_npu.device.kernels.groups import DeviceRows, GroupRows
 from fluid_npu.device.kernels.pieces import PieceRows
+from fluid_npu.mcore.chunk_cuts import ChunkCut, joined
 from fluid_npu.mcore.dispatch_plan import ExpertGroups, PlainCounts
 from fluid_npu.mcore.dispatch_rows import PlainRows, RowForm
 from fluid_npu.ops.chunk_rows import chunk_of, experts_by_chunk, experts_own_first, in_chunk_order
@@ -45,8 +46,8 @@ class ChunkPlan:
     """[P, P] rows from each rank to each, where every rank was told them."""
     plain: PlainCounts | None = None
     """What the plain form would move; None when this is the plain form."""
-    tokens: slice | None = None
-    """Of the T tokens; None: its rows are of all."""
+    cut: ChunkCut | None = None
+    """Which tokens and experts its rows are made of; None: all."""
     here: bool = False
     """Its rows stay on this rank: nothing is exchanged."""
 
@@ -65,13 +66,13 @@ class ChunkPlan:
 
     def pack(self, hidden: int, wire: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
         """From all tokens and probabilities to the payload rows of this chunk."""
-        load, mine = self.sends.pack(hidden, wire).load, self.tokens
-        return load if mine is None else lambda x_TH, probs_TE: load(x_TH[mine], probs_TE[mine])
+        load, cut = self.sends.pack(hidden, wire).load, self.cut
+        return load if cut is None else lambda x_TH, probs_TE: load(x_TH[cut.tokens], cut.columns(probs_TE))
 
     def spread(self, shape: torch.Size) -> Callable[[Tensor], Tensor]:
         """From the gradient of the layer's output, of ``shape``, to this chunk's rows."""
-        load_grad, mine = self.sends.merge(shape).load_grad, self.tokens
-        return load_grad if mine is None else lambda grad: load_grad(grad.reshape(-1, shape[-1])[mine])
+        load_grad, cut = self.sends.merge(shape).load_grad, self.cut
+        return load_grad if cut is None else lambda grad: load_grad(grad.reshape(-1, shape[-1])[cut.tokens])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,37 +81,47 @@ class ChunkedPlan:
 
     tokens_shape: torch.Size
     whole: RowForm | None
-    """All rows, by chunk, to sum over them; None where each chunk has tokens of its own."""
+    """All rows, by chunk, to sum over them; None where each chunk's are summed first."""
     chunks: list[ChunkPlan]
     shared: PieceRows | None = None
     """The rows of all experts in each chunk, where chunks share their experts."""
+    ranks: int = 1
+    """P, for chunks of experts that are summed first."""
 
-    def gather(self, hidden: int, wire: torch.dtype) -> Callable[[Tensor], tuple[Tensor | None, ...]]:
-        """From the gradients of all N payload rows to those of tokens and probabilities."""
+    @property
+    def in_one(self) -> bool:
+        """Whether sums are over all rows, which must lie in one buffer."""
+        return self.whole is not None
+
+    def gather(self, hidden: int, wire: torch.dtype) -> Callable[[Iterable[Tensor]], tuple[Tensor | None, ...]]:
+        """From the gradients of payload rows, of each chunk or ``in_one``, to those of tokens and probabilities."""
         if self.whole is not None:
-            return self.whole.pack(hidden, wire).unload_grad
-        each = [(part, part.sends.pack(hidden, wire)) for part in self.chunks]
+            unload = self.whole.pack(hidden, wire).unload_grad
+            return lambda landed: unload(*landed)
+        each = [part.sends.pack(hidden, wire) for part in self.chunks]
 
-        def gather(rows: Tensor) -> tuple[Tensor | None, ...]:
-            grads = [pack.unload_grad(rows[part.rows]) for part, pack in each]
-            return tuple(self._of_tokens(parts) for parts in zip(*grads, strict=True))
+        def gather(landed: Iterable[Tensor]) -> tuple[Tensor | None, ...]:
+            grads = [pack.unload_grad(rows) for pack, rows in zip(each, landed, strict=True)]
+            dx, dprobs = ([grad for grad in grads if grad is not None] for grads in zip(*grads, strict=True))
+            return joined(dx, self._cuts), joined(dprobs, self._cuts, self.ranks)
 
         return gather
 
-    def merge(self) -> Callable[[Tensor], Tensor]:
-        """From all N rows that came back to the sum of each token's."""
+    def merge(self) -> Callable[[Iterable[Tensor]], Tensor]:
+        """From the rows that came back, likewise, to the sum of each token's."""
         shape = self.tokens_shape
         if self.whole is not None:
-            whole = self.whole.merge(shape)
-            return lambda rows: whole.unload(rows)[0]
-        each = [(part.rows, part.sends.merge(torch.Size((-1, shape[-1])))) for part in self.chunks]
-        return lambda rows: self._of_tokens([merge.unload(rows[mine])[0] for mine, merge in each]).view(shape)
+            unload = self.whole.merge(shape).unload
+            return lambda landed: unload(*landed)[0]
+        each = [part.sends.merge(torch.Size((-1, shape[-1]))) for part in self.chunks]
+        return lambda landed: joined(
+            [merge.unload(rows)[0] for merge, rows in zip(each, landed, strict=True)], self._cuts
+        ).view(shape)
 
-    def _of_tokens(self, parts: Sequence[Tensor]) -> Tensor:
-        """``[T, ...]`` from what each chunk gives for its tokens; what stayed here is of all tokens and is added."""
-        ranges = [part for chunk, part in zip(self.chunks, parts, strict=True) if not chunk.here]
-        whole = torch.cat(ranges) if len(ranges) > 1 else ranges[0]
-        return whole if len(ranges) == len(parts) else whole.add_(parts[0])
+    @property
+    def _cuts(self) -> list[ChunkCut]:
+        """Of chunks that are summed first."""
+        return [chunk.cut for chunk in self.chunks if chunk.cut is not None]
 
 
 def make_chunked_plan(

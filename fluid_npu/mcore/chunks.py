@@ -53,6 +53,7 @@ def launch(
         chunks=[_chunk(number, plan, x_TH, wire, dispatcher, experts) for number in range(len(plan.chunks))],
         gather=plan.gather(hidden, wire),
         merge=plan.merge(),
+        in_one=plan.in_one,
         shared=plan.shared,
         w1_LHF=w1_LHF,
         w2_LFH=w2_LFH,

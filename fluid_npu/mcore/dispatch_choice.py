@@ -50,6 +50,11 @@ def expected_coverage(experts: int, topk: int, ranks: int) -> float:
     return 1.0 - comb(experts - experts // ranks, topk) / comb(experts, topk)
 
 
+def extra_rows_of_chunks(experts: int, topk: int, ranks: int, chunks: int) -> float:
+    """How many times the rows of one piece once-per-rank has in so many chunks of a rank's experts, as above."""
+    return chunks * expected_coverage(experts, topk, ranks * chunks) / expected_coverage(experts, topk, ranks)
+
+
 def nodes_for(dispatch: str, ranks: Sequence[int], node_size: int, *, coded: bool = False) -> Choice[Nodes | None]:
     """The nodes of an expert-parallel group of global ranks; None, and why, where no dispatch may go by them.
 

@@ -32,7 +32,11 @@ class EngineArguments(TypedDict, total=False):
     """'fp8' sends the tokens of a dispatch as e4m3 with a scale a token (``ops.payload_fp8``); combine and gradients
     keep their dtype. 'same' (default) changes nothing."""
     chunks: int | str
-    """With overlap='full', the number of chunks: a divisor of the experts of a rank, or 'auto'."""
+    """With overlap='full', the number of chunks: a divisor of the experts of a rank, with chunks of tokens any number,
+    or 'auto'."""
+    chunks_of: str
+    """With dispatch='once-per-rank', whether chunks are of 'tokens' or of 'experts' (``mcore.chunk_cuts``); 'auto'
+    (default) takes experts where that sends hardly more rows."""
     local_first: bool
     """With overlap='full', rows that stay on their rank are a chunk before the others, computed while the first of
     those travels (``schedule.pipeline``); their dW joins the rows of all chunks."""

@@ -46,8 +46,7 @@ def _role(modules: dict[str, torch.nn.Module], path: str) -> str:
     share a sequence."""
     module = modules[path]
     if isinstance(module, FluidMoELayer):
-        kind = "tokens" if module.chunks_of_tokens else "experts"
-        in_chunks = [f"in {module.chunks.value} chunks of {kind}"] if module.chunks.value > 1 else []
+        in_chunks = [f"in {module.chunks.value} chunks of {module.chunks_of.value}"] if module.chunks.value > 1 else []
         told = ", ".join(in_chunks + ["local rows first"] * module.local_first.value)
         return f" ({told})" if told else ""
     if isinstance(module, FluidLinear):

@@ -26,7 +26,7 @@ from fluid_npu.device.kernels.beside import beside_exchange
 from fluid_npu.device.kernels.groups import DeviceRows
 from fluid_npu.mcore import chunks as in_chunks
 from fluid_npu.mcore.binding import SchedulerBinder
-from fluid_npu.mcore.chunk_choice import choose_chunks, choose_local_first
+from fluid_npu.mcore.chunk_choice import choose_chunks, choose_chunks_of, choose_local_first
 from fluid_npu.mcore.chunk_plan import ChunkedPlan
 from fluid_npu.mcore.dispatch_plan import DispatchPlan
 from fluid_npu.mcore.experts import FluidGroupedMLP
@@ -124,6 +124,7 @@ class FluidMoELayer(MoELayerInSteps):
         pipeline = getattr(groups, "pp", None)
         self._pp_rank = None if pipeline is None else pipeline.rank()
         self.chunks = self._choose_chunks(self._chunk_obstacle(local_first=False))
+        self.chunks_of = self._choose_chunks_of()
         self.local_first = choose_local_first(
             self._binder.local_first, groups.ep.size(), self._chunk_obstacle(local_first=True)
         )
@@ -169,14 +170,22 @@ class FluidMoELayer(MoELayerInSteps):
 
     def _choose_chunks(self, blocked: str | None) -> Choice[int]:
         """In how many chunks this layer is pipelined."""
-        chosen = choose_chunks(
-            self._binder.chunks, self._binder.overlap, self.num_local_experts, blocked, self.chunks_of_tokens
-        )
+        any_number = self._once_per_rank and self._binder.chunks_of != "experts"
+        chosen = choose_chunks(self._binder.chunks, self._binder.overlap, self.num_local_experts, blocked, any_number)
         return chosen.announce("MoE chunks") if self._binder.overlap == "full" else chosen
 
+    def _choose_chunks_of(self) -> Choice[str]:
+        """Whether chunks are of tokens or of experts."""
+        form, experts = (
+            self.token_dispatcher.dispatch_form.value if self.steps else "plain",
+            self.config.num_moe_experts,
+        )
+        numbers = experts, self.config.moe_router_topk, experts // self.num_local_experts
+        chosen = choose_chunks_of(self._binder.chunks_of, self.chunks.value, form, *numbers)
+        return chosen.announce("MoE chunks of") if self.chunks.value > 1 else chosen
+
     @property
-    def chunks_of_tokens(self) -> bool:
-        """Whether chunks are ranges of tokens, as they are where a token is sent once per rank; else of experts."""
+    def _once_per_rank(self) -> bool:
         return self.steps and self.token_dispatcher.dispatch_form.value == "once-per-rank"
 
     def set_layer_number(self, layer_number: int) -> None:
@@ -261,7 +270,7 @@ class FluidMoELayer(MoELayerInSteps):
         dispatcher, shape, local_first = self.token_dispatcher, hidden_states.shape, self.local_first.value
         if self.chunks.value == 1 and not local_first:
             return _Prepared(dispatcher.plan(routing_map, shape), hidden_states, probs), None
-        plan = dispatcher.plan_chunks(routing_map, shape, self.chunks.value, local_first)
+        plan = dispatcher.plan_chunks(routing_map, shape, self.chunks.value, local_first, self.chunks_of.value)
         return _Prepared(plan, hidden_states, probs), None
 
     def dispatch(self, hidden_states: Any, probs: Any) -> tuple[Any, Any]:

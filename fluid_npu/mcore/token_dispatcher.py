@@ -9,7 +9,7 @@ six; both shapes are here on every line.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from fluid_npu.device import Choice, kernels_of
 from fluid_npu.device.kernels.groups import GroupRows
 from fluid_npu.mcore.agreed_room import AgreedRoom
 from fluid_npu.mcore.bounded_plan import make_bounded_chunked_plan, make_bounded_plan
+from fluid_npu.mcore.chunk_cuts import ChunkCut, make_cuts
 from fluid_npu.mcore.chunk_plan import ChunkedPlan, make_chunked_plan
 from fluid_npu.mcore.dispatch_choice import choose_dispatch, nodes_for
 from fluid_npu.mcore.dispatch_plan import (
@@ -41,10 +42,9 @@ from fluid_npu.mcore.dispatch_plan import (
 from fluid_npu.mcore.dispatch_rows import NodeRows
 from fluid_npu.mcore.lines.groups import ProcessGroups, default_groups
 from fluid_npu.mcore.node_plan import inside_route, leg_of, make_node_plan, node_counts
+from fluid_npu.mcore.once_chunk_plan import counts_of_chunks, make_once_chunked_plan
 from fluid_npu.mcore.same_tokens import check_same_tokens
 from fluid_npu.mcore.static_chunk_plan import make_static_own_first
-from fluid_npu.mcore.token_chunk_plan import make_token_chunked_plan
-from fluid_npu.ops.chunk_rows import token_chunks
 from fluid_npu.ops.once import every_group, once_counts
 from fluid_npu.ops.payload import SumParts, payload_width, wire_dtype
 from fluid_npu.ops.payload_fp8 import Fp8Payload
@@ -137,17 +137,23 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         )
 
     def plan_chunks(
-        self, routing_map_TE: Tensor, tokens_shape: torch.Size, chunks: int, local_first: bool = False
+        self,
+        routing_map_TE: Tensor,
+        tokens_shape: torch.Size,
+        chunks: int,
+        local_first: bool = False,
+        chunks_of: str = "tokens",
     ) -> ChunkedPlan:
-        """As ``plan``, in ``chunks``: plain rows of groups of local experts, whose number they divide, or rows of some
-        tokens each, sent once per rank. With ``local_first`` rows that stay on this rank are one more, the first; rows
-        that go to every rank have that one and one more."""
+        """As ``plan``, in ``chunks``: plain rows of groups of local experts, whose number they divide, or rows sent
+        once per rank of some tokens each or, with ``chunks_of`` 'experts', of such groups. With ``local_first`` rows
+        that stay on this rank are one more, the first; rows that go to every rank have that one and one more."""
         if self.dispatch_form.value == "static":
             assert local_first and chunks == 1, "FluidMoELayer refuses other chunks"
             check_same_tokens(routing_map_TE.shape[0], self.groups.ep)
             return make_static_own_first(routing_map_TE, self.config.moe_router_topk, tokens_shape, self.groups)
         if self.dispatch_form.value == "once-per-rank":
-            return self._plan_once_chunks(routing_map_TE, tokens_shape, chunks, local_first)
+            cuts = make_cuts(routing_map_TE.shape[0], self.num_local_experts, chunks, chunks_of, local_first)
+            return self._plan_once_chunks(routing_map_TE, tokens_shape, cuts)
         layout, counts = self._rows(routing_map_TE)
         on_device = counts.sent_on_device, counts.received_on_device[0]
         own = self.groups.ep_rank if local_first else None
@@ -230,24 +236,17 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         return make_static_plan(layout, tokens_shape, self.groups, most)
 
     def _plan_once_chunks(
-        self, routing_map_TE: Tensor, tokens_shape: torch.Size, chunks: int, local_first: bool
+        self, routing_map_TE: Tensor, tokens_shape: torch.Size, cuts: Sequence[ChunkCut]
     ) -> ChunkedPlan:
-        """As ``_plan_once`` for each of some ranges of tokens, with one exchange of counts."""
-        tokens = token_chunks(routing_map_TE.shape[0], chunks)
-        maps = [routing_map_TE[mine] for mine in tokens]
-        if local_first:
-            own_E = torch.zeros_like(routing_map_TE[0])
-            own_E[self.local_expert_indices[0] : self.local_expert_indices[-1] + 1] = True
-            maps = [routing_map_TE & own_E, *(part & ~own_E for part in maps)]
-            tokens = [slice(0, routing_map_TE.shape[0]), *tokens]
-        topk, ranks = self.config.moe_router_topk, self.groups.ep_size
-        room, sizes = self.room, [part.shape[0] for part in maps]
+        """As ``_plan_once`` for each chunk, with one exchange of counts."""
+        topk, ranks, own = self.config.moe_router_topk, self.groups.ep_size, self.groups.ep_rank
+        room, sizes = self.room, [cut.num_tokens for cut in cuts]
         if room is not None and (rows := room.rows_for(sizes)) is not None:
-            plan, short = make_bounded_chunked_plan(maps, topk, tokens, tokens_shape, self.groups, rows, local_first)
+            plan, short = make_bounded_chunked_plan(routing_map_TE, topk, cuts, tokens_shape, self.groups, rows)
             room.tell(short)
             return plan
-        made = [once_counts(part, topk, ranks) for part in maps]
-        counts_PCN = torch.stack([counts for counts, _ in made], dim=1)
+        made = [once_counts(cut.map(routing_map_TE, ranks, own), topk, ranks) for cut in cuts]
+        counts_PCN = counts_of_chunks([counts for counts, _ in made], cuts)
         one_wait = kernels_of(counts_PCN).one_wait_for_counts
         pending = exchange_counts(counts_PCN.view(-1), self.groups, self._everyone_counts or one_wait)
         host_PCN = None if one_wait else counts_PCN.cpu()
@@ -257,7 +256,7 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         layouts = [layout_of(int(host_PCN[:, n, 0].sum())) for n, (_, layout_of) in enumerate(made)]
         if room is not None:
             room.observe(host_PCN[:, :, 0].amax(0).tolist(), sizes)
-        return make_token_chunked_plan(layouts, tokens, tokens_shape, host_PCN, told, self.groups, local_first)
+        return make_once_chunked_plan(layouts, cuts, tokens_shape, host_PCN, told, self.groups)
 
     @property
     def _everyone_counts(self) -> bool:

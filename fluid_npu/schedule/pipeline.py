@@ -27,7 +27,7 @@ T tokens, N rows of this rank before the dispatch, R rows of its experts, H hidd
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -73,14 +73,17 @@ class Pipeline:
     """What one forward and backward of a layer in chunks needs.
 
     Rows of a chunk's dispatch, and of its combine's gradient, may land in memory of the transport, which has room for
-    two exchanges; what returns to a part of one buffer (``fly(into=...)``) does not.
+    two exchanges; what returns (``fly(into=...)``) does not.
     """
 
     chunks: Sequence[Chunk]
-    gather: Callable[[Tensor], tuple[Tensor | None, ...]]
-    """From the gradients of all N payload rows to those of tokens and probabilities."""
-    merge: Callable[[Tensor], Tensor]
-    """From all N rows that came back to tokens."""
+    gather: Callable[[Iterable[Tensor]], tuple[Tensor | None, ...]]
+    """From the gradients of payload rows to those of tokens and probabilities: of each chunk, asked for one after the
+    other as they are used, since each waits for its exchange; of all N rows as one where they lie ``in_one``."""
+    merge: Callable[[Iterable[Tensor]], Tensor]
+    """From the rows that came back to tokens, likewise."""
+    in_one: bool = True
+    """Whether all chunks' rows land in one buffer."""
     shared: PieceRows | None = None
     """The rows of all experts in each chunk, where chunks share their experts."""
     w1_LHF: Tensor
@@ -164,13 +167,46 @@ def _beside(*flights: Sequence[_OnTheWay]) -> beside_exchange:
     return beside_exchange(any(isinstance(flight, Flight) for some in flights for flight in some))
 
 
+class _Landing:
+    """Exchanges that bring rows back, and where they land: in one buffer, or each in its own."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._flights: dict[str, _OnTheWay] = {}
+        self._whole: Tensor | None = None
+
+    @property
+    def flights(self) -> list[_OnTheWay]:
+        """Those that were started."""
+        return list(self._flights.values())
+
+    def start(self, chunk: Chunk, rows: Tensor, route: Route | None, *, back: bool = False) -> None:
+        """Sends a chunk's rows."""
+        into = None
+        if self._pipeline.in_one:
+            if self._whole is None:
+                self._whole = rows.new_empty(self._pipeline.num_rows, rows.shape[1])
+            into = self._whole[chunk.rows]
+        elif route is not None:
+            into = rows.new_empty(chunk.rows.stop - chunk.rows.start, rows.shape[1])
+        self._flights[chunk.label] = self._pipeline.fly(rows, route, back=back, into=into)
+
+    def landed(self) -> Iterator[Tensor]:
+        """The rows of each chunk, in their order, each waited for when it is asked for; in one, all of them as one."""
+        for chunk in self._pipeline.chunks:
+            rows = self._pipeline.land(self._flights.pop(chunk.label))
+            if not self._pipeline.in_one:
+                yield rows
+        if self._whole is not None:
+            yield self._whole
+
+
 class _Flights:
-    """What the two nodes share: the dispatches in flight and, in the backward, the buffer that they land in."""
+    """What the two nodes share: the dispatches in flight and, in the backward, their reverses."""
 
     def __init__(self) -> None:
         self.forward: list[_OnTheWay] = []
-        self.backward: list[_OnTheWay] = []
-        self.payload_NW: Tensor | None = None
+        self.backward: _Landing | None = None
 
 
 class _Launch(torch.autograd.Function):
@@ -188,12 +224,9 @@ class _Launch(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, _token: Tensor) -> tuple[Tensor | None, ...]:
         pipeline, flights = ctx.pipeline, ctx.flights
-        landing, payload_NW = flights.backward, flights.payload_NW
-        flights.backward, flights.payload_NW = [], None
+        landing, flights.backward = flights.backward, None
         pipeline.sink.fill("moe_dispatch", f"moe_dispatch AllToAlls of {pipeline.name}")
-        for flight in landing:
-            pipeline.land(flight)
-        grads = pipeline.gather(payload_NW)
+        grads = pipeline.gather(landing.landed())
         deferred = pipeline.deferred
         return (None, None, *grads, *(deferred.passengers.collect() if deferred is not None else ()))
 
@@ -230,16 +263,16 @@ def _forward(pipeline: Pipeline, flights: _Flights, keep: bool) -> tuple[Tensor,
         if rows is None:
             staying.append((chunk, up))
         else:
-            back.start(chunk, rows)
+            back.landing.start(chunk, rows, chunk.combine)
         del flight, received, up, rows
     while staying:
         chunk, up = staying.pop(0)
         with pipeline.sink.computing(f"{chunk.label} forward, FC2"), back.beside():
             rows = back.compute(chunk, up)
-        back.start(chunk, rows)
+        back.landing.start(chunk, rows, chunk.combine)
         del up, rows
     pipeline.sink.fill_again(f"moe_combine AllToAlls of {pipeline.name}", gaps=2)
-    return pipeline.merge(back.land()), [back.kept[chunk.label] for chunk in pipeline.chunks if keep]
+    return pipeline.merge(back.landing.landed()), [back.kept[chunk.label] for chunk in pipeline.chunks if keep]
 
 
 #: Rows, probabilities, FC1 and activation of a chunk.
@@ -252,17 +285,16 @@ def _up(pipeline: Pipeline, chunk: Chunk, rows: tuple[Tensor, ...]) -> _Up:
 
 
 class _Combines:
-    """FC2 of chunks and their combines, all into one buffer."""
+    """FC2 of chunks and their combines."""
 
     def __init__(self, pipeline: Pipeline, keep: bool) -> None:
         self._pipeline, self._keep = pipeline, keep
-        self._flights: list[_OnTheWay] = []
-        self._rows_NH: Tensor | None = None
+        self.landing = _Landing(pipeline)
         self.kept: dict[str, Sequence[Tensor]] = {}
 
     def beside(self, dispatches: Sequence[_OnTheWay] = ()) -> beside_exchange:
         """Around what is computed now: beside these dispatches and the combines that were started."""
-        return _beside(dispatches, self._flights)
+        return _beside(dispatches, self.landing.flights)
 
     def compute(self, chunk: Chunk, up: _Up) -> Tensor:
         """The rows that go back, from a chunk's activation."""
@@ -272,19 +304,6 @@ class _Combines:
             self.kept[chunk.label] = kept_of(x, p, w1, w2, h, a, chunk.mlp)
         return chunk.collect.load(mlp_down(a, w2, chunk.mlp))
 
-    def start(self, chunk: Chunk, rows: Tensor) -> None:
-        """Sends them."""
-        if self._rows_NH is None:
-            self._rows_NH = rows.new_empty(self._pipeline.num_rows, rows.shape[1])
-        self._flights.append(self._pipeline.fly(rows, chunk.combine, into=self._rows_NH[chunk.rows]))
-
-    def land(self) -> Tensor:
-        """All N rows."""
-        for flight in self._flights:
-            self._pipeline.land(flight)
-        assert self._rows_NH is not None, "a layer has at least one chunk"
-        return self._rows_NH
-
 
 def _backward(pipeline: Pipeline, flights: _Flights, dout: Tensor, kept: list[Sequence[Tensor]]) -> None:
     """Leaves the dispatches' gradients in flight and the dW of all chunks queued."""
@@ -292,20 +311,18 @@ def _backward(pipeline: Pipeline, flights: _Flights, dout: Tensor, kept: list[Se
     combines = pipeline.start(lambda chunk: pipeline.fly(chunk.spread(dout), chunk.combine, back=True))
     pipeline.sink.fill("moe_combine", f"moe_combine AllToAlls of {pipeline.name}")
     weight_grads = _WeightGrads(pipeline.deferred, pipeline.shared)
+    landing = flights.backward = _Landing(pipeline)
     for chunk in pipeline.chunks:
         flight = combines.pop(0)
         received = pipeline.land(flight)
-        with pipeline.sink.computing(f"{chunk.label} backward"), _beside(combines, flights.backward):
+        with pipeline.sink.computing(f"{chunk.label} backward"), _beside(combines, landing.flights):
             (dy,) = flight.give_back(chunk.collect.unload_grad(received))
             assert dy is not None
             dx, dp, _, _ = mlp_backward(dy, kept.pop(0), weight_grads.taken_from(chunk.mlp))
             assert dx is not None and dp is not None
             payload = chunk.unpack.load_grad(dx, dp)
         del flight, received, dy, dx, dp
-        if flights.payload_NW is None:
-            flights.payload_NW = payload.new_empty(pipeline.num_rows, payload.shape[1])
-        into = flights.payload_NW[chunk.rows]
-        flights.backward.append(pipeline.fly(payload, chunk.dispatch, back=True, into=into))
+        landing.start(chunk, payload, chunk.dispatch, back=True)
     weight_grads.submit()
 
 

@@ -27,8 +27,10 @@ CASES += [Steps(overlap="full", local_first=True, shared=shared, fuse=not shared
 ONCE = [
     Steps(dispatch="once-per-rank", steps=4),
     Steps(dispatch="once-per-rank", steps=4, shared=True, fuse=False, overlap="full", chunks=1, local_first=True),
-    Steps(dispatch="once-per-rank", steps=4, aux=True, overlap="full", chunks=2, local_first=True),
-    Steps(dispatch="once-per-rank", steps=4, recompute=True, overlap="full", chunks=2),
+    Steps(dispatch="once-per-rank", steps=4, aux=True, overlap="full", chunks=2, chunks_of="tokens", local_first=True),
+    Steps(dispatch="once-per-rank", steps=4, recompute=True, overlap="full", chunks=2, chunks_of="tokens"),
+    Steps(dispatch="once-per-rank", steps=4, overlap="full", chunks=2, chunks_of="experts", local_first=True),
+    Steps(dispatch="once-per-rank", steps=4, fuse=False, overlap="full", chunks=2, chunks_of="experts"),
 ]
 #: So few spare rows that some replays lack room.
 TIGHT = [replace(case, tokens=200, topk=1, steps=8, rate=1e-3) for case in ONCE]

@@ -1,4 +1,4 @@
-"""Chunks of tokens that are sent once per rank, on real ranks: against float64, stock, one piece and the twin."""
+"""Chunks of tokens sent once per rank, or of experts, on real ranks: against float64, stock, one piece and the twin."""
 
 from __future__ import annotations
 
@@ -40,15 +40,28 @@ FOUR = [
 ]
 
 
-@pytest.mark.parametrize("cases", [TWO, FOUR], ids=["two_ranks", "four_ranks"])
-def test_chunks_of_tokens_are_right_and_equal_to_their_twin(cases: list[Case], run_ranks: Ranks) -> None:
-    check_pieces(
-        run_ranks, [replace(case, overlap="full", dispatch="once-per-rank") for case in cases], {*SHARED, *DROPS}
-    )
+#: Of experts: the same cases where they divide, and with local rows first.
+OF_EXPERTS = [replace(case, chunks=2 if case.chunks == 3 else case.chunks, chunks_of="experts") for case in TWO]
+OF_EXPERTS = [replace(case, chunks=1) if case.experts == 2 else case for case in OF_EXPERTS]
+OF_EXPERTS += [replace(case, local_first=True) for case in OF_EXPERTS if case.chunks in (2, 4)]
+OF_EXPERTS_4 = [
+    replace(case, chunks=2, chunks_of="experts", local_first=first) for case in FOUR for first in (False, True)
+]
+
+
+@pytest.mark.parametrize(
+    "cases", [TWO, FOUR, OF_EXPERTS, OF_EXPERTS_4], ids=["two", "four", "experts_two", "experts_four"]
+)
+def test_chunks_are_right_and_equal_to_their_twin(cases: list[Case], run_ranks: Ranks) -> None:
+    tokens = {"overlap": "full", "dispatch": "once-per-rank"}
+    chosen = [
+        replace(case, **tokens, chunks_of="tokens" if case.chunks_of == "auto" else case.chunks_of) for case in cases
+    ]
+    check_pieces(run_ranks, chosen, {*SHARED, *DROPS})
 
 
 LATE: dict[str, Any] = {"delay_wgrad_compute": True, "overlap_grad_reduce": True, "bucket_size": 2000}
-FULL = {"overlap": "full", "chunks": 2, "carry_over": True, "dispatch": "once-per-rank"}
+FULL = {"overlap": "full", "chunks": 2, "carry_over": True, "dispatch": "once-per-rank", "chunks_of": "tokens"}
 MODEL = Run(micro_batches=2, ddp=LATE, config={"moe_router_topk": 3, **SHARED}, spec=FULL)
 
 

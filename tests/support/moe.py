@@ -33,6 +33,7 @@ class Case:
     dispatch: str = "plain"
     node_size: int = 0
     chunks: int | str = "auto"
+    chunks_of: str = "auto"
     local_first: bool = False
     transport: Any = None
     config: dict[str, Any] = field(default_factory=dict)
@@ -85,6 +86,7 @@ def fluid_layer(case: Case) -> Any:
         overlap=case.overlap,
         dispatch=case.dispatch,
         chunks=case.chunks,
+        chunks_of=case.chunks_of,
         local_first=case.local_first,
         transport=case.transport,
         node_size=case.node_size,

@@ -19,7 +19,7 @@ def modes(cases: list[Case]) -> list[dict[str, dict[str, Any]]]:
         {
             "pieces": run_layer(case),
             "twin": run_layer(replace(case, twin=True)),
-            "whole": run_layer(replace(case, overlap="dw", chunks="auto", local_first=False)),
+            "whole": run_layer(replace(case, overlap="dw", chunks="auto", chunks_of="auto", local_first=False)),
         }
         for case in cases
     ]
@@ -35,8 +35,9 @@ def compare(case: Case, run: dict[str, dict[str, Any]]) -> None:
             for mine, whole in zip(run["pieces"][key], run["whole"][key], strict=True):
                 torch.testing.assert_close(mine, whole, rtol=1e-4, atol=1e-5)
     ours, whole = (run[name]["stats"] for name in ("pieces", "whole"))
-    for name in ("a2a_bytes", "a2a_plain_bytes"):
-        assert ours[name] == whole[name], f"{case} {name}"
+    assert ours["a2a_plain_bytes"] == whole["a2a_plain_bytes"], f"{case}"
+    again = case.dispatch == "once-per-rank" and case.chunks_of == "experts"  # a token may be sent in several chunks
+    assert ours["a2a_bytes"] == whole["a2a_bytes"] or (again and ours["a2a_bytes"] > whole["a2a_bytes"]), f"{case}"
     assert ours["a2a_count"] == case.chunks * whole["a2a_count"]
     assert ours["total_dw_tasks"] == ours["completed_dw_tasks"] == whole["total_dw_tasks"]
 

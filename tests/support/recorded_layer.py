@@ -23,6 +23,7 @@ class Steps:
     dispatch: str = "static"
     chunks: int | str = "auto"
     """With ``overlap`` 'full'."""
+    chunks_of: str = "auto"
     graph: bool = False
     recompute: bool = False
     shared: bool = False
@@ -89,6 +90,7 @@ def _layer(run: Steps) -> Any:
         dispatch=run.dispatch,
         chunks=run.chunks,
         cuda_graph=run.graph,
+        chunks_of=run.chunks_of,
         local_first=run.local_first,
         transport=high_priority_transport() if run.high_priority else None,
     )

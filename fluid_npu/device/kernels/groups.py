@@ -105,6 +105,33 @@ class DeviceRows:
             self._host = GroupRows(torch.diff(ends, prepend=ends.new_zeros(1)).tolist(), ends=ends)
         return self._host
 
+    def among(self, first: int, groups: int) -> DeviceRows:
+        """The same rows as those of so many groups, of which these are the ones from ``first`` on."""
+        return self if groups == self._groups else _Among(self, first, groups)
+
+
+class _Among(DeviceRows):
+    """Some groups' rows among those of all; known as soon as they are."""
+
+    def __init__(self, some: DeviceRows, first: int, groups: int) -> None:
+        super().__init__(groups, some.capacity, some.expected)
+        self._some, self._first = some, first
+
+    def ends(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """[L]: where each group ends; those without rows end where the one before does."""
+        if not self._ends:
+            some = self._some.ends(device, dtype)
+            after = some[-1:].expand(len(self) - self._first - len(self._some))
+            self.settle(torch.cat([some.new_zeros(self._first), some, after]))
+        return super().ends(device, dtype)
+
+    def on_host(self) -> GroupRows:
+        """The same as host integers."""
+        if self._host is None:
+            some = self._some.on_host()
+            self._host = GroupRows([*[0] * self._first, *some, *[0] * (len(self) - self._first - len(some))])
+        return self._host
+
 
 #: Rows of each group: host integers (``GroupRows`` or bare ones), or what only the device knows.
 Groups: TypeAlias = Sequence[int] | DeviceRows
