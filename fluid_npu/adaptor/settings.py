@@ -18,6 +18,7 @@ PAYLOAD_DTYPES = ("same", "fp8")
 TRANSPORTS = ("auto", "collective", "high-priority", "peer-copy", "few-ctas", "aicpu", "pairwise", "two-level")
 #: Dispatches of layers that can be recorded.
 RECORDED_DISPATCHES = ("static", "once-per-rank")
+CHUNKS_OF = ("auto", "tokens", "experts")
 #: Transports whose exchanges a CUDA graph may hold.
 RECORDABLE_TRANSPORTS = ("collective", "high-priority", "few-ctas")
 #: Settings that say which transport, and of what.
@@ -26,8 +27,8 @@ OF_TRANSPORT = ("a2a_transport", "a2a_node_size", "a2a_bytes", "device")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """``overlap``, ``carry_over``, ``dispatch``, ``chunks``, ``local_first``, ``attention_chunks``, ``payload_dtype``
-    and ``cuda_graph`` mean what they mean to ``get_fluid_moe_layer_spec``.
+    """``overlap``, ``carry_over``, ``dispatch``, ``chunks``, ``chunks_of``, ``local_first``, ``attention_chunks``,
+    ``payload_dtype`` and ``cuda_graph`` mean what they mean to ``get_fluid_moe_layer_spec``.
 
     ``gemm_fusion``: the experts' weight gradients go straight into ``main_grad``, also where the model's configuration
     has no ``gradient_accumulation_fusion``. ``a2a_transport`` moves the bytes of AllToAlls of tensors on ``device``
@@ -40,6 +41,7 @@ class Settings:
     gemm_fusion: bool = False
     dispatch: str = "plain"
     chunks: int | str = "auto"
+    chunks_of: str = "auto"
     local_first: bool = False
     attention_chunks: int | str = 1
     interleave_batches: bool = False
@@ -79,6 +81,16 @@ class Settings:
         self._check_chunks()
 
     def _check_chunks(self) -> None:
+        if self.chunks_of not in CHUNKS_OF:
+            raise PatchError(f"adapt(chunks_of={self.chunks_of!r}): allowed are {', '.join(CHUNKS_OF)}")
+        if self.chunks_of != "auto" and self.overlap != "full":
+            raise PatchError(
+                f"adapt(chunks_of={self.chunks_of!r}): overlap={self.overlap!r} has no chunks; use overlap='full'"
+            )
+        if self.chunks_of == "tokens" and self.dispatch == "plain":
+            raise PatchError(
+                "adapt(chunks_of='tokens'): dispatch='plain' has chunks of experts; use dispatch='once-per-rank'"
+            )
         if self.chunks == "auto":
             return
         if not _at_least_one(self.chunks):

@@ -57,20 +57,26 @@ STATIC_LOCAL_FIRST_GRAPH = ours(
 )
 #: Pipelined in so many chunks of a rank's experts.
 IN_CHUNKS = {n: ours(f"{n} chunks", ("moe_chunks", n), overlap="full") for n in (2, 4)}
-ONCE_IN_CHUNKS = ours("once per rank, 2 chunks", *ONCE.changes, ("moe_chunks", 2), overlap="full")
+_TWO = (("moe_chunks", 2),)
+ONCE_IN_CHUNKS = ours("once per rank, 2 chunks", *ONCE.changes, *_TWO, ("moe_chunks_of", "tokens"), overlap="full")
 ONCE_LOCAL_FIRST = ours("once per rank, local rows first", *ONCE.changes, *LOCAL_FIRST.changes, overlap="full")
-ONCE_GRAPH, ONCE_LOCAL_FIRST_GRAPH, ONCE_IN_CHUNKS_GRAPH = (
+ONCE_GRAPH, ONCE_LOCAL_FIRST_GRAPH, ONCE_IN_CHUNKS_GRAPH, ONCE_IN_CHUNKS_OF_EXPERTS_GRAPH = (
     ours(f"once per rank{form}, recorded", *changes, _GRAPH, overlap=overlap)
     for form, changes, overlap in (
         ("", ONCE.changes, "dw"),
         (", local rows first", ONCE_LOCAL_FIRST.changes, "full"),
-        (", local rows first, 2 chunks", (*ONCE.changes, ("moe_chunks", 2), ("local_first", True)), "full"),
+        (", local rows first, 2 chunks", (*ONCE_LOCAL_FIRST.changes, *_TWO, ("moe_chunks_of", "tokens")), "full"),
+        (
+            ", local rows first, 2 chunks of experts",
+            (*ONCE_LOCAL_FIRST.changes, *_TWO, ("moe_chunks_of", "experts")),
+            "full",
+        ),
     )
 )
 #: Those that replay what was recorded.
 RECORDED = (
     *(STATIC_GRAPH, STATIC_LOCAL_FIRST_GRAPH),
-    *(ONCE_GRAPH, ONCE_LOCAL_FIRST_GRAPH, ONCE_IN_CHUNKS_GRAPH),
+    *(ONCE_GRAPH, ONCE_LOCAL_FIRST_GRAPH, ONCE_IN_CHUNKS_GRAPH, ONCE_IN_CHUNKS_OF_EXPERTS_GRAPH),
 )
 ONCE_FP8 = ours("once per rank, fp8", *ONCE.changes, ("a2a_payload_dtype", "fp8"))
 #: The newest Megatron's own overlap within a layer: experts' dW on a second stream beside the dispatch's backward.
@@ -79,7 +85,7 @@ OWN_OVERLAP = "overlap_dispatch_backward_with_experts_wgrad"
 _TO_OTHERS = (
     *(ONCE, PEER, ONCE_PEER, STATIC, STATIC_PEER, STATIC_GRAPH, ONCE_IN_CHUNKS, ONCE_FP8),
     *(LOCAL_FIRST, ONCE_LOCAL_FIRST, STATIC_LOCAL_FIRST, STATIC_LOCAL_FIRST_GRAPH, ONCE_NODE),
-    *(ONCE_GRAPH, ONCE_LOCAL_FIRST_GRAPH, ONCE_IN_CHUNKS_GRAPH),
+    *(ONCE_GRAPH, ONCE_LOCAL_FIRST_GRAPH, ONCE_IN_CHUNKS_GRAPH, ONCE_IN_CHUNKS_OF_EXPERTS_GRAPH),
 )
 #: Forms that need other packages or a device's own ways, or round more, or are new there; where they fail they are left
 #: out.
@@ -109,6 +115,7 @@ KINDS = {
     "ours-once-graph": ONCE_GRAPH,
     "ours-once-local-first-graph": ONCE_LOCAL_FIRST_GRAPH,
     "ours-once-2-chunks-graph": ONCE_IN_CHUNKS_GRAPH,
+    "ours-once-2-expert-chunks-graph": ONCE_IN_CHUNKS_OF_EXPERTS_GRAPH,
 }
 #: What no single layer can show, and why.
 NEVER = {
@@ -138,7 +145,7 @@ def unavailable(kind: Kind, config: TrainConfig) -> str | None:
         return "the package grouped_gemm is not installed, so stock GroupedMLP itself runs over torch"
     if kind in _TO_OTHERS and config.ep == 1:
         return "--ep 1: there is no other rank to send a token to"
-    return None if kind is ONCE_IN_CHUNKS else _unchunked(kind, config)
+    return None if ("moe_chunks_of", "tokens") in kind.changes else _unchunked(kind, config)
 
 
 def _unchunked(kind: Kind, config: TrainConfig) -> str | None:

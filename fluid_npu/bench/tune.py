@@ -42,6 +42,7 @@ _PLAIN: dict[str, Any] = {
     "carry_over": False,
     "dispatch": "plain",
     "moe_chunks": "auto",
+    "moe_chunks_of": "auto",
     "local_first": False,
     "interleave_batches": False,
     "attention_chunks": 1,
@@ -55,6 +56,8 @@ _ONCE: dict[str, Any] = {"dispatch": "once-per-rank"}
 _STATIC: dict[str, Any] = {**_DW, "dispatch": "static"}
 _AHEAD: dict[str, Any] = {"a2a_transport": "high-priority"}
 _OWN_FIRST: dict[str, Any] = {"overlap": "full", "moe_chunks": 1, "local_first": True}
+_OF_TOKENS: dict[str, Any] = {"moe_chunks": 2, "moe_chunks_of": "tokens"}
+_OF_EXPERTS: dict[str, Any] = {"moe_chunks": 2, "moe_chunks_of": "experts"}
 
 #: Name and settings; the first is the reference.
 CANDIDATES: tuple[tuple[str, dict[str, Any]], ...] = tuple(
@@ -69,7 +72,8 @@ CANDIDATES: tuple[tuple[str, dict[str, Any]], ...] = tuple(
         ("two halves of a micro-batch interleaved", {**_DW, "interleave_batches": True}),
         ("2 chunks of attention heads, dW beside both", {**_BOTH, "attention_chunks": 2}),
         ("tokens once per rank", _ONCE),
-        ("tokens once per rank in 2 chunks of them, dW beside both", {**_CHUNKS, **_ONCE, "moe_chunks": 2}),
+        ("tokens once per rank in 2 chunks of them, dW beside both", {**_CHUNKS, **_ONCE, **_OF_TOKENS}),
+        ("tokens once per rank in 2 chunks of experts, dW beside both", {**_CHUNKS, **_ONCE, **_OF_EXPERTS}),
         ("tokens to every rank, dW beside the dispatch's backward", _STATIC),
         ("tokens to every rank, recorded, dW beside the dispatch's backward", {**_STATIC, "moe_cuda_graph": True}),
         (
@@ -79,6 +83,13 @@ CANDIDATES: tuple[tuple[str, dict[str, Any]], ...] = tuple(
         (
             "tokens once per rank, local rows first, recorded, exchanges at high priority",
             {**_ONCE, **_OWN_FIRST, **_AHEAD, "moe_cuda_graph": True},
+        ),
+        *(
+            (
+                f"tokens once per rank, local rows first, 2 chunks of {name}, recorded, exchanges at high priority",
+                {**_ONCE, **_OWN_FIRST, **_AHEAD, **chunks, "moe_cuda_graph": True},
+            )
+            for name, chunks in (("tokens", _OF_TOKENS), ("experts", _OF_EXPERTS))
         ),
         ("dW beside dispatch and combine, exchanges at high priority", {**_BOTH, **_AHEAD}),
         ("tokens once per rank, dW beside both", {**_BOTH, **_ONCE}),
@@ -192,7 +203,8 @@ def _variant(name: str, settings: dict[str, Any], config: TrainConfig, place: Pl
 def _impossible(settings: dict[str, Any], config: TrainConfig) -> str | None:
     """Why this model has no such setting, or None."""
     local, chunks = config.model().experts // config.ep, settings["moe_chunks"]
-    if chunks != "auto" and local % chunks and settings["dispatch"] == "plain":
+    of_experts = settings["dispatch"] == "plain" or settings["moe_chunks_of"] == "experts"
+    if chunks != "auto" and local % chunks and of_experts:
         return f"the {local} experts of a rank make no {chunks} chunks of equally many"
     attention = attention_obstacle(config, settings["attention_chunks"])
     if attention is not None:

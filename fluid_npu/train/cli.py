@@ -111,6 +111,9 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dispatch", default=_DEFAULTS.dispatch, metavar="NAME", help=text)
     text = "with --overlap full: chunks of experts, or of tokens sent once per rank, of an MoE layer, or auto (auto)"
     group.add_argument("--moe-chunks", default="auto", metavar="N", type=_number_or_auto, help=text)
+    text = "with --overlap full and --dispatch once-per-rank: what chunks are of, tokens (each reads all weights) or "
+    text += "experts (a token may be sent in several), or auto, which takes experts for hardly more rows (auto)"
+    group.add_argument("--moe-chunks-of", default=_DEFAULTS.moe_chunks_of, metavar="NAME", help=text)
     text = "with --overlap full: rows that stay on their rank are a chunk before the others"
     group.add_argument("--local-first", action="store_true", help=text)
     text = "with --dispatch static or once-per-rank on CUDA: record each MoE layer and replay it by one call of the "

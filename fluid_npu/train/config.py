@@ -25,6 +25,7 @@ RECORDED_DISPATCHES = ("static", "once-per-rank")
 RECORDABLE_TRANSPORTS = ("collective", "high-priority", "few-ctas")
 A2A_TRANSPORTS = ("auto", "collective", "high-priority", "peer-copy", "few-ctas", "aicpu", "pairwise", "two-level")
 PAYLOAD_DTYPES = ("same", "fp8")
+CHUNKS_OF = ("auto", "tokens", "experts")
 
 #: Fields that may differ between a checkpoint and the run that resumes it; all others must be equal.
 RESUME_MAY_DIFFER = frozenset(
@@ -36,6 +37,7 @@ RESUME_MAY_DIFFER = frozenset(
         "profile",
         "dispatch",
         "moe_chunks",
+        "moe_chunks_of",
         "local_first",
         "overlap_grad_reduce",
         "attention_chunks",
@@ -62,9 +64,10 @@ class TrainConfig:
     AllToAlls; 'two-level' between nodes of ``a2a_node_size`` ranks, where 0 asks the launcher. ``a2a_payload_dtype``
     'fp8' codes the tokens of a dispatch. ``vpp`` is the number of model chunks
     per pipeline stage. ``moe_chunks`` is in how many groups of its experts, or of tokens where they are sent once per
-    rank, ``overlap`` 'full' pipelines an MoE layer: a number, or 'auto'; with ``local_first`` rows that stay on their
-    rank are a chunk before those. ``attention_chunks`` are the parts in which a context-parallel rank computes its
-    heads, or 'auto', which decides from costs. ``interleave_batches`` trains MoE layers in two halves of a micro-batch.
+    rank, ``overlap`` 'full' pipelines an MoE layer: a number, or 'auto'; ``moe_chunks_of`` is which of the two, with
+    ``local_first`` rows that stay on their rank are a chunk before those. ``attention_chunks`` are the parts in which a
+    context-parallel rank computes its heads, or 'auto', which decides from costs. ``interleave_batches`` trains MoE
+    layers in two halves of a micro-batch.
     ``moe_cuda_graph`` replays each MoE layer as a CUDA graph, 'auto' where that can be. ``overlap_grad_reduce`` reduces
     gradients over data-parallel ranks during the backward, each bucket when it is ready.
     """
@@ -103,6 +106,7 @@ class TrainConfig:
     profile: str | None = None
     dispatch: str = "plain"
     moe_chunks: int | str = "auto"
+    moe_chunks_of: str = "auto"
     local_first: bool = False
     attention_chunks: int | str = 1
     interleave_batches: bool = False
@@ -205,6 +209,7 @@ def _check_choices(c: TrainConfig) -> None:
     if c.carry_over and c.overlap == "off":
         raise ConfigError("--carry-over: with --overlap off no AllToAll is in flight; use --overlap dw or auto")
     _check_moe_chunks(c)
+    _check_chunks_of(c)
     _check_local_first(c)
     _check_node_size(c)
     _check_interleave(c)
@@ -234,13 +239,28 @@ def _check_moe_chunks(c: TrainConfig) -> None:
             f"--moe-chunks {n}: --dispatch {c.dispatch} sends all tokens in one piece; use --dispatch once-per-rank, "
             "or leave it out"
         )
-    if c.dispatch == "once-per-rank":
+    if c.dispatch == "once-per-rank" and c.moe_chunks_of != "experts":
         _check_token_chunks(c, n)
     elif c.ep >= 1 and c.model().experts % c.ep == 0 and c.model().experts // c.ep % n:
         local = c.model().experts // c.ep
         allowed = ", ".join(str(d) for d in range(1, local + 1) if local % d == 0)
         raise ConfigError(
             f"--moe-chunks {n}: a rank has {local} experts (experts / ep); allowed are {allowed} and auto"
+        )
+
+
+def _check_chunks_of(c: TrainConfig) -> None:
+    of = c.moe_chunks_of
+    if of not in CHUNKS_OF:
+        raise ConfigError(f"--moe-chunks-of {of!r}: allowed are {', '.join(CHUNKS_OF)}")
+    if of == "auto":
+        return
+    if c.overlap != "full":
+        raise ConfigError(f"--moe-chunks-of {of}: --overlap {c.overlap} has no chunks; use --overlap full")
+    if of == "tokens" and c.dispatch == "plain":
+        raise ConfigError(
+            "--moe-chunks-of tokens: --dispatch plain has chunks of experts, which send the same rows and read no "
+            "weight twice; use --dispatch once-per-rank, or leave it out"
         )
 
 
@@ -305,12 +325,12 @@ def _check_interleave(c: TrainConfig) -> None:
 
 
 def _check_token_chunks(c: TrainConfig, n: int) -> None:
-    """Tokens that are sent once per rank are in chunks of tokens."""
+    """Tokens that are sent once per rank may be in chunks of tokens."""
     preset = c.model()
     tokens = preset.micro_batch_size * preset.seq_length // max(c.tp * c.cp, 1)
     if n > tokens:
         raise ConfigError(
-            f"--moe-chunks {n}: with --dispatch once-per-rank chunks are of tokens, and a rank has {tokens}; "
+            f"--moe-chunks {n}: with --dispatch once-per-rank chunks may be of tokens, and a rank has {tokens}; "
             "use fewer, or auto"
         )
 
@@ -375,6 +395,7 @@ def _check_profile(c: TrainConfig, path: str) -> None:
         (c.carry_over, "--carry-over"),
         (c.dispatch != "plain", f"--dispatch {c.dispatch}"),
         (c.moe_chunks != "auto", f"--moe-chunks {c.moe_chunks}"),
+        (c.moe_chunks_of != "auto", f"--moe-chunks-of {c.moe_chunks_of}"),
         (c.interleave_batches, "--interleave-batches"),
         (c.moe_cuda_graph is not False, "--moe-cuda-graph"),
         (c.attention_chunks != 1, f"--attention-chunks {c.attention_chunks}"),

@@ -110,6 +110,7 @@ def _fluid_spec(config: TrainConfig, overlap: str) -> Callable[..., Any]:
         transport=_transport(config),
         dispatch=config.dispatch,
         chunks=config.moe_chunks if overlap == "full" else "auto",
+        chunks_of=config.moe_chunks_of if overlap == "full" else "auto",
         local_first=config.local_first and overlap == "full",
         attention_chunks=int(config.attention_chunks),  # 'auto' was settled before the model is built
         interleave_batches=config.interleave_batches,

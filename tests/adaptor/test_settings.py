@@ -53,6 +53,8 @@ def test_a_refused_call_and_a_refused_rollback_change_no_setting() -> None:
         ("dispatch", "twice", "allowed are plain, once-per-rank, once-per-node, static, auto"),
         ("chunks", 0, "a number of at least 1, or 'auto'"),
         ("chunks", 2, "overlap='dw' has one; use overlap='full'"),
+        ("chunks_of", "rows", "allowed are auto, tokens, experts"),
+        ("chunks_of", "experts", "overlap='dw' has no chunks; use overlap='full'"),
         ("local_first", 1, "allowed are True and False"),
         ("local_first", True, "overlap='dw' has no chunks; use overlap='full'"),
         ("cuda_graph", "always", "allowed are True, False and 'auto'"),

@@ -49,6 +49,7 @@ def test_defaults_change_nothing() -> None:
     assert (args.fluid_dispatch, args.fluid_moe_chunks, args.fluid_attention_chunks) == ("plain", "auto", 1)
     assert (args.fluid_a2a_transport, args.fluid_a2a_node_size) == ("collective", 0)
     assert args.fluid_a2a_payload_dtype == "same"
+    assert args.fluid_moe_chunks_of == "auto"
     assert not args.fluid_local_first and args.fluid_moe_cuda_graph == "off"
     assert args.fluid_report is None and args.fluid_twin_every == 0 and args.fluid_fingerprints is None
 
@@ -93,6 +94,27 @@ REFUSED: list[tuple[list[str], dict[str, Any], str, str]] = [
     (["--fluid-moe-chunks", "many"], {}, "0.16", "--fluid-moe-chunks many: must be a number"),
     (["--fluid-moe-chunks", "2"], {}, "0.16", "--fluid-moe-chunks 2 with --fluid-overlap auto: .*use --fluid-ov"),
     (["--fluid-moe-chunks", "3", "--fluid-overlap", "full"], {}, "0.16", "3: a rank has 4 experts; allowed are 1, 2"),
+    (
+        ["--fluid-moe-chunks-of", "experts"],
+        {},
+        "0.16",
+        "--fluid-moe-chunks-of experts with --fluid-overlap auto: .*use --fluid-overlap full",
+    ),
+    (
+        ["--fluid-moe-chunks-of", "tokens", "--fluid-overlap", "full"],
+        {},
+        "0.16",
+        "--fluid-moe-chunks-of tokens with --fluid-dispatch plain: .*use once-per-rank, or drop",
+    ),
+    (
+        [
+            *("--fluid-moe-chunks", "3", "--fluid-overlap", "full"),
+            *("--fluid-dispatch", "once-per-rank", "--fluid-moe-chunks-of", "experts"),
+        ],
+        {},
+        "0.16",
+        "3: a rank has 4 experts; allowed are 1, 2",
+    ),
     (
         ["--fluid-moe-chunks", "2", "--fluid-overlap", "full", "--fluid-dispatch", "static"],
         {},
@@ -274,6 +296,11 @@ def test_contradictions_are_refused_with_the_fix(
         (["--fluid-overlap", "full", "--fluid-moe-chunks", "4", "--fluid-carry-over"], {}, "0.18"),
         (["--fluid-overlap", "full", "--fluid-dispatch", "auto"], {"num_experts": 64}, "0.12"),
         (["--fluid-overlap", "full", "--fluid-dispatch", "once-per-rank", "--fluid-moe-chunks", "3"], {}, "0.16"),
+        (
+            ["--fluid-overlap", "full", "--fluid-dispatch", "once-per-rank", "--fluid-moe-chunks-of", "experts"],
+            {},
+            "0.16",
+        ),
         (["--fluid-dispatch", "once-per-node", "--fluid-a2a-node-size", "4"], {}, "0.16"),
         (["--fluid-attention-chunks", "2"], {"context_parallel_size": 2}, "0.16"),
         (["--fluid-attention-chunks", "auto"], {"moe_grouped_gemm": False}, "0.16"),

@@ -27,11 +27,18 @@ REFUSED = [
         ["--overlap", "full", "--moe-chunks", "2", "--dispatch", "static"],
         r"--moe-chunks 2: --dispatch static sends all tokens in one piece; use --dispatch once-per-rank",
     ),
+    (
+        ["--overlap", "full", "--moe-chunks", "3", "--dispatch", "once-per-rank", "--moe-chunks-of", "experts"],
+        r"--moe-chunks 3: a rank has 4 experts .*allowed are 1, 2, 4 and auto",
+    ),
+    (["--overlap", "full", "--moe-chunks-of", "rows"], r"--moe-chunks-of 'rows': allowed are auto, tokens, experts"),
+    (["--moe-chunks-of", "experts"], r"--moe-chunks-of experts: --overlap auto has no chunks; use --overlap full"),
+    (["--overlap", "full", "--moe-chunks-of", "tokens"], r"--moe-chunks-of tokens: --dispatch plain .*once-per-rank"),
     (["--overlap", "full", "--moe-chunks", "0"], r"--moe-chunks 0: must be a number of at least 1, or auto"),
     (["--overlap", "full", "--moe-chunks", "many"], r"--moe-chunks many: must be a number of at least 1, or auto"),
     (
         ["--overlap", "full", "--moe-chunks", "99999", "--dispatch", "once-per-rank"],
-        r"--moe-chunks 99999: with --dispatch once-per-rank chunks are of tokens, and a rank has \d+; use fewer",
+        r"--moe-chunks 99999: with --dispatch once-per-rank chunks may be of tokens, and a rank has \d+; use fewer",
     ),
     (
         ["--overlap", "full", "--moe-chunks", "3", "--dispatch", "auto"],

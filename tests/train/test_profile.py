@@ -20,6 +20,7 @@ SETTINGS = {
     "carry_over": True,
     "dispatch": "once-per-rank",
     "moe_chunks": "auto",
+    "moe_chunks_of": "auto",
     "local_first": False,
     "interleave_batches": True,
     "attention_chunks": 1,
@@ -76,10 +77,10 @@ def test_an_unreadable_profile_stops_every_rank(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[]", "not a profile of schema 5"),
+        ("[]", "not a profile of schema 6"),
         ("{", "no JSON"),
-        ('{"profile": 4}', "not a profile of schema 5"),
-        ('{"profile": 5, "key": {}, "reason": "", "settings": {"overlap": "dw"}}', "misses 'carry_over'"),
+        ('{"profile": 4}', "not a profile of schema 6"),
+        ('{"profile": 6, "key": {}, "reason": "", "settings": {"overlap": "dw"}}', "misses 'carry_over'"),
     ],
 )
 def test_what_is_no_profile_is_refused_before_anything_starts(

@@ -70,12 +70,27 @@ def _chunks(args: Namespace) -> Iterator[str]:
             f"--fluid-moe-chunks {number} with --fluid-dispatch {args.fluid_dispatch}: it sends all tokens in one "
             "piece; use once-per-rank, or drop the flag"
         )
-    elif args.fluid_dispatch == "once-per-rank" or number == "auto" or args.num_experts is None:
-        pass  # chunks of tokens, of which there may be any number; or nothing to divide
+    elif (
+        (args.fluid_dispatch == "once-per-rank" and args.fluid_moe_chunks_of != "experts")
+        or number == "auto"
+        or args.num_experts is None
+    ):
+        pass  # perhaps chunks of tokens, of which there may be any number; or nothing to divide
     elif args.num_experts // ranks % number:
         local = args.num_experts // ranks
         allowed = ", ".join(str(fit) for fit in range(1, local + 1) if local % fit == 0)
         yield f"--fluid-moe-chunks {number}: a rank has {local} experts; allowed are {allowed} and auto"
+    of = args.fluid_moe_chunks_of
+    if of != "auto" and args.fluid_overlap != "full":
+        yield (
+            f"--fluid-moe-chunks-of {of} with --fluid-overlap {args.fluid_overlap}: layers are in chunks with full "
+            "alone; use --fluid-overlap full, or drop the flag"
+        )
+    elif of == "tokens" and args.fluid_dispatch == "plain":
+        yield (
+            "--fluid-moe-chunks-of tokens with --fluid-dispatch plain: its chunks are of experts; use once-per-rank, "
+            "or drop the flag"
+        )
     parts = args.fluid_attention_chunks
     if parts != "auto" and (not isinstance(parts, int) or parts < 1):
         yield f"--fluid-attention-chunks {parts}: must be at least 1, which cuts nothing, or auto"

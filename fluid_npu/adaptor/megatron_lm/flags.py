@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from fluid_npu.adaptor.settings import DISPATCHES, PAYLOAD_DTYPES, TRANSPORTS
+from fluid_npu.adaptor.settings import CHUNKS_OF, DISPATCHES, PAYLOAD_DTYPES, TRANSPORTS
 
 GROUP = "fluid_npu"
 OVERLAPS = ("off", "dw", "full", "auto")
@@ -51,6 +51,16 @@ FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
             "metavar": "N",
             "help": "with --fluid-overlap full: chunks of an MoE layer, of its experts or of tokens that are sent once "
             "per rank, or auto (auto)",
+        },
+    ),
+    (
+        "--fluid-moe-chunks-of",
+        {
+            "choices": CHUNKS_OF,
+            "default": "auto",
+            "help": "with --fluid-overlap full and --fluid-dispatch once-per-rank: what chunks are of, tokens (each "
+            "reads all weights) or experts (a token may be sent in several), or auto, which takes experts for hardly "
+            "more rows (auto)",
         },
     ),
     (

@@ -92,6 +92,7 @@ def switch_on(args: Namespace, device: str) -> None:
         gemm_fusion=args.gemm_gradient_accumulation_fusion,
         dispatch=args.fluid_dispatch,
         chunks=args.fluid_moe_chunks,
+        chunks_of=args.fluid_moe_chunks_of,
         local_first=args.fluid_local_first,
         attention_chunks=args.fluid_attention_chunks,
         interleave_batches=args.fluid_interleave_batches,
