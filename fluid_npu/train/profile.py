@@ -18,11 +18,11 @@ from fluid_npu.train.summary import versions
 if TYPE_CHECKING:
     from fluid_npu.train.parallel import Place
 
-SCHEMA = 5
+SCHEMA = 6
 #: Fields of TrainConfig that a profile may set.
 SETTINGS = (
     *("overlap", "carry_over", "dispatch", "moe_chunks", "local_first", "interleave_batches", "attention_chunks"),
-    *("moe_cuda_graph", "a2a_transport"),
+    *("moe_cuda_graph", "a2a_transport", "a2a_ctas"),
 )
 _SIZES = (
     "hidden",

@@ -25,6 +25,7 @@ SETTINGS = {
     "attention_chunks": 1,
     "moe_cuda_graph": True,
     "a2a_transport": "pairwise",
+    "a2a_ctas": 0,
 }
 
 
@@ -76,10 +77,10 @@ def test_an_unreadable_profile_stops_every_rank(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[]", "not a profile of schema 5"),
+        ("[]", "not a profile of schema 6"),
         ("{", "no JSON"),
-        ('{"profile": 4}', "not a profile of schema 5"),
-        ('{"profile": 5, "key": {}, "reason": "", "settings": {"overlap": "dw"}}', "misses 'carry_over'"),
+        ('{"profile": 5}', "not a profile of schema 6"),
+        ('{"profile": 6, "key": {}, "reason": "", "settings": {"overlap": "dw"}}', "misses 'carry_over'"),
     ],
 )
 def test_what_is_no_profile_is_refused_before_anything_starts(
