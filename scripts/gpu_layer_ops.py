@@ -40,6 +40,7 @@ def main() -> int:
     )
     parser.add_argument("--dispatch", default="plain", choices=("plain", "once-per-rank", "auto"))
     parser.add_argument("--a2a-transport", default="auto", choices=A2A_TRANSPORTS, metavar="NAME")
+    parser.add_argument("--a2a-ctas", type=int, default=0, metavar="N", help="as fluid-npu bench layer's (0)")
     parser.add_argument("--workload", default="W0")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="bf16")
@@ -54,7 +55,7 @@ def _run(arguments: argparse.Namespace, case: str, impl: str) -> int:
     cut = {"layers": 1, "first_dense_layers": 0, "vocab_size": 128, "seq_length": 4096, **CASES[case]}
     n, a = arguments.nproc, arguments
     run = {"nproc": n, "ep": n, "device": a.device, "dtype": a.dtype, "dispatch": a.dispatch, "overlap": "dw"}
-    run["a2a_transport"] = a.a2a_transport
+    run |= {"a2a_transport": a.a2a_transport, "a2a_ctas": a.a2a_ctas}
     config = validate(TrainConfig(preset="mixtral-8x7b", cut=cut, **run))
     options = {"impl": impl, "order": not a.no_order, "cprofile": case == "tiny", "workload": a.workload}
     options |= {"router": a.router, "plant_error": 0.0}

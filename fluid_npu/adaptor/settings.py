@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from fluid_npu.adaptor.patch import PatchError
+from fluid_npu.comm.ctas import ctas_obstacle
 
 #: As the scheduler's OVERLAP_MODES, the dispatcher's DISPATCHES, the payload's PAYLOAD_DTYPES and the transports'
 #: TRANSPORTS, which cannot be read without torch; a test holds them equal.
@@ -22,7 +23,7 @@ CHUNKS_OF = ("auto", "tokens", "experts")
 #: Transports whose exchanges a CUDA graph may hold.
 RECORDABLE_TRANSPORTS = ("collective", "high-priority", "few-ctas")
 #: Settings that say which transport, and of what.
-OF_TRANSPORT = ("a2a_transport", "a2a_node_size", "a2a_bytes", "device")
+OF_TRANSPORT = ("a2a_transport", "a2a_node_size", "a2a_ctas", "a2a_bytes", "device")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,8 @@ class Settings:
     ``gemm_fusion``: the experts' weight gradients go straight into ``main_grad``, also where the model's configuration
     has no ``gradient_accumulation_fusion``. ``a2a_transport`` moves the bytes of AllToAlls of tensors on ``device``
     ('auto': the one that is here), ``a2a_bytes`` in a usual exchange of a rank (0: not known); 'two-level' between
-    nodes of ``a2a_node_size`` ranks, 0 for those of the launcher, as ``dispatch`` 'once-per-node' does.
+    nodes of ``a2a_node_size`` ranks, 0 for those of the launcher, as ``dispatch`` 'once-per-node' does;
+    'high-priority' with ``a2a_ctas`` CTAs of NCCL and 'few-ctas' with so many at most, 0 for their own number.
     """
 
     overlap: str = "dw"
@@ -49,6 +51,7 @@ class Settings:
     cuda_graph: bool | str = False
     a2a_transport: str = "collective"
     a2a_node_size: int = 0
+    a2a_ctas: int = 0
     a2a_bytes: int = 0
     device: str = "auto"
 
@@ -72,6 +75,9 @@ class Settings:
                 f"adapt(a2a_node_size={self.a2a_node_size}): ranks of a node for a2a_transport 'two-level' or 'auto', "
                 "or dispatch 'once-per-node' or 'auto', or 0 to ask the launcher"
             )
+        no_ctas = ctas_obstacle(self.a2a_ctas, self.a2a_transport, "a2a_transport=")
+        if no_ctas:
+            raise PatchError(f"adapt(a2a_ctas={self.a2a_ctas!r}): {no_ctas}")
         if self.attention_chunks != "auto" and not _at_least_one(self.attention_chunks):
             raise PatchError(f"adapt(attention_chunks={self.attention_chunks!r}): a number of at least 1, or 'auto'")
         if self.local_first and self.overlap != "full":

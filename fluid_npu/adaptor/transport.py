@@ -29,6 +29,7 @@ def transport_of(settings: Settings) -> Transport | None:
         get_device(settings.device).value,
         bytes_to_peers=settings.a2a_bytes,
         node_size=settings.a2a_node_size,
+        ctas=settings.a2a_ctas,
     ).value
     return chosen
 

@@ -43,7 +43,7 @@ def ours(form: str, *changes: tuple[str, Any], overlap: str = "dw") -> Kind:
 
 ONCE = ours("once per rank", ("dispatch", "once-per-rank"))
 ONCE_NODE = ours("once per node", ("dispatch", "once-per-node"))
-PEER = ours("peer copies", ("a2a_transport", "peer-copy"))
+PEER = ours("peer copies", ("a2a_transport", "peer-copy"), ("a2a_ctas", 0))
 ONCE_PEER = ours("once per rank, peer copies", *ONCE.changes, *PEER.changes)
 STATIC = ours("static", ("dispatch", "static"))
 STATIC_PEER = ours("static, peer copies", *STATIC.changes, *PEER.changes)

@@ -51,6 +51,9 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--a2a-transport", default=_DEFAULTS.a2a_transport, metavar="NAME", help=text)
     text = "ranks of a node, for --a2a-transport two-level and --dispatch once-per-node; 0: those of the launcher (0)"
     parser.add_argument("--a2a-node-size", type=int, default=0, metavar="N", help=text)
+    text = "NCCL's CTAs for an exchange: so many with --a2a-transport high-priority, at most so many with few-ctas; a "
+    text += "power of 2 up to 64; 0: NCCL's choice, 8 with few-ctas (0)"
+    parser.add_argument("--a2a-ctas", type=int, default=0, metavar="N", help=text)
     text = f"of the tokens that our dispatches send: {', '.join(PAYLOAD_DTYPES)} (same)"
     parser.add_argument("--a2a-payload-dtype", default=_DEFAULTS.a2a_payload_dtype, metavar="NAME", help=text)
 
@@ -86,7 +89,7 @@ def make_config(args: argparse.Namespace, **values: Any) -> TrainConfig:
     """The configuration of the ranks. Raises ConfigError or PresetError."""
     given = {name: getattr(args, f"cut_{name}", None) for name in CUT_FIELDS}
     shared = {name: getattr(args, name) for name in ("nproc", "ep", "device", "dtype", "seed", "timeout")}
-    engine = ("dispatch", "a2a_transport", "a2a_node_size", "a2a_payload_dtype")
+    engine = ("dispatch", "a2a_transport", "a2a_node_size", "a2a_ctas", "a2a_payload_dtype")
     shared |= {name: getattr(args, name) for name in engine if hasattr(args, name)}
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         shared["nproc"] = int(os.environ["WORLD_SIZE"])

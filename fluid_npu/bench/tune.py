@@ -48,6 +48,7 @@ _PLAIN: dict[str, Any] = {
     "attention_chunks": 1,
     "moe_cuda_graph": False,
     "a2a_transport": "collective",
+    "a2a_ctas": 0,
 }
 _DW: dict[str, Any] = {"overlap": "dw"}
 _BOTH: dict[str, Any] = {"overlap": "dw", "carry_over": True}
@@ -108,7 +109,7 @@ def measure(config: TrainConfig, options: dict[str, Any], place: Place) -> dict[
     rows: list[dict[str, Any]] = []
     timed: list[Variant] = []
     for name, settings in CANDIDATES:
-        settings = with_transport(settings, config.a2a_transport)
+        settings = with_transport(settings, config)
         variant = _possible(name, settings, config, place, stock)
         if isinstance(variant, str):
             rows.append({**_row(name, settings), "refused": variant})
@@ -133,9 +134,11 @@ def measure(config: TrainConfig, options: dict[str, Any], place: Place) -> dict[
     return {**result, "profile": profile.as_dict()}
 
 
-def with_transport(settings: dict[str, Any], asked: str) -> dict[str, Any]:
+def with_transport(settings: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
     """The settings by the transport that was asked for, which those that name another one are refused beside."""
-    return settings if settings["a2a_transport"] != "collective" else {**settings, "a2a_transport": asked}
+    if settings["a2a_transport"] not in ("collective", config.a2a_transport):
+        return settings
+    return {**settings, "a2a_transport": config.a2a_transport, "a2a_ctas": config.a2a_ctas}
 
 
 def choose(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], str]:

@@ -48,6 +48,7 @@ _SIZES: Mapping[str, Any] = {
     "--fluid-attention-chunks": 1,
     "--fluid-a2a-transport": "collective",
     "--fluid-a2a-node-size": 0,
+    "--fluid-a2a-ctas": 0,
 }
 #: At most these: a smaller value stays.
 _AT_MOST = {"--moe-router-topk": 2, "--moe-router-num-groups": 2, "--moe-router-group-topk": 1}
@@ -153,6 +154,7 @@ TRAINER = {
     "--fluid-moe-chunks": "--moe-chunks",
     "--fluid-dispatch": "--dispatch",
     "--fluid-a2a-transport": "--a2a-transport",
+    "--fluid-a2a-ctas": "--a2a-ctas",
     "--fluid-a2a-payload-dtype": "--a2a-payload-dtype",
     "--fluid-attention-chunks": "--attention-chunks",
     "--fluid-interleave-batches": "--interleave-batches",

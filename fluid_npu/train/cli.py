@@ -128,6 +128,9 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--a2a-transport", default=_DEFAULTS.a2a_transport, metavar="NAME", help=text)
     text = "ranks of a node, for --a2a-transport two-level and --dispatch once-per-node; 0: those of the launcher (0)"
     group.add_argument("--a2a-node-size", type=int, default=0, metavar="N", help=text)
+    text = "NCCL's CTAs for an exchange: so many with --a2a-transport high-priority, at most so many with few-ctas; a "
+    text += "power of 2 up to 64; 0: NCCL's choice, 8 with few-ctas (0)"
+    group.add_argument("--a2a-ctas", type=int, default=0, metavar="N", help=text)
     text = f"of tokens in a dispatch: {', '.join(PAYLOAD_DTYPES)}; fp8 is e4m3 with a scale a token (same)"
     group.add_argument("--a2a-payload-dtype", default=_DEFAULTS.a2a_payload_dtype, metavar="NAME", help=text)
     impl = _DEFAULTS.impl

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from fluid_npu.comm.ctas import ctas_obstacle
 from fluid_npu.train.presets import CUT_FIELDS, Preset, flag_of, get_preset
 
 DEVICES = ("auto", "cpu", "cuda", "npu")
@@ -44,6 +45,7 @@ RESUME_MAY_DIFFER = frozenset(
         "moe_cuda_graph",
         "a2a_transport",
         "a2a_node_size",
+        "a2a_ctas",
         "a2a_payload_dtype",
     )
 )
@@ -61,7 +63,8 @@ class TrainConfig:
     ``plant_delay_ms`` delays every AllToAll, for tests and demonstrations. ``carry_over`` lets dW of FC2 and of the
     router wait for the combine of the layer below. ``dispatch`` 'once-per-rank' sends a token once to each rank that
     holds some of its experts, 'once-per-node' once to each node that does. ``a2a_transport`` moves the bytes of
-    AllToAlls; 'two-level' between nodes of ``a2a_node_size`` ranks, where 0 asks the launcher. ``a2a_payload_dtype``
+    AllToAlls; 'two-level' between nodes of ``a2a_node_size`` ranks, where 0 asks the launcher; 'high-priority' with
+    ``a2a_ctas`` CTAs of NCCL and 'few-ctas' with so many at most, where 0 is their own number. ``a2a_payload_dtype``
     'fp8' codes the tokens of a dispatch. ``vpp`` is the number of model chunks
     per pipeline stage. ``moe_chunks`` is in how many groups of its experts, or of tokens where they are sent once per
     rank, ``overlap`` 'full' pipelines an MoE layer: a number, or 'auto'; ``moe_chunks_of`` is which of the two, with
@@ -113,6 +116,7 @@ class TrainConfig:
     moe_cuda_graph: bool | str = False
     a2a_transport: str = "collective"
     a2a_node_size: int = 0
+    a2a_ctas: int = 0
     a2a_payload_dtype: str = "same"
     impl: str = "fluid"
 
@@ -222,6 +226,9 @@ def _check_choices(c: TrainConfig) -> None:
         _check_stock(c)
     if c.profile is not None:
         _check_profile(c, c.profile)
+    obstacle = ctas_obstacle(c.a2a_ctas, c.a2a_transport)
+    if obstacle:
+        raise ConfigError(f"--a2a-ctas {c.a2a_ctas}: {obstacle}")
 
 
 def _check_moe_chunks(c: TrainConfig) -> None:
@@ -371,6 +378,7 @@ def _check_stock(c: TrainConfig) -> None:
             f"--a2a-transport {c.a2a_transport}",
             "has none; leave it out, or use --impl fluid",
         ),
+        (c.a2a_ctas != 0, f"--a2a-ctas {c.a2a_ctas}", "has none; leave it out, or use --impl fluid"),
         (c.interleave_batches, "--interleave-batches", "has none; leave it out, or use --impl fluid"),
         (c.moe_cuda_graph == "auto", "--moe-cuda-graph auto", "has none; leave it out, or use --impl fluid"),
         (
@@ -400,6 +408,7 @@ def _check_profile(c: TrainConfig, path: str) -> None:
         (c.moe_cuda_graph is not False, "--moe-cuda-graph"),
         (c.attention_chunks != 1, f"--attention-chunks {c.attention_chunks}"),
         (c.a2a_transport != "collective", f"--a2a-transport {c.a2a_transport}"),
+        (c.a2a_ctas != 0, f"--a2a-ctas {c.a2a_ctas}"),
     )
     for given, text in decided:
         if given:

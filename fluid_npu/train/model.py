@@ -142,6 +142,7 @@ def _transport(config: TrainConfig) -> Any:
         bytes_to_peers=tokens * topk * hidden * itemsize * (config.ep - 1) // config.ep,
         timeout_s=config.timeout,
         node_size=config.a2a_node_size,
+        ctas=config.a2a_ctas,
     ).value
     return DelayedTransport(chosen, config.plant_delay_ms) if config.plant_delay_ms else chosen
 

@@ -22,7 +22,7 @@ SCHEMA = 6
 #: Fields of TrainConfig that a profile may set.
 SETTINGS = (
     *("overlap", "carry_over", "dispatch", "moe_chunks", "moe_chunks_of", "local_first"),
-    *("interleave_batches", "attention_chunks", "moe_cuda_graph", "a2a_transport"),
+    *("interleave_batches", "attention_chunks", "moe_cuda_graph", "a2a_transport", "a2a_ctas"),
 )
 _SIZES = (
     "hidden",

@@ -144,6 +144,30 @@ def test_a_launch_chooses_its_transport(run_ranks: Callable[..., list[Any]], tmp
         assert not same_bits(rank["launch"]["grads"], rank["spec"]["grads"])
 
 
+def launched_with_ctas(folder: str) -> tuple[str, int]:
+    """What a launch asks of the transports."""
+    from fluid_npu.adaptor import transport
+    from fluid_npu.adaptor.moe import binder
+    from fluid_npu.comm.transports import CollectiveTransport
+    from fluid_npu.device import Choice
+
+    asked: list[tuple[str, int]] = []
+
+    def choose(wanted: str, *rest: Any, ctas: int, **more: Any) -> Choice[Any]:
+        asked.append((wanted, ctas))
+        return Choice(CollectiveTransport(), "there is no NCCL here")
+
+    transport.choose_transport = choose
+    launch(folder, *WORDS, "--fluid-a2a-transport", "high-priority", "--fluid-a2a-ctas", "16")
+    binder()
+    return asked[0]
+
+
+def test_a_launch_says_how_many_ctas(run_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    found = run_ranks(2, launched_with_ctas, str(tmp_path), sizes={"expert_model_parallel_size": 2})
+    assert found == [("high-priority", 16)] * 2
+
+
 def too_early() -> str:
     from fluid_npu.adaptor import adapt
     from fluid_npu.adaptor.moe import binder

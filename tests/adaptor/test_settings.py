@@ -62,6 +62,12 @@ def test_a_refused_call_and_a_refused_rollback_change_no_setting() -> None:
         ("attention_chunks", "two", "a number of at least 1, or 'auto'"),
         ("a2a_transport", "pigeons", "allowed are auto, collective, high-priority, peer-copy"),
         ("payload_dtype", "fp4", "allowed are same, fp8"),
+        (
+            "a2a_ctas",
+            8,
+            "a2a_transport=collective has no NCCL communicator of its own; use a2a_transport=high-pr",
+        ),
+        ("a2a_ctas", True, "allowed are 0, 1, 2, 4"),
         ("a2a_node_size", 4, "ranks of a node for a2a_transport 'two-level' or 'auto'"),
     ):
         with pytest.raises(PatchError, match=rf"adapt\({name}={value!r}\): {rule}"):

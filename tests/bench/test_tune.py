@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fluid_npu.bench.agreement import Disagreement
-from fluid_npu.bench.tune import CANDIDATES, choose, measure
+from fluid_npu.bench.tune import CANDIDATES, choose, measure, with_transport
 from fluid_npu.cli import main
 from fluid_npu.train.config import TrainConfig
 from fluid_npu.train.profile import Profile, key_of
@@ -174,6 +174,14 @@ def by_pairwise() -> dict[str, Any]:
     tune.CANDIDATES = tuple(one for number, one in enumerate(CANDIDATES) if not number or one[0] == AHEAD)
     result, _ = tuned(0.0, a2a_transport="pairwise")
     return {one["setting"]: (one["settings"]["a2a_transport"], one["refused"]) for one in result["rows"]}
+
+
+def test_ctas_that_are_asked_for_go_with_their_transport() -> None:
+    config = TrainConfig(a2a_transport="high-priority", a2a_ctas=8)
+    made = {name: with_transport(settings, config) for name, settings in CANDIDATES}
+    assert {(one["a2a_transport"], one["a2a_ctas"]) for one in made.values()} == {("high-priority", 8)}
+    other = dict(CANDIDATES)[AHEAD]
+    assert with_transport(other, TrainConfig(a2a_transport="few-ctas", a2a_ctas=4)) == other
 
 
 def test_a_transport_that_is_asked_for_is_everybodys(run_ranks: Callable[..., list[Any]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fluid_npu.cluster import flags
+from fluid_npu.cluster import flags, tiny
 from tests.support.cluster_job import NAMES, job_of
 
 EXPECTED = ["deepseek_v2_lite", "deepseek_v3", "mixtral_8x22b", "mixtral_8x7b", "qwen3_235b_a22b", "qwen3_30b_a3b"]
@@ -75,3 +75,12 @@ def test_flags_of_mindspeed_are_known_as_such() -> None:
 @pytest.mark.parametrize(("version", "line"), [("0.12.1", "0.12.1"), ("0.17.0", "0.16.1"), ("0.20.0rc1", "0.19.0")])
 def test_a_version_between_two_known_ones_takes_the_older(version: str, line: str) -> None:
     assert flags.nearest_line(version) == line
+
+
+def test_a_trial_on_a_cpu_has_no_ctas() -> None:
+    args, problems = flags.read(["--fluid-a2a-transport", "high-priority", "--fluid-a2a-ctas", "8"], "0.16.1")
+    values, changes = tiny.shrink(args, 2)
+    assert not problems and (values["--fluid-a2a-transport"], values["--fluid-a2a-ctas"]) == ("collective", 0)
+    assert "--fluid-a2a-ctas 8 -> 0" in [change.text() for change in changes]
+    words, left_out = tiny.trainer_flags("h64", {**values, "--num-attention-heads": 4, "--ffn-hidden-size": 64})
+    assert words[words.index("--a2a-ctas") + 1] == "0" and not left_out

@@ -30,7 +30,15 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 
-NAMES = ("collective", "peer-copy", "peer-copy small window", "few-ctas", "high-priority", "pairwise")
+NAMES = (
+    "collective",
+    "peer-copy",
+    "peer-copy small window",
+    "few-ctas",
+    "high-priority",
+    "high-priority 8",
+    "pairwise",
+)
 
 
 def _group() -> Any:
@@ -46,6 +54,8 @@ def _make(name: str) -> Any:
         return few_ctas_transport(4)
     if name == "high-priority":
         return high_priority_transport()
+    if name == "high-priority 8":
+        return high_priority_transport(8)
     if name == "pairwise":
         return PairwiseTransport()
     return peer_copy_transport("cuda", ring_bytes=64 << 10, landing_bytes=1 << 20 if "small" in name else 160 << 20)

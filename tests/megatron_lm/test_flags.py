@@ -47,7 +47,7 @@ def test_defaults_change_nothing() -> None:
     assert args.fluid_overlap == "auto" and args.fluid_device == "auto"
     assert not args.gemm_gradient_accumulation_fusion and not args.fluid_carry_over
     assert (args.fluid_dispatch, args.fluid_moe_chunks, args.fluid_attention_chunks) == ("plain", "auto", 1)
-    assert (args.fluid_a2a_transport, args.fluid_a2a_node_size) == ("collective", 0)
+    assert (args.fluid_a2a_transport, args.fluid_a2a_node_size, args.fluid_a2a_ctas) == ("collective", 0, 0)
     assert args.fluid_a2a_payload_dtype == "same"
     assert args.fluid_moe_chunks_of == "auto"
     assert not args.fluid_local_first and args.fluid_moe_cuda_graph == "off"
@@ -179,6 +179,24 @@ REFUSED: list[tuple[list[str], dict[str, Any], str, str]] = [
     ),
     (["--fluid-a2a-node-size", "4"], {}, "0.16", "size 4 with --fluid-a2a-transport collective: nodes .*two-level"),
     (["--fluid-a2a-node-size", "-1"], {}, "0.16", "--fluid-a2a-node-size -1"),
+    (
+        ["--fluid-a2a-ctas", "8"],
+        {},
+        "0.16",
+        "--fluid-a2a-ctas 8: --fluid-a2a-transport collective has no NCCL .*use --fluid-a2a-transport high-priority or",
+    ),
+    (
+        ["--fluid-a2a-ctas", "8", "--fluid-a2a-transport", "auto"],
+        {},
+        "0.16",
+        "--fluid-a2a-ctas 8: .*auto measures",
+    ),
+    (
+        ["--fluid-a2a-ctas", "-1", "--fluid-a2a-transport", "few-ctas"],
+        {},
+        "0.16",
+        "--fluid-a2a-ctas -1: allowed are",
+    ),
     (["--fluid-overlap", "dw"], {"moe_grouped_gemm": False}, "0.16", "add --moe-grouped-gemm"),
     (["--fluid-overlap", "dw"], {"expert_model_parallel_size": 1}, "0.16", "no AllToAll to hide; raise it, or"),
     (["--fluid-overlap", "dw"], {"moe_token_dispatcher_type": "allgather"}, "0.16", "type allgather: .*use alltoall"),
@@ -302,6 +320,7 @@ def test_contradictions_are_refused_with_the_fix(
             "0.16",
         ),
         (["--fluid-dispatch", "once-per-node", "--fluid-a2a-node-size", "4"], {}, "0.16"),
+        (["--fluid-a2a-transport", "high-priority", "--fluid-a2a-ctas", "8"], {}, "0.16"),
         (["--fluid-attention-chunks", "2"], {"context_parallel_size": 2}, "0.16"),
         (["--fluid-attention-chunks", "auto"], {"moe_grouped_gemm": False}, "0.16"),
         (["--gemm-gradient-accumulation-fusion"], {"bf16": False}, "0.12"),

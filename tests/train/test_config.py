@@ -150,6 +150,24 @@ REFUSED = [
     ),
     (["--a2a-node-size", "3"], r"--a2a-node-size 3: must divide --nproc 2; leave it out"),
     (["--a2a-node-size", "1"], r"--a2a-node-size 1: --a2a-transport collective has no nodes; use two-level or auto"),
+    (
+        ["--a2a-ctas", "8"],
+        r"--a2a-ctas 8: --a2a-transport collective has no NCCL communicator of its own; use --a2a-transport "
+        r"high-priority or few-ctas",
+    ),
+    (
+        ["--a2a-ctas", "8", "--a2a-transport", "auto"],
+        r"--a2a-ctas 8: --a2a-transport auto measures candidates with their own settings; use --a2a-transport high-",
+    ),
+    (["--a2a-ctas", "8", "--a2a-transport", "two-level"], r"--a2a-ctas 8: --a2a-transport two-level has no NCCL comm"),
+    (
+        ["--a2a-ctas", "-1", "--a2a-transport", "high-priority"],
+        r"--a2a-ctas -1: allowed are 0, 1, 2, 4, 8, 16, 32, 64, .*; use one of them, or leave it out",
+    ),
+    (["--a2a-ctas", "65", "--a2a-transport", "few-ctas"], r"--a2a-ctas 65: allowed are .*its 64 channels; use one of"),
+    (["--a2a-ctas", "12", "--a2a-transport", "few-ctas"], r"--a2a-ctas 12: allowed are .*a power of two"),
+    (["--a2a-ctas", "8", "--impl", "stock"], r"--a2a-ctas 8: stock Megatron .* has none; leave it out"),
+    (["--a2a-ctas", "8", "--profile", "p.json"], r"--profile p.json: it decides what --a2a-ctas 8 asks for"),
     (["--a2a-transport", "pairwise", "--impl", "stock"], r"--a2a-transport pairwise: stock Megatron .* has none"),
     (
         ["--attention-chunks", "2", "--cp", "2", "--nproc", "4", "--preset", "deepseek-v3"],
@@ -249,6 +267,7 @@ def test_a_bad_cut_is_a_preset_error() -> None:
         ({"steps": 400}, "--lr-decay-steps 400: the checkpoint was written with --lr-decay-steps 300"),
         ({"steps": 400, "lr_decay_steps": 300}, None),
         ({"overlap": "dw", "timeout": 3.0, "out": "elsewhere"}, None),
+        ({"a2a_transport": "few-ctas", "a2a_ctas": 4}, None),
     ],
 )
 def test_a_resumed_run_must_be_the_same_run(change: dict[str, Any], text: str | None) -> None:

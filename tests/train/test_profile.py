@@ -26,6 +26,7 @@ SETTINGS = {
     "attention_chunks": 1,
     "moe_cuda_graph": True,
     "a2a_transport": "pairwise",
+    "a2a_ctas": 0,
 }
 
 
@@ -79,7 +80,7 @@ def test_an_unreadable_profile_stops_every_rank(tmp_path: Path) -> None:
     [
         ("[]", "not a profile of schema 6"),
         ("{", "no JSON"),
-        ('{"profile": 4}', "not a profile of schema 6"),
+        ('{"profile": 5}', "not a profile of schema 6"),
         ('{"profile": 6, "key": {}, "reason": "", "settings": {"overlap": "dw"}}', "misses 'carry_over'"),
     ],
 )

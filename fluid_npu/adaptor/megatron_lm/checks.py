@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 
 from fluid_npu.adaptor.settings import RECORDABLE_TRANSPORTS, RECORDED_DISPATCHES
+from fluid_npu.comm.ctas import ctas_obstacle
 
 #: Flags of others that also overlap the AllToAlls, or keep weight gradients back: two such engines exclude each other.
 _OTHER_OVERLAPS = {
@@ -183,6 +184,9 @@ def _transport(args: Namespace) -> Iterator[str]:
             f"--fluid-a2a-node-size {size} with --fluid-a2a-transport {name}: nodes have 1 rank or more and are for "
             "two-level and auto, and for --fluid-dispatch once-per-node; drop the flag to ask the launcher"
         )
+    obstacle = ctas_obstacle(args.fluid_a2a_ctas, name, "--fluid-a2a-transport ")
+    if obstacle:
+        yield f"--fluid-a2a-ctas {args.fluid_a2a_ctas}: {obstacle}"
     if name not in ("auto", "collective") and args.expert_model_parallel_size == 1:
         yield (
             f"--fluid-a2a-transport {name} with --expert-model-parallel-size 1: experts exchange nothing; raise it, or "

@@ -113,6 +113,16 @@ FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
         },
     ),
     (
+        "--fluid-a2a-ctas",
+        {
+            "type": int,
+            "default": 0,
+            "metavar": "N",
+            "help": "NCCL's CTAs for an exchange: so many with --fluid-a2a-transport high-priority, at most so many "
+            "with few-ctas; a power of 2 up to 64; 0: NCCL's choice, 8 with few-ctas (0)",
+        },
+    ),
+    (
         "--fluid-a2a-payload-dtype",
         {
             "choices": PAYLOAD_DTYPES,

@@ -100,6 +100,7 @@ def switch_on(args: Namespace, device: str) -> None:
         cuda_graph={"on": True, "off": False}.get(args.fluid_moe_cuda_graph, args.fluid_moe_cuda_graph),
         a2a_transport=args.fluid_a2a_transport,
         a2a_node_size=args.fluid_a2a_node_size,
+        a2a_ctas=args.fluid_a2a_ctas,
         a2a_bytes=exchanged_bytes(args),
         device=device,
     )

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fluid_npu.comm.ctas import ctas_obstacle
 from fluid_npu.comm.transports.agreement import gathered, node_name
 from fluid_npu.comm.transports.base import Transport
 from fluid_npu.comm.transports.calibration import Calibration, Cost, Table, measure, topology
 from fluid_npu.comm.transports.collective import CollectiveTransport
-from fluid_npu.comm.transports.few_ctas import few_ctas_missing, few_ctas_transport
+from fluid_npu.comm.transports.few_ctas import DEFAULT_CTAS, few_ctas_missing, few_ctas_transport
 from fluid_npu.comm.transports.hccl_aicpu import DEFAULT_MIB, hccl_aicpu_missing, hccl_aicpu_transport
 from fluid_npu.comm.transports.high_priority import high_priority_missing, high_priority_transport
 from fluid_npu.comm.transports.nodes import FLAG, agreed_node_size, nodes_of
@@ -41,13 +42,15 @@ class TransportUnavailable(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class _Needs:
-    """Of the job: seconds to wait for a peer, bytes of a usual exchange, and ranks of a node."""
+    """Of the job: seconds to wait for a peer, bytes of a usual exchange, ranks of a node, and NCCL's CTAs."""
 
     timeout_s: float
     sent: int
     received: int
     nodes: Choice[int]
     """Ranks of a node; 0 with the reason where that is not known."""
+    ctas: int
+    """0 for the transport's own number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +87,17 @@ def _one_level(device: str, groups: Sequence[Any], needs: _Needs) -> str:
 
 _KINDS = {
     "high-priority": _Kind(
-        make=lambda *_: high_priority_transport(), missing=lambda device, *_: high_priority_missing(device)
+        make=lambda _, needs: high_priority_transport(needs.ctas),
+        missing=lambda device, _, needs: high_priority_missing(device, needs.ctas),
     ),
     "peer-copy": _Kind(
         make=_peer_copy,
         missing=lambda device, *_: "no copies into another NPU's memory from Python" if device == "npu" else "",
     ),
-    "few-ctas": _Kind(make=lambda *_: few_ctas_transport(), missing=lambda device, *_: few_ctas_missing(device)),
+    "few-ctas": _Kind(
+        make=lambda _, needs: few_ctas_transport(needs.ctas or DEFAULT_CTAS),
+        missing=lambda device, *_: few_ctas_missing(device),
+    ),
     "aicpu": _Kind(make=_aicpu, missing=lambda device, *_: hccl_aicpu_missing(device)),
     "pairwise": _Kind(make=lambda *_: PairwiseTransport(), missing=lambda *_: ""),
     "two-level": _Kind(make=lambda device, needs: TwoLevelTransport(needs.nodes.value), missing=_one_level),
@@ -106,6 +113,7 @@ def choose_transport(
     bytes_to_peers: int = 0,
     timeout_s: float = 1800.0,
     node_size: int = 0,
+    ctas: int = 0,
 ) -> Choice[Transport]:
     """The transport called ``wanted`` for these groups, announced; a call that all ranks of the job make together.
 
@@ -117,13 +125,18 @@ def choose_transport(
         bytes_to_peers: of a usual exchange, per rank; 0 for no particular size.
         timeout_s: how long a peer is waited for, where the transport itself waits.
         node_size: ranks of the job on each node; 0 asks the launcher, then the machines' names.
+        ctas: how many NCCL has for an exchange of 'high-priority', at most of 'few-ctas'; 0 for their own number.
 
     Raises:
-        ValueError: an unknown name, nodes that the ranks do not agree on, or a calibration that cannot be read.
+        ValueError: an unknown name, CTAs that the transport cannot have, nodes that the ranks do not agree on, or a
+            calibration that cannot be read.
         TransportUnavailable: on all ranks, when the one that was asked for cannot be used on one of them.
     """
     if wanted not in TRANSPORTS:
         raise ValueError(f"--a2a-transport {wanted!r}: allowed are {', '.join(TRANSPORTS)}")
+    obstacle = ctas_obstacle(ctas, wanted)
+    if obstacle:
+        raise ValueError(f"--a2a-ctas {ctas}: {obstacle}")
     if wanted == "collective":
         return Choice(CollectiveTransport(), "--a2a-transport collective")
     groups = [group for group in groups if dist.get_world_size(group) > 1]
@@ -133,6 +146,7 @@ def choose_transport(
         sent=bytes_to_peers,
         received=bytes_to_peers * world // (world - 1),
         nodes=_nodes(wanted, node_size),
+        ctas=ctas,
     )
     if wanted == "auto":
         chosen = _automatic(groups, device, calibration or Calibration(), needs)

@@ -15,8 +15,10 @@ import torch.distributed as dist
 
 from fluid_npu.comm.transports.own_groups import OwnGroupsTransport
 
+DEFAULT_CTAS = 8
 
-def few_ctas_transport(ctas: int = 8) -> OwnGroupsTransport:
+
+def few_ctas_transport(ctas: int = DEFAULT_CTAS) -> OwnGroupsTransport:
     """``ctas``: how many NCCL may use for an exchange."""
     if ctas < 1:
         raise ValueError(f"ctas={ctas}: NCCL needs one CTA at least; give 4 to 16")
@@ -26,7 +28,7 @@ def few_ctas_transport(ctas: int = 8) -> OwnGroupsTransport:
         made.config.max_ctas, made.config.min_ctas = ctas, 1
         return made
 
-    return OwnGroupsTransport("few-ctas", "nccl", options, 1, f"at most {ctas} CTAs")
+    return OwnGroupsTransport("few-ctas", "nccl", options, 1, f"at most {ctas} CTA{'s' if ctas > 1 else ''}")
 
 
 def few_ctas_missing(device: str) -> str:
@@ -35,6 +37,11 @@ def few_ctas_missing(device: str) -> str:
         return f"CTAs are NCCL's, and this device is {device}"
     if not dist.is_nccl_available():
         return "this torch has no NCCL"
+    return ctas_config_missing()
+
+
+def ctas_config_missing() -> str:
+    """What a torch with NCCL lacks to say a number of CTAs; empty when nothing."""
     if not hasattr(dist.ProcessGroupNCCL.Options(), "config"):
         return f"torch {torch.__version__} has no ProcessGroupNCCL.Options().config"
     return ""

@@ -12,20 +12,32 @@ from typing import Any
 
 import torch.distributed as dist
 
+from fluid_npu.comm.transports.few_ctas import ctas_config_missing
 from fluid_npu.comm.transports.own_groups import OwnGroupsTransport
 
 
-def high_priority_transport() -> OwnGroupsTransport:
-    """The collective, ahead of what computes."""
+def high_priority_transport(ctas: int = 0) -> OwnGroupsTransport:
+    """The collective, ahead of what computes. ``ctas``: how many NCCL has for an exchange; 0 leaves it to NCCL."""
+    if ctas < 0:
+        raise ValueError(f"ctas={ctas}: must not be negative; give 0 to leave it to NCCL")
 
     def options() -> Any:
-        return dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        made = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        if ctas:
+            made.config.min_ctas = made.config.max_ctas = ctas
+        return made
 
-    return OwnGroupsTransport("high-priority", "nccl", options, 1, "a communicator on a stream of high priority")
+    reason = "a communicator on a stream of high priority"
+    if ctas:
+        reason += f", with {ctas} CTA{'s' if ctas > 1 else ''}"
+    return OwnGroupsTransport("high-priority", "nccl", options, 1, reason)
 
 
-def high_priority_missing(device: str) -> str:
-    """What keeps this device from it; empty when nothing."""
+def high_priority_missing(device: str, ctas: int = 0) -> str:
+    """What keeps this device from it, with so many CTAs; empty when nothing."""
     if device != "cuda":
         return f"streams of high priority are NCCL's here, and this device is {device}"
-    return "" if dist.is_nccl_available() else "this torch has no NCCL"
+    if not dist.is_nccl_available():
+        return "this torch has no NCCL"
+    missing = ctas_config_missing() if ctas else ""
+    return f"{missing}, which --a2a-ctas {ctas} needs (leave it out)" if missing else ""
