@@ -106,12 +106,14 @@ class AgreedRoom:
         finally:
             self._open = before
 
-    def tell(self, short: Tensor) -> None:
-        """Lets all ranks know whether this one is ``short`` of room, a bool scalar on its device. Collective.
+    def tell(self, told_CN: Tensor) -> None:
+        """Lets all ranks know whether this one is short of room: int32 on its device, 1 in column 0 where a chunk is.
+
+        Collective.
 
         The dispatch goes on whatever comes of it: so a rank that replays and one that does not exchange the same.
         """
-        flag = short.to(torch.int32)
+        flag = told_CN[:, 0].amax()
         with collective("whether a dispatch has room", self._peers.ranks):
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._peers.group)
         assert self._answer is not None, "rows were agreed on before they are kept to"

@@ -29,9 +29,12 @@ from fluid_npu.ops.payload_static import StaticArrival
 def make_bounded_plan(
     map_TE: Tensor, topk: int, tokens_shape: torch.Size, groups: ExpertGroups, rows: int
 ) -> tuple[DispatchPlan, Tensor]:
-    """(The plan for a bool map and ``rows`` for each rank, a bool scalar: whether they are too few)."""
+    """(The plan for a bool map and ``rows`` for each rank; what ranks are told, int32 [1, 1 + P]).
+
+    ``bounded_groups`` has what these numbers are.
+    """
     ranks, pairs = groups.ep_size, map_TE.shape[0] * topk
-    layout, short = bounded_groups(map_TE, topk, [rows] * ranks)
+    layout, told = bounded_groups(map_TE, topk, [rows] * ranks)
     sends, splits = _sends(layout, ranks * rows, pairs), [rows] * ranks
     plan = DispatchPlan(
         rows=sends,
@@ -43,7 +46,7 @@ def make_bounded_plan(
         plain=PlainCounts.of_even_routing(pairs, ranks),
         table=[splits] * ranks,
     )
-    return plan, short
+    return plan, told.unsqueeze(0)
 
 
 def make_bounded_chunked_plan(
@@ -55,10 +58,10 @@ def make_bounded_chunked_plan(
     rows: Sequence[int],
     own_first: bool,
 ) -> tuple[ChunkedPlan, Tensor]:
-    """(The plan, a bool scalar: whether some chunk has too few rows).
+    """(The plan; what ranks are told of each chunk, int32 [C, 1 + P]: ``bounded_groups``).
 
     Args:
-        maps: bool, of each chunk's tokens.
+        maps: bool, of each chunk's tokens; with ``own_first`` too, for all ranks.
         topk: K.
         tokens: each chunk's, of the T tokens.
         tokens_shape: of the layer's input.
@@ -67,12 +70,14 @@ def make_bounded_chunked_plan(
         own_first: the first chunk's rows are those that stay on this rank, and no other's do.
     """
     ranks, own = groups.ep_size, groups.ep_rank
-    plans, shorts, start = [], [], 0
+    told = torch.empty(len(maps), 1 + ranks, dtype=torch.int32, device=maps[0].device)
+    plans, start = [], 0
     for number, (map_TE, mine, each) in enumerate(zip(maps, tokens, rows, strict=True)):
         here = own_first and number == 0
         # [P, P]: to each rank from each, and of the rows that stay here where the others' are not.
         table = [[each if here == (s == t) or not own_first else 0 for t in range(ranks)] for s in range(ranks)]
-        layout, short = bounded_groups(map_TE, topk, table[own])
+        room = [each if here == (rank == own) or not own_first else None for rank in range(ranks)]
+        layout, _ = bounded_groups(map_TE, topk, room, told=told[number])
         pairs, received = map_TE.shape[0] * topk, sum(table[own])
         share = 1.0 if not own_first else 1 / ranks if here else 1 - 1 / ranks
         sends = _sends(layout, received, ceil(pairs * share))
@@ -90,11 +95,9 @@ def make_bounded_chunked_plan(
                 here=here,
             )
         )
-        shorts.append(short)
         start += received
     shared = PieceRows([plan.tokens_per_expert for plan in plans])
-    plan = ChunkedPlan(tokens_shape=tokens_shape, whole=None, chunks=plans, shared=shared)
-    return plan, torch.stack(shorts).any()
+    return ChunkedPlan(tokens_shape=tokens_shape, whole=None, chunks=plans, shared=shared), told
 
 
 def _sends(layout: OnceLayout, received: int, expected: int) -> StaticRows:

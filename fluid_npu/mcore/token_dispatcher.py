@@ -191,8 +191,8 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         room, tokens = self.room, [routing_map_TE.shape[0]]
         if room is not None and (rows := room.rows_for(tokens)) is not None:
             topk = self.config.moe_router_topk
-            plan, short = make_bounded_plan(routing_map_TE, topk, tokens_shape, self.groups, rows[0])
-            room.tell(short)
+            plan, told_1N = make_bounded_plan(routing_map_TE, topk, tokens_shape, self.groups, rows[0])
+            room.tell(told_1N)
             return plan
         counts_PC, layout_of = once_counts(routing_map_TE, self.config.moe_router_topk, ranks)
         one_wait = kernels_of(counts_PC).one_wait_for_counts
@@ -236,16 +236,17 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         tokens = token_chunks(routing_map_TE.shape[0], chunks)
         maps = [routing_map_TE[mine] for mine in tokens]
         if local_first:
-            own_E = torch.zeros_like(routing_map_TE[0])
-            own_E[self.local_expert_indices[0] : self.local_expert_indices[-1] + 1] = True
-            maps = [routing_map_TE & own_E, *(part & ~own_E for part in maps)]
-            tokens = [slice(0, routing_map_TE.shape[0]), *tokens]
+            maps, tokens = [routing_map_TE, *maps], [slice(0, routing_map_TE.shape[0]), *tokens]
         topk, ranks = self.config.moe_router_topk, self.groups.ep_size
         room, sizes = self.room, [part.shape[0] for part in maps]
         if room is not None and (rows := room.rows_for(sizes)) is not None:
-            plan, short = make_bounded_chunked_plan(maps, topk, tokens, tokens_shape, self.groups, rows, local_first)
-            room.tell(short)
+            plan, told_CN = make_bounded_chunked_plan(maps, topk, tokens, tokens_shape, self.groups, rows, local_first)
+            room.tell(told_CN)
             return plan
+        if local_first:
+            own_E = torch.zeros_like(routing_map_TE[0])
+            own_E[self.local_expert_indices[0] : self.local_expert_indices[-1] + 1] = True
+            maps = [maps[0] & own_E, *(part & ~own_E for part in maps[1:])]
         made = [once_counts(part, topk, ranks) for part in maps]
         counts_PCN = torch.stack([counts for counts, _ in made], dim=1)
         one_wait = kernels_of(counts_PCN).one_wait_for_counts

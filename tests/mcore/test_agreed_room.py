@@ -24,12 +24,12 @@ def agreed() -> list[Any]:
     found.append(room.rows_for([1000, 2000]))  # nothing is kept to yet
     with room.kept_to():
         found += [room.rows_for([1000, 2000]), room.rows_for([1000, 1000])]
-    short = torch.tensor(rank == 1)
+    short = torch.tensor([[rank == 1, 3, 5]], dtype=torch.int32)
     found.append(room.sufficed())  # nothing kept to it yet
-    for flag in (short, short & ~short):
+    for told in (short, torch.tensor([[0, 3, 5]], dtype=torch.int32)):
         for replay in (False, True):
             room.ask(replay)
-            room.tell(flag)
+            room.tell(told)
             found.append(room.sufficed())
     room.forget()
     with room.kept_to():

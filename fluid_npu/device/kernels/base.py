@@ -153,6 +153,12 @@ class Kernels(ABC):
         """Rows by (group, token), one for each token with experts in the group (``triton_once``); None: plain torch."""
         return None
 
+    def bounded_rows(
+        self, map_TE: Tensor, room_G: Tensor, rows: int, experts: range, told: Tensor, masked: bool
+    ) -> tuple[RoutedRows, Tensor] | None:
+        """Such rows in blocks of a fixed number for each group (``triton_bounded``); None and untold: plain torch."""
+        return None
+
     def once(self, x: Tensor, slots: Slots) -> OnceKernels | None:
         """Fused operators for payloads of tokens like x that go once to each group; None: plain torch."""
         return None
