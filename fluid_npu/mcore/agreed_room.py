@@ -1,9 +1,12 @@
 """How many rows a recorded dispatch has room for, agreed by expert-parallel ranks, and whether a step needs no more.
 
 A recording has fixed sizes. A dispatch that sends a token once to each rank that wants it is recorded with blocks of so
-many rows for each rank: the most that any rank sent to any other in the calls before, and some more. Each step all
-ranks find out together whether the blocks suffice: one flag, reduced over the group on the device while the dispatch
-goes on. Where they do not, no rank uses what it computed, and all of them compute the step as ever.
+many rows for each rank, and buffers of so many rows of experts: the most that any rank sent to any other and that any
+received in the calls before, and some more. Each step all ranks find out together whether that suffices: a few numbers,
+summed over the group on the device while the dispatch goes on. Where it does not, no rank uses what it computed, and
+all of them compute the step as ever.
+
+P ranks, C chunks of a dispatch.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import isqrt
 
 import torch
@@ -26,10 +30,20 @@ from fluid_npu.mcore.store_round import answers_of_all
 
 #: Rows of a block go in units.
 _UNIT = 16
-#: Spare rows at the first agreement, as one part in so many, and at most: each agreement after the first doubles them.
+#: Spare rows at the second agreement, as one part in so many, and at most: each agreement after it doubles them.
 _FIRST_SPARE, _MOST_SPARE = 32, 4
 _UNKNOWN = -1
 _SPIN_S, _TIMEOUT_S = 0.05, 300.0
+
+
+@dataclass(frozen=True)
+class AgreedRows:
+    """What a dispatch keeps to, of each chunk."""
+
+    rows: list[int]
+    """Of a block, which goes from a rank to another."""
+    pairs: list[int]
+    """Of experts on a rank, one for each (token, expert) that it gets; perhaps more than all blocks can ask for."""
 
 
 class AgreedRoom:
@@ -41,22 +55,25 @@ class AgreedRoom:
 
     def __init__(self, peers: Peers) -> None:
         self._peers = peers
-        self._rows: list[int] | None = None
+        self._agreed: AgreedRows | None = None
         self._most: list[int] = []
+        self._pairs: list[int] = []
         self._tokens: list[int] = []
         self._times = 0
         self._open = self._told = False
         self._answer: Tensor | None = None
         self._device: Device | None = None
 
-    def observe(self, most: Sequence[int], tokens: Sequence[int]) -> None:
-        """A dispatch as ever sent so many rows at most to a rank, and had so many tokens; of each chunk."""
+    def observe(self, most: Sequence[int], tokens: Sequence[int], pairs: Sequence[int]) -> None:
+        """A dispatch as ever sent so many rows at most to a rank, had so many tokens, and brought so many rows of
+        experts here; of each chunk."""
         if self._tokens != list(tokens) or not self._most:
-            self._most, self._tokens = list(most), list(tokens)
-        self._most = [max(pair) for pair in zip(self._most, most, strict=True)]
+            self._most, self._tokens, self._pairs = list(most), list(tokens), list(pairs)
+        self._most = [max(seen) for seen in zip(self._most, most, strict=True)]
+        self._pairs = [max(seen) for seen in zip(self._pairs, pairs, strict=True)]
 
     def settle(self, x: Tensor) -> str:
-        """Agrees on the rows of a block of each chunk; why that cannot be, '' where it can. ``x`` is on the device.
+        """Agrees on the rows of each chunk; why that cannot be, '' where it can. ``x`` is on the device.
 
         Raises RuntimeError, naming them, where ranks did not come to agree in time.
         """
@@ -64,21 +81,28 @@ class AgreedRoom:
         tokens = {rank: of_rank["tokens"] for rank, of_rank in told.items()}
         if any(of_rank != self._tokens for of_rank in tokens.values()):
             return f"ranks have different numbers of tokens: {', '.join(f'rank {r} {t}' for r, t in tokens.items())}"
-        most = [max(of_chunk) for of_chunk in zip(*(of_rank["most"] for of_rank in told.values()), strict=True)]
+        most, pairs = (
+            [max(of_chunk) for of_chunk in zip(*(of_rank[what] for of_rank in told.values()), strict=True)]
+            for what in ("most", "pairs")
+        )
         spared = [_with_spare(rows, self._times) for rows in most]
-        self._rows = [min(pair) for pair in zip(spared, self._tokens, strict=True)]
+        rows = [min(known) for known in zip(spared, self._tokens, strict=True)]
+        self._agreed = agreed = AgreedRows(rows, [_with_spare(number, self._times) for number in pairs])
         self._times += 1
-        said = ", ".join(f"{room} for at most {rows} so far" for room, rows in zip(self._rows, most, strict=True))
-        Choice(self._rows, f"agreed by the ranks: {said}").announce("rows to a rank in a recorded dispatch")
+        for what, room, seen in (("rows to a rank", agreed.rows, most), ("rows of experts", agreed.pairs, pairs)):
+            said = ", ".join(f"{one} for at most {of_calls} so far" for one, of_calls in zip(room, seen, strict=True))
+            Choice(room, f"agreed by the ranks: {said}").announce(f"{what} in a recorded dispatch")
         self._most = []  # the next agreement is on what comes from now on, such as steps without enough room
-        if self._answer is None:  # recordings write there; memory of the host cannot be had while they are made
+        shape = len(rows), 1 + len(self._peers.ranks)
+        if self._answer is None or self._answer.shape != shape:
+            # Recordings write there; memory of the host cannot be had while they are made.
             self._device = device_of(x)
-            self._answer = self._device.on_host(torch.full((), _UNKNOWN, dtype=torch.int32))
+            self._answer = self._device.on_host(torch.full(shape, _UNKNOWN, dtype=torch.int32))
         return ""
 
     def _told_by_all(self) -> dict[int, dict[str, list[int]]]:
-        """Most rows and tokens of each chunk, of each rank."""
-        mine = json.dumps({"most": self._most, "tokens": self._tokens})
+        """Most rows, tokens and rows of experts of each chunk, of each rank."""
+        mine = json.dumps({"most": self._most, "tokens": self._tokens, "pairs": self._pairs})
         answers = answers_of_all(self._peers, "room", mine, _TIMEOUT_S)
         missing = [rank for rank, answer in answers.items() if answer is None]
         if missing:
@@ -91,11 +115,11 @@ class AgreedRoom:
 
     def forget(self) -> None:
         """Nothing is agreed any more."""
-        self._rows = None
+        self._agreed = None
 
-    def rows_for(self, tokens: Sequence[int]) -> list[int] | None:
-        """Rows of a block of each chunk that a dispatch of so many tokens is to keep to; None where it need not."""
-        return self._rows if self._open and list(tokens) == self._tokens else None
+    def rows_for(self, tokens: Sequence[int]) -> AgreedRows | None:
+        """What a dispatch of so many tokens, of each chunk, is to keep to; None where it need not."""
+        return self._agreed if self._open and list(tokens) == self._tokens else None
 
     @contextmanager
     def kept_to(self) -> Iterator[None]:
@@ -106,16 +130,17 @@ class AgreedRoom:
         finally:
             self._open = before
 
-    def tell(self, short: Tensor) -> None:
-        """Lets all ranks know whether this one is ``short`` of room, a bool scalar on its device. Collective.
+    def tell(self, told_CN: Tensor) -> None:
+        """Lets all ranks know what this one sends. Collective; the tensor is used up.
 
+        Of each chunk, int32 [C, 1 + P] on its device: whether its blocks are too few, and how many (token, expert) are
+        for each rank (``ops.once_bounded``). Summed over ranks they say what each rank gets, and all decide alike.
         The dispatch goes on whatever comes of it: so a rank that replays and one that does not exchange the same.
         """
-        flag = short.to(torch.int32)
         with collective("whether a dispatch has room", self._peers.ranks):
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._peers.group)
+            dist.all_reduce(told_CN, group=self._peers.group)
         assert self._answer is not None, "rows were agreed on before they are kept to"
-        self._answer.copy_(flag, non_blocking=True)
+        self._answer.copy_(told_CN, non_blocking=True)
         self._told = True
 
     def ask(self, replay: bool) -> None:
@@ -125,27 +150,29 @@ class AgreedRoom:
             self._answer.fill_(_UNKNOWN)
 
     def sufficed(self) -> bool:
-        """Whether all ranks had room in the forward that was started last. Waits for its flag, not for its end."""
+        """Whether all ranks had room in the forward that was started last. Waits for the answer, not for its end."""
         if not self._told:  # it kept to nothing
             return True
-        answer = self._answer
-        assert answer is not None, "something was recorded, for rows that were agreed on"
-        seen, until = answer.numpy(), time.perf_counter() + _SPIN_S
-        while seen == _UNKNOWN:
+        answer, agreed = self._answer, self._agreed
+        assert answer is not None and agreed is not None, "something was recorded, for rows that were agreed on"
+        seen_CN, until = answer.numpy(), time.perf_counter() + _SPIN_S
+        while (seen_CN == _UNKNOWN).any():  # of a few numbers that are written in whatever order
             if time.perf_counter() > until:  # a device that failed would never answer: this raises its error
                 assert self._device is not None, "there is an answer"
                 self._device.synchronize()
                 break
             time.sleep(0)
-        return int(seen) == 0
+        return not seen_CN[:, 0].any() and bool((seen_CN[:, 1:].max(1) <= agreed.pairs).all())
 
 
 def _with_spare(most: int, times: int) -> int:
-    """Rows of a block for ``most`` rows seen, after so many agreements.
+    """Rows to have room for where ``most`` were seen, after so many agreements.
 
-    Spare rows are sent in every step, and a step without room costs about one launched by the host, so there are few:
-    what even random routing varies by, which is at most the root of the rows, and a part of them that grows where the
-    routing varies more.
+    Spare rows are sent in every step, and a step without room costs about one launched by the host, so there are few.
+    A first agreement is on the most of several steps and of all pairs of ranks, which lies above what is usual already:
+    it adds what even random routing varies by, at most the root of the rows. A thirty-second besides was 3 % of each
+    step that waits for its link, on H200, mostly for nothing. Later agreements come after steps that lacked room: they
+    add a part of the rows that grows where the routing goes on to vary more.
     """
-    part = min(2**times / _FIRST_SPARE, 1 / _MOST_SPARE)
+    part = min(2 ** (times - 1) / _FIRST_SPARE, 1 / _MOST_SPARE) if times else 0.0
     return -(-(most + isqrt(most) + int(most * part)) // _UNIT) * _UNIT

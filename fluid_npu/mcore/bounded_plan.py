@@ -1,9 +1,11 @@
 """Plans of a dispatch that sends a token once to each rank, in blocks of rows that were agreed on beforehand.
 
 All sizes follow from those blocks, so that a layer can be recorded as a whole; as with rows that go to every rank,
-which rows the experts have is found on the device (``ops.payload_static``). Rows, their order and all sums are those
-of the same dispatch with sizes that are told (``make_once_plan``, ``make_once_chunked_plan``): the filling behind a
-block's rows is computed by nobody. Bytes to compare with are those of even routing: the host does not know another.
+which rows the experts have is found on the device (``ops.payload_static``), in buffers of a size that was agreed on
+too: room for all received rows in all their slots is several times what is used. Rows, their order and all sums are
+those of the same dispatch with sizes that are told (``make_once_plan``, ``make_once_chunked_plan``): the filling
+behind a block's rows is computed by nobody. Bytes to compare with are those of even routing: the host does not know
+another.
 
 P ranks, C chunks, T tokens; no expert tensor parallelism.
 """
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from fluid_npu.device.kernels.groups import DeviceRows
 from fluid_npu.device.kernels.pieces import PieceRows
+from fluid_npu.mcore.agreed_room import AgreedRows
 from fluid_npu.mcore.chunk_cuts import ChunkCut, share_experts
 from fluid_npu.mcore.chunk_plan import ChunkedPlan, ChunkPlan
 from fluid_npu.mcore.dispatch_plan import DispatchPlan, ExpertGroups, PlainCounts
@@ -28,12 +31,12 @@ from fluid_npu.ops.payload_static import StaticArrival
 
 
 def make_bounded_plan(
-    map_TE: Tensor, topk: int, tokens_shape: torch.Size, groups: ExpertGroups, rows: int
+    map_TE: Tensor, topk: int, tokens_shape: torch.Size, groups: ExpertGroups, agreed: AgreedRows
 ) -> tuple[DispatchPlan, Tensor]:
-    """(The plan for a bool map and ``rows`` for each rank, a bool scalar: whether they are too few)."""
-    ranks, pairs = groups.ep_size, map_TE.shape[0] * topk
-    layout, short = bounded_groups(map_TE, topk, [rows] * ranks)
-    sends, splits = _sends(layout, ranks * rows, pairs), [rows] * ranks
+    """(The plan for a bool map, of one chunk; what ranks are told, int32 [1, 1 + P]: ``bounded_groups``)."""
+    ranks, pairs, (rows,), (room,) = groups.ep_size, map_TE.shape[0] * topk, agreed.rows, agreed.pairs
+    layout, told = bounded_groups(map_TE, topk, [rows] * ranks)
+    sends, splits = _sends(layout, ranks * rows, room, pairs), [rows] * ranks
     plan = DispatchPlan(
         rows=sends,
         tokens_shape=tokens_shape,
@@ -44,7 +47,7 @@ def make_bounded_plan(
         plain=PlainCounts.of_even_routing(pairs, ranks),
         table=[splits] * ranks,
     )
-    return plan, short
+    return plan, told.unsqueeze(0)
 
 
 def make_bounded_chunked_plan(
@@ -53,9 +56,9 @@ def make_bounded_chunked_plan(
     cuts: Sequence[ChunkCut],
     tokens_shape: torch.Size,
     groups: ExpertGroups,
-    rows: Sequence[int],
+    agreed: AgreedRows,
 ) -> tuple[ChunkedPlan, Tensor]:
-    """(The plan, a bool scalar: whether some chunk has too few rows).
+    """(The plan; what ranks are told of each chunk, int32 [C, 1 + P]: ``bounded_groups``).
 
     Args:
         map_TE: bool.
@@ -63,16 +66,19 @@ def make_bounded_chunked_plan(
         cuts: what is in each chunk.
         tokens_shape: of the layer's input.
         groups: the ranks.
-        rows: of each chunk, for each rank.
+        agreed: of each chunk.
     """
     ranks, own = groups.ep_size, groups.ep_rank
-    plans, shorts, arriving, start = [], [], [], 0
-    for cut, each in zip(cuts, rows, strict=True):
-        table = [[each if cut.sends_to(target, source) else 0 for target in range(ranks)] for source in range(ranks)]
-        layout, short = bounded_groups(cut.map(map_TE, ranks, own), topk, table[own])
+    told = torch.empty(len(cuts), 1 + ranks, dtype=torch.int32, device=map_TE.device)
+    plans, arriving, start = [], [], 0
+    for cut, each, of_experts, told_N in zip(cuts, agreed.rows, agreed.pairs, told, strict=True):
+        sends_to = [[cut.sends_to(target, source) for target in range(ranks)] for source in range(ranks)]
+        table = [[each if sent else 0 for sent in from_rank] for from_rank in sends_to]
+        room = [each if sent else None for sent in sends_to[own]]
+        layout, _ = bounded_groups(cut.columns(map_TE), topk, room, told=told_N)
         received, pairs = sum(table[own]), cut.num_tokens * topk * cut.num_experts // cut.local
         share = 1.0 if cut.here is None else 1 / ranks if cut.here else 1 - 1 / ranks
-        sends = _sends(layout, received, ceil(pairs * share))
+        sends = _sends(layout, received, of_experts, ceil(pairs * share))
         arriving.append(sends.arrival.experts.among(cut.experts.start, cut.local))
         plans.append(
             ChunkPlan(
@@ -88,14 +94,14 @@ def make_bounded_chunked_plan(
                 here=bool(cut.here),
             )
         )
-        shorts.append(short)
         start += received
     shared = PieceRows(arriving) if share_experts(cuts) else None
     plan = ChunkedPlan(tokens_shape=tokens_shape, whole=None, chunks=plans, shared=shared, ranks=ranks)
-    return plan, torch.stack(shorts).any()
+    return plan, told
 
 
-def _sends(layout: OnceLayout, received: int, expected: int) -> StaticRows:
-    room = received * layout.num_slots
+def _sends(layout: OnceLayout, received: int, agreed: int, expected: int) -> StaticRows:
+    """For so many received rows, of which the experts have as many as were ``agreed`` on, or all that there can be."""
+    room = min(agreed, received * layout.num_slots)
     experts = DeviceRows(layout.local, capacity=room, expected=min(expected, room))
     return StaticRows(layout=layout, arrival=StaticArrival(experts=experts))

@@ -23,7 +23,7 @@ from fluid_npu.comm.cargo import AS_IS
 from fluid_npu.comm.sink import OverlapSink, Passengers
 from fluid_npu.comm.transports.base import wants_table
 from fluid_npu.device import Choice, kernels_of
-from fluid_npu.device.kernels.groups import GroupRows
+from fluid_npu.device.kernels.groups import DeviceRows, GroupRows
 from fluid_npu.mcore.agreed_room import AgreedRoom
 from fluid_npu.mcore.bounded_plan import make_bounded_chunked_plan, make_bounded_plan
 from fluid_npu.mcore.chunk_cuts import ChunkCut, make_cuts
@@ -195,10 +195,10 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         """One row for each (token, rank); what a rank is told is its rows, then the rows of each of its experts."""
         ranks = self.groups.ep_size
         room, tokens = self.room, [routing_map_TE.shape[0]]
-        if room is not None and (rows := room.rows_for(tokens)) is not None:
+        if room is not None and (agreed := room.rows_for(tokens)) is not None:
             topk = self.config.moe_router_topk
-            plan, short = make_bounded_plan(routing_map_TE, topk, tokens_shape, self.groups, rows[0])
-            room.tell(short)
+            plan, told_1N = make_bounded_plan(routing_map_TE, topk, tokens_shape, self.groups, agreed)
+            room.tell(told_1N)
             return plan
         counts_PC, layout_of = once_counts(routing_map_TE, self.config.moe_router_topk, ranks)
         one_wait = kernels_of(counts_PC).one_wait_for_counts
@@ -210,9 +210,10 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         if host_PC is None or layout is None:
             host_PC = counts_PC.cpu() if told.own is None else told.own
             layout = layout_of(int(host_PC[:, 0].sum()))
+        made = make_once_plan(layout, tokens_shape, host_PC, told, self.groups)
         if room is not None:
-            room.observe([int(host_PC[:, 0].max())], tokens)
-        return make_once_plan(layout, tokens_shape, host_PC, told, self.groups)
+            room.observe([int(host_PC[:, 0].max())], tokens, [_on_host(made.tokens_per_expert)])
+        return made
 
     def _plan_node(self, routing_map_TE: Tensor, tokens_shape: torch.Size) -> DispatchPlan:
         """One row for each (token, node), and inside each (token, rank)."""
@@ -241,10 +242,10 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         """As ``_plan_once`` for each chunk, with one exchange of counts."""
         topk, ranks, own = self.config.moe_router_topk, self.groups.ep_size, self.groups.ep_rank
         room, sizes = self.room, [cut.num_tokens for cut in cuts]
-        if room is not None and (rows := room.rows_for(sizes)) is not None:
-            plan, short = make_bounded_chunked_plan(routing_map_TE, topk, cuts, tokens_shape, self.groups, rows)
-            room.tell(short)
-            return plan
+        if room is not None and (agreed := room.rows_for(sizes)) is not None:
+            bounded, told_CN = make_bounded_chunked_plan(routing_map_TE, topk, cuts, tokens_shape, self.groups, agreed)
+            room.tell(told_CN)
+            return bounded
         made = [once_counts(cut.map(routing_map_TE, ranks, own), topk, ranks) for cut in cuts]
         counts_PCN = counts_of_chunks([counts for counts, _ in made], cuts)
         one_wait = kernels_of(counts_PCN).one_wait_for_counts
@@ -254,9 +255,11 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         if host_PCN is None:
             host_PCN = counts_PCN.cpu() if told.own is None else told.own.view(counts_PCN.shape)
         layouts = [layout_of(int(host_PCN[:, n, 0].sum())) for n, (_, layout_of) in enumerate(made)]
+        plan = make_once_chunked_plan(layouts, cuts, tokens_shape, host_PCN, told, self.groups)
         if room is not None:
-            room.observe(host_PCN[:, :, 0].amax(0).tolist(), sizes)
-        return make_once_chunked_plan(layouts, cuts, tokens_shape, host_PCN, told, self.groups)
+            pairs = [_on_host(chunk.tokens_per_expert) for chunk in plan.chunks]
+            room.observe(host_PCN[:, :, 0].amax(0).tolist(), sizes, pairs)
+        return plan
 
     @property
     def _everyone_counts(self) -> bool:
@@ -461,6 +464,12 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         if self._current is None:
             raise RuntimeError(f"FluidTokenDispatcher.{step}() needs dispatch_preprocess() or dispatch() before it")
         return self._current
+
+
+def _on_host(rows: GroupRows | DeviceRows) -> int:
+    """How many rows the experts have in a dispatch whose sizes were told."""
+    assert isinstance(rows, GroupRows), "the host was told them"
+    return sum(rows)
 
 
 def usable_payload(payload: Fp8Payload | None, groups: ExpertGroups) -> Fp8Payload | None:

@@ -1,9 +1,10 @@
 """What a rank does with rows that every rank sends to every rank, whose number nobody need tell it.
 
 The payload is that of ``ops.payload_once``; a row may have no slot filled. Where its rows of experts are is found on
-the device when it arrives (``Arrived``), in buffers with room for the most that there can be; how many there are is a
-``DeviceRows``. What is behind them in those buffers is memory that nobody wrote or reads. Sums run in the order of
-``payload_once``, so that both forms have the same bits.
+the device when it arrives (``Arrived``), in buffers with room for the most that there can be, or for as many as ranks
+agreed on; how many there are is a ``DeviceRows``. What is behind them in those buffers is memory that nobody wrote or
+reads. Rows that a buffer has no room for are left out, the last ones: then nothing may be used of the step. Sums run in
+the order of ``payload_once``, so that both forms have the same bits.
 
 M rows received, S slots, L local experts, C rows of the experts' buffers, R of them in use, H hidden, W payload width.
 """
@@ -98,7 +99,7 @@ class _Fused:
 
     def __init__(self, kernels: StaticKernels, payload_MW: Tensor, slots: Slots, experts: DeviceRows) -> None:
         self._kernels, self._capacity, self._slots = kernels, experts.capacity, slots
-        self._place, ends = kernels.place_rows(payload_MW, slots)
+        self._place, ends = kernels.place_rows(payload_MW, slots, self._capacity)
         experts.settle(ends)
 
     def expand(self, payload_MW: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,7 +122,7 @@ class _Plain:
         self._row, self._experts = row, experts
         _, expert_MS = row.read(payload_MW)
         counts_L = torch.bincount(expert_MS.reshape(-1), minlength=len(experts) + 1)[: len(experts)]
-        experts.settle(counts_L.cumsum(0))
+        experts.settle(counts_L.cumsum(0).clamp(max=experts.capacity))
         self._layout = PermuteLayout.from_slots(expert_MS, sum(experts.on_host()))
 
     def expand(self, payload_MW: Tensor) -> tuple[Tensor, Tensor]:

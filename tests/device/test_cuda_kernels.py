@@ -14,10 +14,12 @@ from fluid_npu.device.kernels.gemm_forms import GemmCall, fuses_dw_add
 from fluid_npu.device.kernels.triton_support import load
 from fluid_npu.ops import reference
 from fluid_npu.ops.grouped_matmul import npu_gmm
+from fluid_npu.ops.once_bounded import bounded_groups
 from fluid_npu.ops.permute import PermuteLayout, permute_tokens, permuted_probs, unpermute_tokens
 from fluid_npu.ops.reference import relative_error
 from fluid_npu.ops.rms_norm import rms_norm
 from fluid_npu.ops.swiglu import swiglu_probs
+from tests.support.triton_bounded_cases import map_of
 
 pytestmark = pytest.mark.cuda
 
@@ -117,6 +119,20 @@ def test_permute_and_unpermute_are_repeatable_and_right(dtype, uniform):
     assert torch.equal(out[0], out[1]) and torch.equal(out[0].cpu(), 2 * x)
     assert torch.equal(gpu.grad, torch.full_like(gpu.grad, 2))
     assert torch.equal(permuted_probs(probs.cuda(), layout).cpu(), permuted_probs(probs, wanted))
+
+
+@pytest.mark.parametrize("room_G", [[900] * 8, [700] * 8, [None, *[900] * 7], [900, *[None] * 7]], ids=str)
+@pytest.mark.parametrize("experts", [slice(None), slice(2, 4)], ids=str)
+def test_blocks_of_a_fixed_size_are_those_of_plain_torch(room_G, experts, monkeypatch):
+    """Real sizes: many programs, of which each counts what comes before its tokens."""
+    monkeypatch.setenv("FLUID_ROW_KERNELS", "triton")
+    map_TE = map_of(1365, 64, 8, seed=0)
+    wanted, told = bounded_groups(map_TE, 8, room_G, experts)
+    for _ in range(2):
+        layout, got = bounded_groups(map_TE.cuda(), 8, room_G, experts)
+        for name in ("token_of_row", "row_of_pair", "bag_offsets", "pair_index"):
+            assert torch.equal(getattr(layout.rows, name).cpu(), getattr(wanted.rows, name)), name
+        assert torch.equal(got.cpu(), told) and torch.equal(layout.map_TE.cpu(), wanted.map_TE)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -1,4 +1,4 @@
-"""Rows of a block that ranks agree on: enough for the most of any of them, never more than there are tokens."""
+"""What ranks agree on for a recorded dispatch: enough for the most of any of them, and told alike when it is not."""
 
 from __future__ import annotations
 
@@ -18,43 +18,55 @@ def agreed() -> list[Any]:
 
     room, rank = AgreedRoom(Peers.of(dist.group.WORLD)), dist.get_rank()
     found: list[Any] = []
-    room.observe([900 if rank else 400, 100], [1000, 2000])
-    room.observe([300, 100 if rank else 140], [1000, 2000])
+    room.observe([900 if rank else 400, 100], [1000, 2000], [2500, 10])
+    room.observe([300, 100 if rank else 140], [1000, 2000], [100, 10 if rank else 400])
     found.append(room.settle(torch.zeros(1)))
     found.append(room.rows_for([1000, 2000]))  # nothing is kept to yet
     with room.kept_to():
         found += [room.rows_for([1000, 2000]), room.rows_for([1000, 1000])]
-    short = torch.tensor(rank == 1)
     found.append(room.sufficed())  # nothing kept to it yet
-    for flag in (short, short & ~short):
+    blocks = [[0, 0, 0], [int(rank == 1), 0, 0]]
+    # What rank 1 receives in the second chunk is as much as there is room for, and then one more.
+    full, over = ([[0, 1280, 1280], [0, 0, 216 + rank * more]] for more in (0, 1))
+    for numbers in (blocks, full, over):
         for replay in (False, True):
             room.ask(replay)
-            room.tell(flag)
+            room.tell(torch.tensor(numbers, dtype=torch.int32))
             found.append(room.sufficed())
     room.forget()
     with room.kept_to():
         found.append(room.rows_for([1000, 2000]))
     for _ in range(6):
-        room.observe([400, 140], [1000, 2000])
+        room.observe([400, 140], [1000, 2000], [800, 80])
         room.settle(torch.zeros(1))
-    with room.kept_to():
-        found.append(room.rows_for([1000, 2000]))
-    room.observe([5], [10 + rank])
+        with room.kept_to():
+            found.append(room.rows_for([1000, 2000]))
+    room.observe([5], [10 + rank], [5])
     found.append(room.settle(torch.zeros(1)))
+    room.observe([5], [10], [5])
+    room.settle(torch.zeros(1))
+    room.ask(True)
+    room.tell(torch.zeros(1, 3, dtype=torch.int32))  # of one chunk now
+    found.append(room.sufficed())
     return found
 
 
 def test_all_ranks_keep_to_the_same_rows_and_know_whether_they_suffice(run_ranks: Ranks) -> None:
     first, second = run_ranks(2, agreed)
     assert first == second
-    failed, before, kept, of_other_tokens, unasked, *rest = first
+    failed, before, kept, of_other_tokens, unasked, lacks, lacks_in_replay, *rest = first
     assert failed == "" and before is None and of_other_tokens is None and unasked
-    assert kept == [960, 160], "900 + 30 + 28 in units of 16; 140 + 11 + 4"
-    lacks, lacks_in_replay, fits, fits_in_replay, forgotten, grown, uneven = rest
+    assert kept.rows == [944, 160], "900 + 30 in units of 16; 140 + 11: only the root at first"
+    assert kept.pairs == [2560, 432], "2500 + 50 in units of 16; 400 + 20: of experts, of any rank"
     assert not lacks and not lacks_in_replay, "one rank without room is enough"
-    assert fits and fits_in_replay
-    assert forgotten is None and grown == [528, 192], "400 + 20 + 100; 140 + 11 + 35: a quarter at most"
-    assert uneven == "ranks have different numbers of tokens: rank 0 [10], rank 1 [11]"
+    fits, fits_in_replay, over, over_in_replay, forgotten, *anew, uneven, of_one_chunk = rest
+    assert not over and not over_in_replay, "one row more than the experts of a rank have room for"
+    firsts, seconds = zip(*(each.rows for each in anew), strict=True)
+    # 400 + 20 and then a 32nd, a 16th, an 8th and a quarter, which is the most; 140 + 11 likewise; in units of 16.
+    assert firsts == (432, 448, 480, 528, 528, 528)
+    assert seconds == (160, 160, 176, 192, 192, 192)
+    assert forgotten is None and uneven == "ranks have different numbers of tokens: rank 0 [10], rank 1 [11]"
+    assert fits and fits_in_replay and of_one_chunk
 
 
 def alone() -> str:
@@ -65,7 +77,7 @@ def alone() -> str:
 
     agreed_room._TIMEOUT_S = 0.2
     room = agreed_room.AgreedRoom(Peers.of(dist.group.WORLD))
-    room.observe([5], [10])
+    room.observe([5], [10], [5])
     if dist.get_rank() == 0:
         try:
             room.settle(torch.zeros(1))

@@ -106,6 +106,44 @@ def test_calls_before_the_recording_without_room_are_computed_as_ever_too(run_ra
         assert sum(replays) >= 3 and "anew" in said, (case, replays)
 
 
+def with_little_room_for_experts() -> list[tuple[list[str], list[int], list[tuple[bool, bool]]]]:
+    """Of each case what differs from the layer as ever, the replays, and of each answer: blocks suffice, all does."""
+    from fluid_npu.mcore import agreed_room
+
+    room, seen = agreed_room.AgreedRoom, list[tuple[bool, bool]]()
+    observe, sufficed = room.observe, room.sufficed
+
+    def with_blocks_for_all(self: Any, most: Any, tokens: Any, pairs: Any) -> None:
+        observe(self, tokens, tokens, pairs)
+
+    def noted(self: Any) -> bool:
+        enough = sufficed(self)
+        if self._told:
+            seen.append((not self._answer[:, 0].any(), enough))
+        return enough
+
+    agreed_room._with_spare = lambda most, times: most + 2  # type: ignore[attr-defined]
+    room.observe, room.sufficed = with_blocks_for_all, noted  # type: ignore[method-assign]
+    found = []
+    for case in TIGHT:
+        seen.clear()
+        ((eager, recorded, replays),) = both([replace(case, topk=2)])
+        differ = [n for n, wanted in eager["tensors"].items() if not torch.equal(recorded["tensors"][n], wanted)]
+        found.append((differ, replays, list(seen)))
+    return found
+
+
+def test_a_replay_whose_experts_lack_room_is_computed_as_ever_by_all_ranks(run_ranks: Ranks) -> None:
+    """All blocks have room for every token, so that only the experts' buffers may have too little."""
+    first, second = run_ranks(2, with_little_room_for_experts, sizes={"expert_model_parallel_size": 2})
+    assert first == second
+    for case, (differ, replays, answers) in zip(TIGHT, first, strict=True):
+        assert differ == [] and answers, case
+        assert all(blocks for blocks, _ in answers), (case, "a block lacked room")
+        lacking = sum(replays[::2]) - sum(replays[1::2])
+        assert lacking > 0 and (True, False) in answers, (case, replays, "every replay had room: nothing is tested")
+
+
 def logged_losses() -> tuple[list[float], list[float], int]:
     """Megatron's log of an auxiliary loss over steps some of whose replays lack room, as ever and recorded."""
     from megatron.core.transformer.moe import moe_utils

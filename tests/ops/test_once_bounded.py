@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fluid_npu.ops.once import OnceLayout, once_counts
+from fluid_npu.ops.once import OnceLayout, every_group, once_counts
 from fluid_npu.ops.once_bounded import bounded_groups
 from fluid_npu.ops.payload_once import MergeOnce, PackOnce, SlotRow
+from tests.support.triton_bounded_cases import BOUNDED_TRIES, map_of
 
 TOKENS, EXPERTS, GROUPS, TOPK, HIDDEN = 50, 8, 4, 3, 16
 
@@ -26,8 +27,9 @@ def both(room_G: list[int]) -> tuple[OnceLayout, OnceLayout, list[int]]:
     map_TE = routed()
     counts_GC, layout_of = once_counts(map_TE, TOPK, GROUPS)
     counts = counts_GC[:, 0].tolist()
-    bounded, short = bounded_groups(map_TE, TOPK, room_G)
-    assert bool(short) == any(count > room for count, room in zip(counts, room_G, strict=True))
+    bounded, told = bounded_groups(map_TE, TOPK, room_G)
+    assert bool(told[0]) == any(count > room for count, room in zip(counts, room_G, strict=True))
+    assert told[1:].tolist() == counts_GC[:, 1:].sum(1).tolist() and told.dtype == torch.int32
     return layout_of(sum(counts)), bounded, counts
 
 
@@ -76,3 +78,51 @@ def test_any_sizes_are_held_in_bounds(room_G: list[int]) -> None:
     assert ((rows.token_of_row >= 0) & (rows.token_of_row < TOKENS)).all()
     assert sorted(rows.row_of_pair.tolist()) == list(range(sum(room_G)))
     assert (rows.bag_offsets.diff() >= 0).all() and int(rows.bag_offsets[-1]) <= rows.num_rows
+
+
+@pytest.mark.parametrize("tried", BOUNDED_TRIES, ids=str)
+def test_rows_are_those_that_a_loop_over_tokens_finds(tried: tuple[int, int, int, list[int | None], slice]) -> None:
+    """Rooms for all, for some, for nothing and closed ones; all experts and a part of them; tokens without experts."""
+    tokens, local, topk, room_G, experts = tried
+    groups, inside = len(room_G), range(local)[experts]
+    map_TE = map_of(tokens, groups * local, topk, seed=tokens)
+    looked_at = [room is not None and e in inside for room in room_G for e in range(local)]
+    seen_TE = map_TE & torch.tensor(looked_at)
+    wanted = seen_TE.view(tokens, groups, local).any(2).tolist()
+    rows = []  # (token, group), by group, those that were asked for first
+    for group, room in enumerate(room_G):
+        order = sorted(range(tokens), key=lambda token: not wanted[token][group])
+        if all(room == tokens for room in room_G):
+            order = list(range(tokens))
+        rows += [(token, group) for token in order[: room or 0]]
+    told = torch.full((3, 1 + groups), -7, dtype=torch.int32)
+    layout, given = bounded_groups(map_TE, topk, room_G, experts, told[1])
+    assert given.data_ptr() == told[1].data_ptr() and (told[::2] == -7).all()
+    short = any(sum(of[g] for of in wanted) > room for g, room in enumerate(room_G) if room is not None)
+    assert given.tolist() == [int(short), *seen_TE.view(tokens, groups, local).sum((0, 2)).tolist()]
+    assert layout.rows.token_of_row.tolist() == [token for token, _ in rows]
+    assert layout.rows.pair_index.tolist() == [token * groups + group for token, group in rows]
+    assert layout.num_slots == min(topk, local)
+    if all(room == tokens for room in room_G):
+        assert torch.equal(layout.rows.row_of_pair, every_group(map_TE, topk, groups).rows.row_of_pair)
+    else:
+        by_token = sorted(range(len(rows)), key=lambda row: (not wanted[rows[row][0]][rows[row][1]], rows[row]))
+        assert layout.rows.row_of_pair.tolist() == by_token
+        starts = [sum(t < token and wanted[t][g] for t, g in rows) for token in range(tokens)]
+        assert layout.rows.bag_offsets.tolist() == starts
+    for (token, group), slots in zip(rows, layout.slot_expert.tolist(), strict=True):
+        chosen = [e for e in range(local) if seen_TE[token, group * local + e]]
+        assert slots == (chosen + [local] * len(slots))[: len(slots)]
+    kept = layout.map_TE
+    assert kept is not None and torch.equal(kept, seen_TE), "sums over a token's rows read it"
+
+
+def test_gradients_of_experts_that_are_not_looked_at_are_zero() -> None:
+    """Those of the others come from the chunk that they are part of, to be added to these."""
+    map_TE = routed()
+    layout, _ = bounded_groups(map_TE, TOPK, [45, None, 44, 50], slice(0, 1))
+    row = SlotRow(hidden=HIDDEN, slots=layout.num_slots, wire=torch.float32)
+    payload = PackOnce(layout, row).load(torch.randn(TOKENS, HIDDEN), torch.rand(TOKENS, EXPERTS) + 1)
+    _, dprobs = PackOnce(layout, row).unload_grad(payload)
+    looked_at = torch.tensor([True, False, False, False, True, False, True, False])
+    assert dprobs is not None and torch.equal(dprobs != 0, map_TE & looked_at)

@@ -21,12 +21,13 @@ from fluid_npu.ops import reference
 from fluid_npu.ops.permute import PermuteLayout
 from fluid_npu.ops.reference import relative_error
 from tests.support.triton_activation_cases import ACTIVATION_CASES
+from tests.support.triton_bounded_cases import BOUNDED_CASES
 from tests.support.triton_exchange_cases import EXCHANGE_CASES
 from tests.support.triton_static_cases import STATIC_CASES, static_round
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 COUNTS = [17, 0, 5, 20]
-CASES: dict[str, Callable[[str], None]] = {**STATIC_CASES, **EXCHANGE_CASES, **ACTIVATION_CASES}
+CASES: dict[str, Callable[[str], None]] = {**BOUNDED_CASES, **STATIC_CASES, **EXCHANGE_CASES, **ACTIVATION_CASES}
 
 
 def case(function: Callable[[str], None]) -> Callable[[str], None]:

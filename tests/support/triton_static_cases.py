@@ -37,6 +37,47 @@ def tokens_that_go_to_every_rank_are_those_of_plain_torch(device: str) -> None:
                 close(got, wanted[name].double(), dtype)
 
 
+def more_rows_than_there_is_room_for_write_nothing_outside(device: str) -> None:
+    """Buffers of every size up to what is asked for: the first rows are right, and what lies behind keeps its bits."""
+    from fluid_npu.device.kernels.routed import Slots
+    from fluid_npu.device.kernels.triton_payload import bits
+    from fluid_npu.device.kernels.triton_static import _launch_spread, place_rows, reduce_rows, sum_rows
+    from fluid_npu.ops.payload_once import SlotRow
+    from tests.support.triton_cases import random
+
+    received, local, hidden = 40, 5, 24
+    chosen_ML = random(received, local, seed=3) > 0.2  # three slots are enough for two of five, and too few for more
+    chosen_ML &= chosen_ML.cumsum(1) <= 3
+    expert_MS = torch.where(chosen_ML, torch.arange(local), local).sort(1)[0][:, :3]
+    row, slots = SlotRow(hidden=hidden, slots=3, wire=torch.float32), Slots(3, 8, torch.float32, local)
+    payload, p_MS = random(received, row.width(torch.float32), seed=1), random(received, 3, seed=2)
+    row.write(payload, p_MS, expert_MS)
+    asked = int(chosen_ML.sum())
+    order = [(m, int(chosen_ML[m, :e].sum())) for e in range(local) for m in range(received) if chosen_ML[m, e]]
+    tokens, inside = (torch.tensor(each) for each in zip(*order, strict=True))
+    ends = chosen_ML.sum(0).cumsum(0)
+    payload = payload.to(device)
+    for capacity in (0, 1, 16, 31, asked - 1, asked, asked + 16):
+        place_MS, ends_L = place_rows(payload, slots, capacity)
+        used = min(capacity, asked)
+        assert ends_L.tolist() == ends.clamp(max=capacity).tolist(), capacity
+        found, filled = place_MS.cpu(), (place_MS.cpu() >= 0)
+        assert found.max() < capacity and torch.equal(filled.long().cummin(1)[0].bool(), filled), "not the first ones"
+        assert found[tokens[:used], inside[:used]].tolist() == list(range(used)) and int(filled.sum()) == used
+        x, p = torch.full((asked + 32, hidden), 7.0, device=device), torch.full((asked + 32,), 7.0, device=device)
+        _launch_spread(payload, bits(payload, torch.float32), place_MS, x[:capacity], bits(p)[:capacity], hidden, 1)
+        assert torch.equal(x[:used].cpu(), payload.cpu()[tokens[:used], :hidden]), capacity
+        assert torch.equal(p[:used].cpu(), p_MS[tokens[:used], inside[:used]]), capacity
+        assert (x[used:] == 7.0).all() and (p[used:] == 7.0).all(), (capacity, "written behind the buffer")
+        x[used:], p[used:] = float("nan"), float("nan")
+        wanted = torch.zeros(received, hidden).index_add_(0, tokens[:used], x[:used].cpu())
+        summed = [sum_rows(x[:capacity], place_MS), reduce_rows(x[:capacity], p[:capacity], place_MS, slots)]
+        for got in summed:
+            assert torch.allclose(got[:, :hidden].cpu(), wanted, atol=1e-6), (capacity, "read behind the buffer")
+        dp_MS = row.read_probs(summed[1]).cpu()
+        assert torch.equal(dp_MS, torch.where(filled, p_MS, 0.0)), (capacity, "read behind the buffer")
+
+
 def static_round(routed: Tensor, x: Tensor, p: Tensor, topk: int, groups: int) -> dict[str, Tensor]:
     """One dispatch whose rows for the last group arrive here twice, as from two ranks; gradients come back."""
     from fluid_npu.device.kernels.groups import DeviceRows
@@ -113,6 +154,7 @@ STATIC_CASES: dict[str, Callable[[str], None]] = {
     function.__name__: function
     for function in (
         tokens_that_go_to_every_rank_are_those_of_plain_torch,
+        more_rows_than_there_is_room_for_write_nothing_outside,
         experts_over_rows_that_only_the_device_knows,
     )
 }

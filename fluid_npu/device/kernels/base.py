@@ -71,7 +71,7 @@ class OnceKernels(Protocol):
 class StaticKernels(Protocol):
     """Tokens that go to every group of experts: what ``triton_static`` has, without autograd. Its docstrings hold."""
 
-    def place_rows(self, payload_MW: Tensor, slots: Slots) -> tuple[Tensor, Tensor]: ...
+    def place_rows(self, payload_MW: Tensor, slots: Slots, capacity: int) -> tuple[Tensor, Tensor]: ...
     def spread_rows(self, rows_MH: Tensor, place_MS: Tensor, capacity: int) -> Tensor: ...
     def expand_rows(
         self, payload_MW: Tensor, place_MS: Tensor, capacity: int, slots: Slots
@@ -151,6 +151,12 @@ class Kernels(ABC):
 
     def once_rows(self, map_TE: Tensor, groups: int, most: int) -> RoutedRows | None:
         """Rows by (group, token), one for each token with experts in the group (``triton_once``); None: plain torch."""
+        return None
+
+    def bounded_rows(
+        self, map_TE: Tensor, room_G: Tensor, rows: int, experts: range, told: Tensor, masked: bool
+    ) -> tuple[RoutedRows, Tensor] | None:
+        """Such rows in blocks of a fixed number for each group (``triton_bounded``); None and untold: plain torch."""
         return None
 
     def once(self, x: Tensor, slots: Slots) -> OnceKernels | None:

@@ -124,6 +124,15 @@ class CudaKernels(TorchKernels):
         rows: RoutedRows = load("triton_once").once_rows(map_TE, groups, most)
         return rows
 
+    def bounded_rows(
+        self, map_TE: Tensor, room_G: Tensor, rows: int, experts: range, told: Tensor, masked: bool
+    ) -> tuple[RoutedRows, Tensor] | None:
+        if not self._rows.bounds(map_TE):
+            return None
+        found: tuple[RoutedRows, Tensor]
+        found = load("triton_bounded").bounded_rows(map_TE, room_G, rows, experts, told, masked)
+        return found
+
     def once(self, x: Tensor, slots: Slots) -> OnceKernels | None:
         kernels: Any = load("triton_once") if _tail_fits(x, slots) and self._rows.takes("once", x) else None
         found: OnceKernels | None = kernels

@@ -17,6 +17,7 @@ from fluid_npu.device.choice import Choice
 from fluid_npu.device.kernels.activations import FORMS, ActivationProbs
 from fluid_npu.device.kernels.agreement import Agreement, of_this_job
 from fluid_npu.device.kernels.base import Kernels, RowLayout
+from fluid_npu.device.kernels.bounded_check import pairs_of_bounded
 from fluid_npu.device.kernels.once_check import pairs_of_once
 from fluid_npu.device.kernels.static_check import pairs_of_static
 from fluid_npu.device.kernels.triton_support import ROW_KERNELS, load, setting, triton_on
@@ -67,8 +68,11 @@ class RowKernels:
 
     def routes(self, map_TE: Tensor) -> bool:
         """Whether Triton finds the rows of this routing map."""
-        fits = map_TE.dtype == torch.bool and map_TE.is_contiguous() and map_TE.shape[1] <= _MAX_EXPERTS
-        return fits and self._known("routed rows", map_TE)
+        return _is_plain_map(map_TE) and self._known("routed rows", map_TE)
+
+    def bounds(self, map_TE: Tensor) -> bool:
+        """Whether Triton finds the rows of this routing map in blocks of a fixed size."""
+        return _is_plain_map(map_TE) and self._known("bounded rows", map_TE)
 
     def orders(self, counts_CL: Tensor) -> bool:
         """Whether Triton finds the order of these chunks."""
@@ -106,6 +110,10 @@ class RowKernels:
         if not worst <= _TOLERANCE.get(x.dtype, 0.0):
             return Choice(False, f"its check was off by {worst:.1e} of the largest entry")
         return Choice(True, f"one launch, {found.reason}, off by {worst:.0e} in its check")
+
+
+def _is_plain_map(map_TE: Tensor) -> bool:
+    return map_TE.dtype == torch.bool and map_TE.is_contiguous() and map_TE.shape[1] <= _MAX_EXPERTS
 
 
 def gather(x_TH: Tensor, layout: RowLayout) -> Tensor:
@@ -249,6 +257,10 @@ def _check_routed_rows(plain: Kernels, dtype: torch.dtype, device: torch.device)
     return _unequal(found, plain.routed_rows(chosen, int(counts.sum()), None)._replace(counts_E=counts))
 
 
+def _check_bounded_rows(plain: Kernels, dtype: torch.dtype, device: torch.device) -> float:
+    return _unequal(*zip(*pairs_of_bounded(device), strict=True))
+
+
 def _check_chunk_order(plain: Kernels, dtype: torch.dtype, device: torch.device) -> float:
     counts = torch.tensor([[3, 0, 5], [1, 2, 0]], device=device)
     wanted = plain.chunk_order(counts, counts.cpu())._replace(ends_L=counts.sum(0).cumsum(0).int())
@@ -274,6 +286,7 @@ _CHECKS: dict[str, Callable[[Kernels, torch.dtype, torch.device], float]] = {
     "static": _check_static,
     "e4m3": _check_e4m3,
     "routed rows": _check_routed_rows,
+    "bounded rows": _check_bounded_rows,
     "chunk order": _check_chunk_order,
     "rms_norm": _check_norm,
     **{activation.title: partial(_check_activation, activation) for activation in _ACTIVATIONS},

@@ -14,6 +14,8 @@ _LOCAL, _HIDDEN = 3, 24
 #: The experts of each received row, ascending: some have none, the last one neither.
 _CHOSEN = ((1,), (), (0, 2), (0, 1), (2,), (0, 2), ())
 _CAPACITY = 2 * len(_CHOSEN)
+#: Less than the rows that are asked for: some received rows lose one slot of two.
+_TOO_FEW = 5
 
 Random = Callable[[int, int, torch.dtype, torch.device], Tensor]
 
@@ -25,7 +27,8 @@ def pairs_of_static(dtype: torch.dtype, device: torch.device, random: Random) ->
     payload = random(len(_CHOSEN), slots.width(_HIDDEN, dtype), dtype, device)
     p_MS = random(len(_CHOSEN), 2, torch.float32, device)
     payload[:, _HIDDEN:] = _tail(p_MS).view(dtype)
-    place, found_ends = module.place_rows(payload, slots)
+    place, found_ends = module.place_rows(payload, slots, _CAPACITY)
+    few_places, few_ends = module.place_rows(payload, slots, _TOO_FEW)
     x, p = module.expand_rows(payload, place, _CAPACITY, slots)
     used = len(pairs)
     tokens = torch.tensor([m for m, _ in pairs], device=device)
@@ -39,6 +42,8 @@ def pairs_of_static(dtype: torch.dtype, device: torch.device, random: Random) ->
     results = [
         (place, rows),
         (found_ends, ends),
+        (few_places, torch.where(rows < _TOO_FEW, rows, -1)),
+        (few_ends, ends.clamp(max=_TOO_FEW)),
         (x[:used], wanted_x),
         (p[:used], wanted_p),
         (back[:, :_HIDDEN].float(), sums.float()),

@@ -230,6 +230,8 @@ def _sum_once(
     for group in range(0, groups):
         entries = (token * groups + group) * local + member
         entry = tl.load(chosen + entries, mask=member < local, other=0).to(tl.int32)
+        # Of a block without room for its tokens rows are missing: then nothing is used, and nothing read outside.
+        entry = tl.where(seen + member * 0 < rows, entry, 0)
         wanted = tl.max(entry, 0)
         row = tl.load(row_of_pair + seen, mask=wanted != 0, other=0)
         slot = tl.cumsum(entry, 0) - entry

@@ -3,7 +3,9 @@
 A received row has slots (``ops.payload_once``); ``place`` says for each the row of the experts that it becomes, -1 for
 an empty one, and the filled slots of a row come first. So a received row is read once and written to its experts' rows,
 and what they computed is added up, both by a walk over its slots: rows of the experts' buffers that no slot names are
-neither read nor written. Sums are fp32, by ascending expert, rounded once, without atomics.
+neither read nor written. Where more rows are asked for than the buffers have, the last ones have no place: nothing may
+be used of the step then, but nothing is read or written outside either. Sums are fp32, by ascending expert, rounded
+once, without atomics.
 Shapes: M rows received, S slots, L local experts, C rows of the experts' buffers, H hidden, W payload width.
 """
 
@@ -24,8 +26,11 @@ from fluid_npu.device.kernels.triton_permute import MAX_UNROLLED, sum_of_rows
 from fluid_npu.device.kernels.triton_routing import blocks_of, rows_of_block
 
 
-def place_rows(payload_MW: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
-    """(int32 [M, S]: row of each slot, by expert and then received row, -1 for none; int32 [L]: where each ends)."""
+def place_rows(payload_MW: Tensor, slots: Slots, capacity: int) -> tuple[Tensor, Tensor]:
+    """(int32 [M, S]: row of each slot, by expert and then received row, -1 for none; int32 [L]: where each ends).
+
+    ``capacity``: C; slots whose row would be behind it have none, and no end is behind it.
+    """
     rows, local = payload_MW.shape[0], slots.local
     place_MS = torch.empty(rows, slots.number, dtype=torch.int32, device=payload_MW.device)
     ends_L = torch.empty(local, dtype=torch.int32, device=payload_MW.device)
@@ -35,7 +40,7 @@ def place_rows(payload_MW: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
     width = triton.next_power_of_2(local)
     block, step = blocks_of(rows, width)
     _place[(triton.cdiv(rows, block),)](
-        map_ML.view(torch.uint8), place_MS, ends_L, rows, local,
+        map_ML.view(torch.uint8), place_MS, ends_L, rows, local, capacity,
         EXPERTS=width, SLOTS=slots.number, WIDE=triton.next_power_of_2(slots.number), BLOCK=block, STEP=step,
         num_warps=8,
     )  # fmt: skip
@@ -98,19 +103,21 @@ def _launch_sum(x: Tensor, p: Tensor, place: Tensor, target: Tensor, tail: Tenso
 
 @triton.jit
 def _place(
-    chosen, place, ends, rows, local,
+    chosen, place, ends, rows, local, capacity,
     EXPERTS: tl.constexpr, SLOTS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * BLOCK
     numbers, column = tl.arange(0, EXPERTS), tl.arange(0, WIDE)
     at = (first + tl.arange(0, BLOCK)).to(tl.int64)
     entry, row, before, total = rows_of_block(chosen, first, rows, local, EXPERTS, BLOCK, STEP)
+    # A received row's slots ascend by expert, and so do their rows: the filled ones stay the first without the last.
+    entry = tl.where(row < capacity, entry, 0)
     slot = tl.cumsum(entry, 1) - entry
     tl.store(place + at[:, None] * SLOTS + slot, row, mask=(entry != 0) & (slot < SLOTS))
     free = (column[None, :] >= tl.sum(entry, 1)[:, None]) & (column < SLOTS)[None, :] & (at < rows)[:, None]
     tl.store(place + at[:, None] * SLOTS + column[None, :], tl.full((BLOCK, WIDE), -1, tl.int32), mask=free)
     if tl.program_id(0) == 0:
-        tl.store(ends + numbers, tl.cumsum(total, 0), mask=numbers < local)
+        tl.store(ends + numbers, tl.minimum(tl.cumsum(total, 0), capacity), mask=numbers < local)
 
 
 @triton.jit
