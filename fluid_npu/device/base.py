@@ -6,6 +6,7 @@ A device knows nothing of MoE. The maths of a device is in ``device/kernels``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +44,11 @@ class Device(ABC):
     @abstractmethod
     def synchronize(self) -> None:
         """Wait until all work that was launched has ended."""
+
+    @abstractmethod
+    def aside(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Starts ``work`` behind what was launched so far, beside what is launched next, which waits for it where the
+        returned function is called. Until then tensors that ``work`` uses must live."""
 
     @abstractmethod
     def event(self) -> TimingEvent:
@@ -101,6 +107,9 @@ class AcceleratorEvent:
 class AcceleratorDevice(Device):
     """What CUDA and NPU share: ``_module`` is ``torch.cuda`` or ``torch.npu``, of the same shape."""
 
+    def __init__(self) -> None:
+        self._sides: dict[int, Any] = {}
+
     @property
     @abstractmethod
     def _module(self) -> Any: ...
@@ -113,6 +122,18 @@ class AcceleratorDevice(Device):
 
     def synchronize(self) -> None:
         self._module.synchronize()
+
+    def aside(self, work: Callable[[], None]) -> Callable[[], None]:
+        """On a stream of its own, the same for all calls on a device."""
+        module = self._module
+        number = module.current_device()
+        side = self._sides.get(number)
+        if side is None:
+            side = self._sides[number] = module.Stream()
+        side.wait_stream(module.current_stream())
+        with module.stream(side):
+            work()
+        return lambda: module.current_stream().wait_stream(side)
 
     def event(self) -> TimingEvent:
         return AcceleratorEvent(self._module.Event(enable_timing=True))

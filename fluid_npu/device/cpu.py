@@ -7,6 +7,7 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -44,6 +45,11 @@ class CpuDevice(Device):
 
     def synchronize(self) -> None:
         """Nothing to wait for: CPU operators are synchronous."""
+
+    def aside(self, work: Callable[[], None]) -> Callable[[], None]:
+        """At once: the host computes one thing after the other."""
+        work()
+        return lambda: None
 
     def event(self) -> TimingEvent:
         return HostEvent()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isqrt
@@ -63,6 +63,7 @@ class AgreedRoom:
         self._open = self._told = False
         self._answer: Tensor | None = None
         self._device: Device | None = None
+        self._until_told: Callable[[], None] = _nothing
 
     def observe(self, most: Sequence[int], tokens: Sequence[int], pairs: Sequence[int]) -> None:
         """A dispatch as ever sent so many rows at most to a rank, had so many tokens, and brought so many rows of
@@ -129,19 +130,31 @@ class AgreedRoom:
             yield
         finally:
             self._open = before
+            self._until_told()
+            self._until_told = _nothing
 
     def tell(self, told_CN: Tensor) -> None:
-        """Lets all ranks know what this one sends. Collective; the tensor is used up.
+        """Lets all ranks know what this one sends, beside what follows. Collective; the tensor is used up.
 
         Of each chunk, int32 [C, 1 + P] on its device: whether its blocks are too few, and how many (token, expert) are
         for each rank (``ops.once_bounded``). Summed over ranks they say what each rank gets, and all decide alike.
         The dispatch goes on whatever comes of it: so a rank that replays and one that does not exchange the same.
         """
-        with collective("whether a dispatch has room", self._peers.ranks):
-            dist.all_reduce(told_CN, group=self._peers.group)
-        assert self._answer is not None, "rows were agreed on before they are kept to"
-        self._answer.copy_(told_CN, non_blocking=True)
-        self._told = True
+        answer = self._answer
+        assert answer is not None, "rows were agreed on before they are kept to"
+
+        def reduce() -> None:
+            with collective("whether a dispatch has room", self._peers.ranks):
+                dist.all_reduce(told_CN, group=self._peers.group)
+            answer.copy_(told_CN, non_blocking=True)
+
+        # On the stream of what is computed the dispatch would wait until the slowest rank is here.
+        rejoin = device_of(told_CN).aside(reduce)
+
+        def until_told(_alive: Tensor = told_CN) -> None:
+            rejoin()
+
+        self._until_told, self._told = until_told, True
 
     def ask(self, replay: bool) -> None:
         """Before a forward: the answer of the one before is not this one's. A ``replay`` tells without a call."""
@@ -163,6 +176,10 @@ class AgreedRoom:
                 break
             time.sleep(0)
         return not seen_CN[:, 0].any() and bool((seen_CN[:, 1:].max(1) <= agreed.pairs).all())
+
+
+def _nothing() -> None:
+    """Nobody is being told anything."""
 
 
 def _with_spare(most: int, times: int) -> int:
