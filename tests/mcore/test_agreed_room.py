@@ -43,10 +43,10 @@ def agreed() -> list[Any]:
             found.append(room.rows_for([1000, 2000]))
     room.observe([5], [10 + rank], [5])
     found.append(room.settle(torch.zeros(1)))
-    room.observe([5], [10], [5])
+    room.observe([5] * 3, [10] * 3, [5] * 3)
     room.settle(torch.zeros(1))
     room.ask(True)
-    room.tell(torch.zeros(1, 3, dtype=torch.int32))  # of one chunk now
+    room.tell(torch.zeros(3, 3, dtype=torch.int32))  # of three chunks now
     found.append(room.sufficed())
     return found
 
@@ -59,14 +59,14 @@ def test_all_ranks_keep_to_the_same_rows_and_know_whether_they_suffice(run_ranks
     assert kept.rows == [944, 160], "900 + 30 in units of 16; 140 + 11: only the root at first"
     assert kept.pairs == [2560, 432], "2500 + 50 in units of 16; 400 + 20: of experts, of any rank"
     assert not lacks and not lacks_in_replay, "one rank without room is enough"
-    fits, fits_in_replay, over, over_in_replay, forgotten, *anew, uneven, of_one_chunk = rest
+    fits, fits_in_replay, over, over_in_replay, forgotten, *anew, uneven, of_three_chunks = rest
     assert not over and not over_in_replay, "one row more than the experts of a rank have room for"
     firsts, seconds = zip(*(each.rows for each in anew), strict=True)
     # 400 + 20 and then a 32nd, a 16th, an 8th and a quarter, which is the most; 140 + 11 likewise; in units of 16.
     assert firsts == (432, 448, 480, 528, 528, 528)
     assert seconds == (160, 160, 176, 192, 192, 192)
     assert forgotten is None and uneven == "ranks have different numbers of tokens: rank 0 [10], rank 1 [11]"
-    assert fits and fits_in_replay and of_one_chunk
+    assert fits and fits_in_replay and of_three_chunks
 
 
 def alone() -> str:
