@@ -15,7 +15,7 @@ IMPLS = (
     "ours-once-node",
     *("ours-static", "ours-static-peer", "ours-static-graph", "ours-once-2-chunks", "ours-once-fp8"),
     *("ours-local-first", "ours-once-local-first", "ours-static-local-first", "ours-static-local-first-graph"),
-    *("ours-once-graph", "ours-once-local-first-graph", "ours-once-2-chunks-graph"),
+    *("ours-once-graph", "ours-once-local-first-graph", "ours-once-2-chunks-graph", "ours-once-2-expert-chunks-graph"),
 )
 _ROUNDS, _LONGEST = 20, 4096
 

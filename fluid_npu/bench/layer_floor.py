@@ -12,14 +12,15 @@ import torch
 import torch.distributed as dist
 
 from fluid_npu.comm.transports import CollectiveTransport
+from fluid_npu.mcore.agreed_room import AgreedRoom
 from fluid_npu.mcore.graph_choice import graphed
 from fluid_npu.schedule.graphed import GraphedLayer
 from fluid_npu.schedule.scheduler import BackwardScheduler
 
 #: One object, so that a recording of the floor finds the transport that it was made with.
 _COLLECTIVE = CollectiveTransport()
-#: Recordings of floors, by layer: those of the layer itself have its AllToAlls.
-_FLOORS: weakref.WeakKeyDictionary[Any, GraphedLayer | None] = weakref.WeakKeyDictionary()
+#: Recordings of floors by layer, and the room of their dispatches: those of the layer itself have its AllToAlls.
+_FLOORS: weakref.WeakKeyDictionary[Any, tuple[GraphedLayer | None, AgreedRoom | None]] = weakref.WeakKeyDictionary()
 
 
 class _Done:
@@ -51,7 +52,11 @@ def local_slices(scheduler: BackwardScheduler | None = None, moe: Any = None) ->
         if scheduler is not None:
             stack.enter_context(mock.patch.object(scheduler, "transport", _COLLECTIVE))
         if getattr(moe, "graphed", None) is not None:
+            dispatcher = moe.token_dispatcher
             if moe not in _FLOORS:
-                _FLOORS[moe] = graphed(moe, moe._in_one_piece)
-            stack.enter_context(mock.patch.object(moe, "graphed", _FLOORS[moe]))
+                with mock.patch.object(dispatcher, "room", None):
+                    _FLOORS[moe] = graphed(moe, moe._in_one_piece), dispatcher.room
+            floor, room = _FLOORS[moe]
+            stack.enter_context(mock.patch.object(moe, "graphed", floor))
+            stack.enter_context(mock.patch.object(dispatcher, "room", room))
         yield

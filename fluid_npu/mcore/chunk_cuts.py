@@ -59,8 +59,8 @@ class ChunkCut:
         mine = of_experts_TE[self.tokens]
         if self.whole:
             return mine
-        by_rank = mine.view(mine.shape[0], -1, self.local)
-        return by_rank[:, :, self.experts].reshape(mine.shape[0], -1)
+        by_rank = mine.view(mine.shape[0], mine.shape[1] // self.local, self.local)
+        return by_rank[:, :, self.experts].flatten(1)
 
     def map(self, map_TE: Tensor, ranks: int, own: int) -> Tensor:
         """bool: who chose whom, without experts of ranks that it sends nothing to."""
@@ -94,21 +94,42 @@ def share_experts(cuts: Sequence[ChunkCut]) -> bool:
     return len(cuts) > 1 and any(cut.whole for cut in cuts)
 
 
-def joined(parts: Sequence[Tensor], cuts: Sequence[ChunkCut], ranks: int | None = None) -> Tensor:
-    """``[T, ...]`` from what each chunk gives for its tokens; what local rows give is added at last.
+class Joined:
+    """``[T, ...]`` from what each chunk gives for its tokens, one after the other as they are made.
 
-    Chunks of experts are added up in their order or, with ``ranks``, have columns of their own: ``[T, P * L]``.
+    The first that is of all tokens takes the others, which are added to it in their order. With ``ranks`` these are
+    gradients of probabilities, ``[T, P * L]``, of which chunks of experts have columns of their own.
     """
-    others = [part for part, cut in zip(parts, cuts, strict=True) if not cut.here]
-    if len(others) == 1:
-        whole = others[0]
-    elif all(cut.whole for cut in cuts):
-        whole = torch.cat(others)
-    elif ranks is None:
-        whole = others[0]
-        for part in others[1:]:
-            whole = whole.add_(part)
-    else:
-        tokens = others[0].shape[0]
-        whole = torch.cat([part.view(tokens, ranks, -1) for part in others], dim=2).view(tokens, -1)
-    return whole if len(others) == len(parts) else whole.add_(parts[0])
+
+    def __init__(self, cuts: Sequence[ChunkCut], ranks: int | None = None) -> None:
+        self._cuts, self._ranks, self._next = cuts, ranks, 0
+        alone = not cuts[0].here
+        of_all_tokens = alone and not cuts[0].whole and len(cuts) > 1
+        self._columns = of_all_tokens and ranks is not None
+        #: Whether the first is of all tokens and columns, and the others are added to it.
+        self._adds = not alone or len(cuts) == 1 or (of_all_tokens and ranks is None)
+        self._whole: Tensor | None = None
+
+    def add(self, part: Tensor) -> None:
+        """Takes the next chunk's; its memory is used up."""
+        cut, self._next = self._cuts[self._next], self._next + 1
+        if self._whole is None and self._adds:
+            self._whole = part
+            return
+        if self._whole is None:
+            width = (part.shape[1] * len(self._cuts),) if self._columns else part.shape[1:]
+            self._whole = part.new_empty(self._cuts[-1].tokens.stop, *width)
+        target = self._whole[cut.tokens]
+        if self._ranks is not None:
+            target = target.view(target.shape[0], self._ranks, cut.local)[:, :, cut.experts]
+            part = part.view(target.shape)
+        if self._adds:
+            target.add_(part)
+        else:
+            target.copy_(part)
+
+    @property
+    def whole(self) -> Tensor:
+        """Of all chunks."""
+        assert self._whole is not None and self._next == len(self._cuts), "every chunk gives its part first"
+        return self._whole

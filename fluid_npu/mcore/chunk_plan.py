@@ -19,7 +19,7 @@ from fluid_npu.comm.transports import Table
 from fluid_npu.device import kernels_of
 from fluid_npu.device.kernels.groups import DeviceRows, GroupRows
 from fluid_npu.device.kernels.pieces import PieceRows
-from fluid_npu.mcore.chunk_cuts import ChunkCut, joined
+from fluid_npu.mcore.chunk_cuts import ChunkCut, Joined
 from fluid_npu.mcore.dispatch_plan import ExpertGroups, PlainCounts
 from fluid_npu.mcore.dispatch_rows import PlainRows, RowForm
 from fluid_npu.ops.chunk_rows import chunk_of, experts_by_chunk, experts_own_first, in_chunk_order
@@ -101,9 +101,13 @@ class ChunkedPlan:
         each = [part.sends.pack(hidden, wire) for part in self.chunks]
 
         def gather(landed: Iterable[Tensor]) -> tuple[Tensor | None, ...]:
-            grads = [pack.unload_grad(rows) for pack, rows in zip(each, landed, strict=True)]
-            dx, dprobs = ([grad for grad in grads if grad is not None] for grads in zip(*grads, strict=True))
-            return joined(dx, self._cuts), joined(dprobs, self._cuts, self.ranks)
+            tokens, probs = Joined(self._cuts), Joined(self._cuts, self.ranks)
+            for pack, rows in zip(each, landed, strict=True):
+                dx_TH, dprobs_TE = pack.unload_grad(rows)
+                assert dx_TH is not None and dprobs_TE is not None, "rows sent once per rank have both"
+                tokens.add(dx_TH)
+                probs.add(dprobs_TE)
+            return tokens.whole, probs.whole
 
         return gather
 
@@ -114,9 +118,14 @@ class ChunkedPlan:
             unload = self.whole.merge(shape).unload
             return lambda landed: unload(*landed)[0]
         each = [part.sends.merge(torch.Size((-1, shape[-1]))) for part in self.chunks]
-        return lambda landed: joined(
-            [merge.unload(rows)[0] for merge, rows in zip(each, landed, strict=True)], self._cuts
-        ).view(shape)
+
+        def merge(landed: Iterable[Tensor]) -> Tensor:
+            tokens = Joined(self._cuts)
+            for part, rows in zip(each, landed, strict=True):
+                tokens.add(part.unload(rows)[0])
+            return tokens.whole.view(shape)
+
+        return merge
 
     @property
     def _cuts(self) -> list[ChunkCut]:

@@ -30,10 +30,6 @@ class _WideLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w_NK = ctx.saved_tensors
-        dy_RN = dy.reshape(-1, dy.shape[-1])
-        dx = dw = None
-        if ctx.needs_input_grad[0]:
-            dx = (dy_RN @ w_NK.to(dy.dtype)).to(x.dtype).view(x.shape)
-        if ctx.needs_input_grad[1]:
-            dw = (dy_RN.t() @ x.reshape(-1, x.shape[-1]).to(dy.dtype)).to(w_NK.dtype)
-        return dx, dw, None
+        rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        dx, dw = kernels_of(x).wide_mm_backward(*rows, w_NK, ctx.needs_input_grad[:2])
+        return dx if dx is None else dx.view(x.shape), dw, None

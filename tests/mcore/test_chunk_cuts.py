@@ -7,7 +7,7 @@ import torch
 
 from fluid_npu.device.kernels.groups import DeviceRows
 from fluid_npu.mcore.chunk_choice import check_chunks_of, choose_chunks_of
-from fluid_npu.mcore.chunk_cuts import joined, make_cuts, share_experts
+from fluid_npu.mcore.chunk_cuts import Joined, make_cuts, share_experts
 from fluid_npu.mcore.dispatch_choice import extra_rows_of_chunks
 
 TOKENS, RANKS, LOCAL = 10, 2, 4
@@ -31,14 +31,18 @@ def test_every_choice_of_a_token_is_in_one_chunk(axis: str, local_first: bool) -
 
 
 @pytest.mark.parametrize("axis", ["tokens", "experts"])
-def test_what_chunks_give_is_put_where_it_was_cut_from(axis: str) -> None:
-    probs_TE = torch.rand(TOKENS, RANKS * LOCAL)
-    cuts = make_cuts(TOKENS, LOCAL, 2, axis, local_first=True)
-    parts = [torch.zeros_like(probs_TE), *(cut.columns(probs_TE) for cut in cuts[1:])]
-    assert torch.equal(joined(parts, cuts, RANKS), probs_TE)
-    x_TH = torch.rand(TOKENS, 3)
-    rows = [x_TH.clone(), *(x_TH[cut.tokens].clone() for cut in cuts[1:])]
-    torch.testing.assert_close(joined(rows, cuts), x_TH * (2 if axis == "tokens" else 3))
+@pytest.mark.parametrize("local_first", [False, True])
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_what_chunks_give_is_put_where_it_was_cut_from(axis: str, local_first: bool, chunks: int) -> None:
+    probs_TE, x_TH = torch.rand(TOKENS, RANKS * LOCAL), torch.rand(TOKENS, 3)
+    cuts = make_cuts(TOKENS, LOCAL, chunks, axis, local_first)
+    probs, tokens = Joined(cuts, RANKS), Joined(cuts)
+    for cut in cuts:
+        probs.add(torch.zeros_like(probs_TE) if cut.here else cut.columns(probs_TE).clone())
+        tokens.add(x_TH[cut.tokens].clone())
+    assert torch.equal(probs.whole, probs_TE)
+    times = local_first + (chunks if axis == "experts" else 1)
+    torch.testing.assert_close(tokens.whole, x_TH * times)
 
 
 def test_rows_of_some_groups_are_known_among_all_of_them() -> None:

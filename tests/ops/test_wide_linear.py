@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fluid_npu.device.kernels.gemm_forms import bf16_terms
 from fluid_npu.ops.wide_linear import wide_linear
 from tests.support.device import here
 
@@ -40,10 +41,23 @@ def test_only_what_is_wanted_gets_a_gradient():
     assert x.grad is None and w.grad is not None and w.grad.shape == (4, 16)
 
 
+def test_three_numbers_of_bf16_add_up_to_one_of_fp32():
+    x = torch.randn(50, 40, generator=torch.Generator().manual_seed(3)) * torch.logspace(-20, 20, 40)
+    terms = bf16_terms(x)
+    assert terms.shape == (50, 3, 40) and torch.equal(terms.double().sum(1).float(), x)
+    assert not torch.equal(terms[:, :2].double().sum(1).float(), x)
+
+
 @pytest.mark.cuda
 def test_on_a_gpu_it_is_as_near_to_float64_as_casts_are():
     torch.manual_seed(0)
-    x, w = torch.randn(64, 512).bfloat16(), torch.randn(8, 512).bfloat16()
+    x, w, dy = torch.randn(64, 512).bfloat16(), torch.randn(8, 512).bfloat16(), torch.randn(64, 8)
     wanted = x.double() @ w.double().t()
-    got = wide_linear(x.cuda(), w.cuda(), torch.float32).cpu()
-    assert got.dtype == torch.float32 and float((got - wanted).abs().max() / wanted.abs().max()) <= 1e-6
+    leaves = [x.cuda().requires_grad_(), w.cuda().requires_grad_()]
+    got = wide_linear(*leaves, torch.float32)
+    assert got.dtype == torch.float32 and float((got.cpu() - wanted).abs().max() / wanted.abs().max()) <= 1e-6
+    got.backward(dy.cuda())
+    for leaf, exact in zip(leaves, (dy.double() @ w.double(), dy.double().t() @ x.double()), strict=True):
+        # Rounded once to bf16: half of the last place, and what fp32 may move over its edge.
+        assert leaf.grad is not None and leaf.grad.dtype == torch.bfloat16
+        torch.testing.assert_close(leaf.grad.cpu().double(), exact, rtol=2**-8 * 1.001, atol=1e-5)

@@ -127,6 +127,15 @@ class Kernels(ABC):
         """[R, N]: x w^T with products and sums in ``dtype``, which is wider than theirs."""
 
     @abstractmethod
+    def wide_mm_backward(
+        self, dy_RN: Tensor, x_RK: Tensor, w_NK: Tensor, wanted: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(dy w in the dtype of x, dy^T x in that of w) with products and sums in the dtype of dy, which is wider.
+
+        Of each None unless ``wanted``.
+        """
+
+    @abstractmethod
     def permute(self, x_TH: Tensor, layout: RowLayout) -> Tensor:
         """[N, H]: the token of each row."""
 

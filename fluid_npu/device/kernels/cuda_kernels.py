@@ -12,7 +12,7 @@ from fluid_npu.device.kernels.activations import SWIGLU, ActivationProbs
 from fluid_npu.device.kernels.base import OnceKernels, RowLayout, StaticKernels
 from fluid_npu.device.kernels.beside import is_beside
 from fluid_npu.device.kernels.gemm_chooser import GemmChooser
-from fluid_npu.device.kernels.gemm_forms import GemmCall, add_product_, call_of_pieces, fuses_wide_mm
+from fluid_npu.device.kernels.gemm_forms import GemmCall, add_product_, bf16_terms, call_of_pieces, fuses_wide_mm
 from fluid_npu.device.kernels.groups import DeviceRows, Groups
 from fluid_npu.device.kernels.known_rows import ExpertKernels, KnownRows
 from fluid_npu.device.kernels.pieces import DWPart, PieceRows
@@ -98,6 +98,22 @@ class CudaKernels(TorchKernels):
             return super().wide_mm(x_RK, w_NK, dtype)
         # Products of bf16 are exact in fp32, and tensor cores add them up in fp32.
         return torch.mm(x_RK, w_NK.t(), out_dtype=torch.float32)
+
+    def wide_mm_backward(
+        self, dy_RN: Tensor, x_RK: Tensor, w_NK: Tensor, wanted: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """As ``wide_mm``: fp32 is the sum of three bf16, so three products of bf16 stand for one of fp32."""
+        half = x_RK.dtype
+        if dy_RN.dtype != torch.float32 or half != torch.bfloat16 or w_NK.dtype != half:
+            return super().wide_mm_backward(dy_RN, x_RK, w_NK, wanted)
+        if not fuses_wide_mm(half).value:
+            return super().wide_mm_backward(dy_RN, x_RK, w_NK, wanted)
+        terms_R3N = bf16_terms(dy_RN).view(dy_RN.shape[0], -1)
+        dx = torch.mm(terms_R3N, w_NK.repeat(3, 1)) if wanted[0] else None
+        if not wanted[1]:
+            return dx, None
+        dw_3NK = torch.mm(terms_R3N.t(), x_RK, out_dtype=torch.float32).view(3, *w_NK.shape)
+        return dx, dw_3NK.sum(0).to(half)
 
     def permute(self, x_TH: Tensor, layout: RowLayout) -> Tensor:
         return gather(x_TH, layout) if self._rows.takes("permute", x_TH) else super().permute(x_TH, layout)

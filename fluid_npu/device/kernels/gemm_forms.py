@@ -354,6 +354,20 @@ def fuses_wide_mm(dtype: torch.dtype) -> Choice[bool]:
     return Choice(False, f"torch {torch.__version__} has no mm with out_dtype (2.8 has)")
 
 
+def bf16_terms(x: Tensor) -> Tensor:
+    """``[R, 3, N]``: bf16 numbers that add up to fp32 ``[R, N]``, 8 of its 24 bits each, the largest first.
+
+    Of an infinite number the second is no number.
+    """
+    terms = torch.empty(x.shape[0], 3, x.shape[1], dtype=torch.bfloat16, device=x.device)
+    rest = x
+    for number in range(3):
+        terms[:, number] = rest
+        if number < 2:
+            rest = rest - terms[:, number]
+    return terms
+
+
 def _row_blocks(module: Any, call: GemmCall, ends: Tensor, bm: int) -> Tensor:
     """The table of row blocks, made once for the grouped matmuls over the same groups."""
     blocks = -(-call.a.shape[0] // bm) + len(call.counts)

@@ -57,6 +57,12 @@ class TorchKernels(Kernels):
         else:
             main_grad_NK.add_(dy_RN.t() @ x_RK)
 
+    def wide_mm_backward(
+        self, dy_RN: Tensor, x_RK: Tensor, w_NK: Tensor, wanted: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        dx = (dy_RN @ w_NK.to(dy_RN.dtype)).to(x_RK.dtype) if wanted[0] else None
+        return dx, (dy_RN.t() @ x_RK.to(dy_RN.dtype)).to(w_NK.dtype) if wanted[1] else None
+
     def wide_mm(self, x_RK: Tensor, w_NK: Tensor, dtype: torch.dtype) -> Tensor:
         return F.linear(x_RK.to(dtype), w_NK.to(dtype))
 
