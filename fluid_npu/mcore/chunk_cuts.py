@@ -60,7 +60,7 @@ class ChunkCut:
         if self.whole:
             return mine
         by_rank = mine.view(mine.shape[0], mine.shape[1] // self.local, self.local)
-        return by_rank[:, :, self.experts].flatten(1)
+        return by_rank[:, :, self.experts].flatten(1).contiguous()
 
     def map(self, map_TE: Tensor, ranks: int, own: int) -> Tensor:
         """bool: who chose whom, without experts of ranks that it sends nothing to."""
