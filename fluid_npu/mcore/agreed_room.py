@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import isqrt
+from math import ceil, sqrt
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,8 @@ from fluid_npu.mcore.store_round import answers_of_all
 
 #: Rows of a block go in units.
 _UNIT = 16
+#: Spare rows at the first agreement, in standard deviations.
+_DEVIATIONS = 2.5
 #: Spare rows at the second agreement, as one part in so many, and at most: each agreement after it doubles them.
 _FIRST_SPARE, _MOST_SPARE = 32, 4
 _UNKNOWN = -1
@@ -40,8 +43,8 @@ _SPIN_S, _TIMEOUT_S = 0.05, 300.0
 class AgreedRows:
     """What a dispatch keeps to, of each chunk."""
 
-    rows: list[int]
-    """Of a block, which goes from a rank to another."""
+    rows: list[list[list[int]]]
+    """``[C][P][P]``: of the block from each rank to each."""
     pairs: list[int]
     """Of experts on a rank, one for each (token, expert) that it gets; perhaps more than all blocks can ask for."""
 
@@ -56,7 +59,7 @@ class AgreedRoom:
     def __init__(self, peers: Peers) -> None:
         self._peers = peers
         self._agreed: AgreedRows | None = None
-        self._most: list[int] = []
+        self._most: list[list[int]] = []
         self._pairs: list[int] = []
         self._tokens: list[int] = []
         self._times = 0
@@ -65,12 +68,15 @@ class AgreedRoom:
         self._device: Device | None = None
         self._until_told: Callable[[], None] = _nothing
 
-    def observe(self, most: Sequence[int], tokens: Sequence[int], pairs: Sequence[int]) -> None:
-        """A dispatch as ever sent so many rows at most to a rank, had so many tokens, and brought so many rows of
-        experts here; of each chunk."""
+    def observe(self, sent: Sequence[Sequence[int]], tokens: Sequence[int], pairs: Sequence[int]) -> None:
+        """A dispatch as ever sent so many rows to each rank, had so many tokens, and brought so many rows of experts
+        here; of each chunk."""
         if self._tokens != list(tokens) or not self._most:
-            self._most, self._tokens, self._pairs = list(most), list(tokens), list(pairs)
-        self._most = [max(seen) for seen in zip(self._most, most, strict=True)]
+            self._most, self._tokens, self._pairs = [list(rows) for rows in sent], list(tokens), list(pairs)
+        self._most = [
+            [max(seen) for seen in zip(before, rows, strict=True)]
+            for before, rows in zip(self._most, sent, strict=True)
+        ]
         self._pairs = [max(seen) for seen in zip(self._pairs, pairs, strict=True)]
 
     def settle(self, x: Tensor) -> str:
@@ -82,17 +88,19 @@ class AgreedRoom:
         tokens = {rank: of_rank["tokens"] for rank, of_rank in told.items()}
         if any(of_rank != self._tokens for of_rank in tokens.values()):
             return f"ranks have different numbers of tokens: {', '.join(f'rank {r} {t}' for r, t in tokens.items())}"
-        most, pairs = (
-            [max(of_chunk) for of_chunk in zip(*(of_rank[what] for of_rank in told.values()), strict=True)]
-            for what in ("most", "pairs")
-        )
-        spared = [_with_spare(rows, self._times) for rows in most]
-        rows = [min(known) for known in zip(spared, self._tokens, strict=True)]
-        self._agreed = agreed = AgreedRows(rows, [_with_spare(number, self._times) for number in pairs])
+        most_CPP = [[of_rank["most"][chunk] for of_rank in told.values()] for chunk in range(len(self._tokens))]
+        rows = [
+            [[_with_spare(most, self._times, of) for most in of_rank] for of_rank in most_PP]
+            for most_PP, of in zip(most_CPP, self._tokens, strict=True)
+        ]
+        pairs = [max(seen) for seen in zip(*(of_rank["pairs"] for of_rank in told.values()), strict=True)]
+        self._agreed = AgreedRows(rows, [_with_spare(number, self._times) for number in pairs])
         self._times += 1
-        for what, room, seen in (("rows to a rank", agreed.rows, most), ("rows of experts", agreed.pairs, pairs)):
-            said = ", ".join(f"{one} for at most {of_calls} so far" for one, of_calls in zip(room, seen, strict=True))
-            Choice(room, f"agreed by the ranks: {said}").announce(f"{what} in a recorded dispatch")
+        sent = [(_most_of(room), _most_of(seen)) for room, seen in zip(rows, most_CPP, strict=True)]
+        brought = list(zip(self._agreed.pairs, pairs, strict=True))
+        for what, sizes in (("rows to a rank", sent), ("rows of experts", brought)):
+            said = ", ".join(f"{room} for at most {seen} so far" for room, seen in sizes)
+            Choice([room for room, _ in sizes], f"agreed by the ranks: {said}").announce(f"{what} when recorded")
         self._most = []  # the next agreement is on what comes from now on, such as steps without enough room
         shape = len(rows), 1 + len(self._peers.ranks)
         if self._answer is None or self._answer.shape != shape:
@@ -101,7 +109,7 @@ class AgreedRoom:
             self._answer = self._device.on_host(torch.full(shape, _UNKNOWN, dtype=torch.int32))
         return ""
 
-    def _told_by_all(self) -> dict[int, dict[str, list[int]]]:
+    def _told_by_all(self) -> dict[int, dict[str, Any]]:
         """Most rows, tokens and rows of experts of each chunk, of each rank."""
         mine = json.dumps({"most": self._most, "tokens": self._tokens, "pairs": self._pairs})
         answers = answers_of_all(self._peers, "room", mine, _TIMEOUT_S)
@@ -182,14 +190,20 @@ def _nothing() -> None:
     """Nobody is being told anything."""
 
 
-def _with_spare(most: int, times: int) -> int:
-    """Rows to have room for where ``most`` were seen, after so many agreements.
+def _most_of(rows_PP: Sequence[Sequence[int]]) -> int:
+    return max(map(max, rows_PP))
+
+
+def _with_spare(most: int, times: int, of: int | None = None) -> int:
+    """Rows to have room for where ``most`` were seen, ``of`` so many that there can be, after so many agreements.
 
     Spare rows are sent in every step, and a step without room costs about one launched by the host, so there are few.
-    A first agreement is on the most of several steps and of all pairs of ranks, which lies above what is usual already:
-    it adds what even random routing varies by, at most the root of the rows. A thirty-second besides was 3 % of each
-    step that waits for its link, on H200, mostly for nothing. Later agreements come after steps that lacked room: they
-    add a part of the rows that grows where the routing goes on to vary more.
+    A first agreement is on the most of several steps: it adds what even random routing varies by, two and a half
+    standard deviations of a binomial number, sqrt(n p (1 - p)). A thirty-second besides was 3 % of each step that waits
+    for its link, on H200, mostly for nothing. Later agreements come after steps that lacked room: they add a part of
+    the rows that grows where the routing goes on to vary more.
     """
+    varies = sqrt(most * (1 - most / of)) if of else sqrt(most)
     part = min(2 ** (times - 1) / _FIRST_SPARE, 1 / _MOST_SPARE) if times else 0.0
-    return -(-(most + isqrt(most) + int(most * part)) // _UNIT) * _UNIT
+    room = max(_UNIT, -(-(most + ceil(_DEVIATIONS * varies) + int(most * part)) // _UNIT) * _UNIT)
+    return room if of is None else min(room, of)

@@ -34,18 +34,19 @@ def make_bounded_plan(
     map_TE: Tensor, topk: int, tokens_shape: torch.Size, groups: ExpertGroups, agreed: AgreedRows
 ) -> tuple[DispatchPlan, Tensor]:
     """(The plan for a bool map, of one chunk; what ranks are told, int32 [1, 1 + P]: ``bounded_groups``)."""
-    ranks, pairs, (rows,), (room,) = groups.ep_size, map_TE.shape[0] * topk, agreed.rows, agreed.pairs
-    layout, told = bounded_groups(map_TE, topk, [rows] * ranks)
-    sends, splits = _sends(layout, ranks * rows, room, pairs), [rows] * ranks
+    ranks, pairs, (table,), (room,) = groups.ep_size, map_TE.shape[0] * topk, agreed.rows, agreed.pairs
+    sent, received = table[groups.ep_rank], [from_rank[groups.ep_rank] for from_rank in table]
+    layout, told = bounded_groups(map_TE, topk, sent)
+    sends = _sends(layout, sum(received), room, pairs)
     plan = DispatchPlan(
         rows=sends,
         tokens_shape=tokens_shape,
-        input_splits=splits,
-        output_splits=splits,
-        gather_splits=[ranks * rows],
+        input_splits=sent,
+        output_splits=received,
+        gather_splits=[sum(received)],
         tokens_per_expert=sends.arrival.experts,
         plain=PlainCounts.of_even_routing(pairs, ranks),
-        table=[splits] * ranks,
+        table=table,
     )
     return plan, told.unsqueeze(0)
 
@@ -71,22 +72,25 @@ def make_bounded_chunked_plan(
     ranks, own = groups.ep_size, groups.ep_rank
     told = torch.empty(len(cuts), 1 + ranks, dtype=torch.int32, device=map_TE.device)
     plans, arriving, start = [], [], 0
-    for cut, each, of_experts, told_N in zip(cuts, agreed.rows, agreed.pairs, told, strict=True):
-        sends_to = [[cut.sends_to(target, source) for target in range(ranks)] for source in range(ranks)]
-        table = [[each if sent else 0 for sent in from_rank] for from_rank in sends_to]
-        room = [each if sent else None for sent in sends_to[own]]
+    for cut, rows_PP, of_experts, told_N in zip(cuts, agreed.rows, agreed.pairs, told, strict=True):
+        table = [
+            [rows if cut.sends_to(target, source) else 0 for target, rows in enumerate(from_rank)]
+            for source, from_rank in enumerate(rows_PP)
+        ]
+        room = [rows if cut.sends_to(target, own) else None for target, rows in enumerate(rows_PP[own])]
         layout, _ = bounded_groups(cut.columns(map_TE), topk, room, told=told_N)
-        received, pairs = sum(table[own]), cut.num_tokens * topk * cut.num_experts // cut.local
+        sent, received = table[own], [from_rank[own] for from_rank in table]
+        pairs = cut.num_tokens * topk * cut.num_experts // cut.local
         share = 1.0 if cut.here is None else 1 / ranks if cut.here else 1 - 1 / ranks
-        sends = _sends(layout, received, of_experts, ceil(pairs * share))
+        sends = _sends(layout, sum(received), of_experts, ceil(pairs * share))
         arriving.append(sends.arrival.experts.among(cut.experts.start, cut.local))
         plans.append(
             ChunkPlan(
-                rows=slice(start, start + received),
+                rows=slice(start, start + sum(sent)),
                 experts=cut.experts,
                 sends=sends,
-                input_splits=[] if cut.here else table[own],
-                output_splits=[] if cut.here else table[own],
+                input_splits=[] if cut.here else sent,
+                output_splits=[] if cut.here else received,
                 tokens_per_expert=sends.arrival.experts,
                 table=None if cut.here else table,
                 plain=None if cut.here else PlainCounts.of_even_routing(pairs, ranks),
@@ -94,7 +98,7 @@ def make_bounded_chunked_plan(
                 here=bool(cut.here),
             )
         )
-        start += received
+        start += sum(sent)
     shared = PieceRows(arriving) if share_experts(cuts) else None
     plan = ChunkedPlan(tokens_shape=tokens_shape, whole=None, chunks=plans, shared=shared, ranks=ranks)
     return plan, told

@@ -212,7 +212,7 @@ class FluidTokenDispatcher(MoETokenDispatcher):
             layout = layout_of(int(host_PC[:, 0].sum()))
         made = make_once_plan(layout, tokens_shape, host_PC, told, self.groups)
         if room is not None:
-            room.observe([int(host_PC[:, 0].max())], tokens, [_on_host(made.tokens_per_expert)])
+            room.observe([host_PC[:, 0].tolist()], tokens, [_on_host(made.tokens_per_expert)])
         return made
 
     def _plan_node(self, routing_map_TE: Tensor, tokens_shape: torch.Size) -> DispatchPlan:
@@ -258,7 +258,7 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         plan = make_once_chunked_plan(layouts, cuts, tokens_shape, host_PCN, told, self.groups)
         if room is not None:
             pairs = [_on_host(chunk.tokens_per_expert) for chunk in plan.chunks]
-            room.observe(host_PCN[:, :, 0].amax(0).tolist(), sizes, pairs)
+            room.observe(host_PCN[:, :, 0].t().tolist(), sizes, pairs)
         return plan
 
     @property

@@ -18,8 +18,8 @@ def agreed() -> list[Any]:
 
     room, rank = AgreedRoom(Peers.of(dist.group.WORLD)), dist.get_rank()
     found: list[Any] = []
-    room.observe([900 if rank else 400, 100], [1000, 2000], [2500, 10])
-    room.observe([300, 100 if rank else 140], [1000, 2000], [100, 10 if rank else 400])
+    room.observe([[900, 0] if rank else [400, 990], [100, 7]], [1000, 2000], [2500, 10])
+    room.observe([[300, 0], [100 if rank else 140, 3]], [1000, 2000], [100, 10 if rank else 400])
     found.append(room.settle(torch.zeros(1)))
     found.append(room.rows_for([1000, 2000]))  # nothing is kept to yet
     with room.kept_to():
@@ -27,7 +27,7 @@ def agreed() -> list[Any]:
     found.append(room.sufficed())  # nothing kept to it yet
     blocks = [[0, 0, 0], [int(rank == 1), 0, 0]]
     # What rank 1 receives in the second chunk is as much as there is room for, and then one more.
-    full, over = ([[0, 1280, 1280], [0, 0, 216 + rank * more]] for more in (0, 1))
+    full, over = ([[0, 1320, 1320], [0, 0, 232 + rank * more]] for more in (0, 1))
     for numbers in (blocks, full, over):
         for replay in (False, True):
             room.ask(replay)
@@ -37,13 +37,13 @@ def agreed() -> list[Any]:
     with room.kept_to():
         found.append(room.rows_for([1000, 2000]))
     for _ in range(6):
-        room.observe([400, 140], [1000, 2000], [800, 80])
+        room.observe([[400, 400], [140, 140]], [1000, 2000], [800, 80])
         room.settle(torch.zeros(1))
         with room.kept_to():
             found.append(room.rows_for([1000, 2000]))
-    room.observe([5], [10 + rank], [5])
+    room.observe([[5, 5]], [10 + rank], [5])
     found.append(room.settle(torch.zeros(1)))
-    room.observe([5] * 3, [10] * 3, [5] * 3)
+    room.observe([[5, 5]] * 3, [10] * 3, [5] * 3)
     room.settle(torch.zeros(1))
     room.ask(True)
     room.tell(torch.zeros(3, 3, dtype=torch.int32))  # of three chunks now
@@ -56,15 +56,17 @@ def test_all_ranks_keep_to_the_same_rows_and_know_whether_they_suffice(run_ranks
     assert first == second
     failed, before, kept, of_other_tokens, unasked, lacks, lacks_in_replay, *rest = first
     assert failed == "" and before is None and of_other_tokens is None and unasked
-    assert kept.rows == [944, 160], "900 + 30 in units of 16; 140 + 11: only the root at first"
-    assert kept.pairs == [2560, 432], "2500 + 50 in units of 16; 400 + 20: of experts, of any rank"
+    # 400 + 2.5 * 15.5 in units of 16; 990 + 2.5 * 3.1, of 1,000; 900 + 2.5 * 9.5; no fewer than a unit.
+    assert kept.rows[0] == [[448, 1000], [928, 16]]
+    assert kept.rows[1] == [[176, 16], [128, 16]], "140 + 2.5 * 11.4; 100 + 2.5 * 9.7; 7 + 2.5 * 2.6"
+    assert kept.pairs == [2640, 464], "2500 + 125 in units of 16; 400 + 50: of experts, of any rank"
     assert not lacks and not lacks_in_replay, "one rank without room is enough"
     fits, fits_in_replay, over, over_in_replay, forgotten, *anew, uneven, of_three_chunks = rest
     assert not over and not over_in_replay, "one row more than the experts of a rank have room for"
-    firsts, seconds = zip(*(each.rows for each in anew), strict=True)
-    # 400 + 20 and then a 32nd, a 16th, an 8th and a quarter, which is the most; 140 + 11 likewise; in units of 16.
-    assert firsts == (432, 448, 480, 528, 528, 528)
-    assert seconds == (160, 160, 176, 192, 192, 192)
+    firsts, seconds = zip(*((each.rows[0][0][1], each.rows[1][1][0]) for each in anew), strict=True)
+    # 400 + 39 and then a 32nd, a 16th, an 8th and a quarter, which is the most; 140 + 29 likewise; in units of 16.
+    assert firsts == (464, 464, 496, 544, 544, 544)
+    assert seconds == (176, 192, 192, 208, 208, 208)
     assert forgotten is None and uneven == "ranks have different numbers of tokens: rank 0 [10], rank 1 [11]"
     assert fits and fits_in_replay and of_three_chunks
 
@@ -77,7 +79,7 @@ def alone() -> str:
 
     agreed_room._TIMEOUT_S = 0.2
     room = agreed_room.AgreedRoom(Peers.of(dist.group.WORLD))
-    room.observe([5], [10], [5])
+    room.observe([[5, 5]], [10], [5])
     if dist.get_rank() == 0:
         try:
             room.settle(torch.zeros(1))

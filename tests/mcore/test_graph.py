@@ -74,7 +74,7 @@ def with_little_room(spare: int) -> list[tuple[list[str], list[int], list[str]]]
     from fluid_npu.device import choice
     from fluid_npu.mcore import agreed_room
 
-    agreed_room._with_spare = lambda most, times: most + spare  # type: ignore[attr-defined]
+    agreed_room._with_spare = lambda most, times, of=10**6: max(0, min(most + spare, of))  # type: ignore[attr-defined]
     found = []
     for case in TIGHT:
         choice._announced.clear()
@@ -113,8 +113,8 @@ def with_little_room_for_experts() -> list[tuple[list[str], list[int], list[tupl
     room, seen = agreed_room.AgreedRoom, list[tuple[bool, bool]]()
     observe, sufficed = room.observe, room.sufficed
 
-    def with_blocks_for_all(self: Any, most: Any, tokens: Any, pairs: Any) -> None:
-        observe(self, tokens, tokens, pairs)
+    def with_blocks_for_all(self: Any, sent: Any, tokens: Any, pairs: Any) -> None:
+        observe(self, [[of] * len(rows) for of, rows in zip(tokens, sent, strict=True)], tokens, pairs)
 
     def noted(self: Any) -> bool:
         enough = sufficed(self)
@@ -122,7 +122,7 @@ def with_little_room_for_experts() -> list[tuple[list[str], list[int], list[tupl
             seen.append((not self._answer[:, 0].any(), enough))
         return enough
 
-    agreed_room._with_spare = lambda most, times: most + 2  # type: ignore[attr-defined]
+    agreed_room._with_spare = lambda most, times, of=10**6: min(most + 2, of)  # type: ignore[attr-defined]
     room.observe, room.sufficed = with_blocks_for_all, noted  # type: ignore[method-assign]
     found = []
     for case in TIGHT:
@@ -161,7 +161,7 @@ def logged_losses() -> tuple[list[float], list[float], int]:
                 log.copy_(old)
             return made
 
-    agreed_room._with_spare = lambda most, times: most + 2  # type: ignore[attr-defined]
+    agreed_room._with_spare = lambda most, times, of=10**6: min(most + 2, of)  # type: ignore[attr-defined]
     logs: list[list[float]] = []
     replays: list[int] = []
     for graph in (False, True):
