@@ -32,7 +32,7 @@ from fluid_npu.mcore.store_round import answers_of_all
 #: Rows of a block go in units.
 _UNIT = 16
 #: Spare rows at the first agreement, in standard deviations.
-_DEVIATIONS = 2.5
+_DEVIATIONS = 3.0
 #: Spare rows at the second agreement, as one part in so many, and at most: each agreement after it doubles them.
 _FIRST_SPARE, _MOST_SPARE = 32, 4
 _UNKNOWN = -1
@@ -90,7 +90,7 @@ class AgreedRoom:
             return f"ranks have different numbers of tokens: {', '.join(f'rank {r} {t}' for r, t in tokens.items())}"
         most_CPP = [[of_rank["most"][chunk] for of_rank in told.values()] for chunk in range(len(self._tokens))]
         rows = [
-            [[_with_spare(most, self._times, of) for most in of_rank] for of_rank in most_PP]
+            [[_with_spare(most, self._times, of) for most in of_rank] for of_rank in _at_least_usual(most_PP)]
             for most_PP, of in zip(most_CPP, self._tokens, strict=True)
         ]
         pairs = [max(seen) for seen in zip(*(of_rank["pairs"] for of_rank in told.values()), strict=True)]
@@ -194,14 +194,24 @@ def _most_of(rows_PP: Sequence[Sequence[int]]) -> int:
     return max(map(max, rows_PP))
 
 
+def _at_least_usual(most_PP: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The same, but no fewer than the mean of those that are not 0.
+
+    A few calls say much about what is usual for all pairs of ranks together, and little about a single one.
+    """
+    sent = [most for of_rank in most_PP for most in of_rank if most]
+    usual = ceil(sum(sent) / len(sent)) if sent else 0
+    return [[max(most, usual) if most else 0 for most in of_rank] for of_rank in most_PP]
+
+
 def _with_spare(most: int, times: int, of: int | None = None) -> int:
     """Rows to have room for where ``most`` were seen, ``of`` so many that there can be, after so many agreements.
 
     Spare rows are sent in every step, and a step without room costs about one launched by the host, so there are few.
-    A first agreement is on the most of several steps: it adds what even random routing varies by, two and a half
-    standard deviations of a binomial number, sqrt(n p (1 - p)). A thirty-second besides was 3 % of each step that waits
-    for its link, on H200, mostly for nothing. Later agreements come after steps that lacked room: they add a part of
-    the rows that grows where the routing goes on to vary more.
+    A first agreement is on the most of several steps: it adds three standard deviations of a binomial number,
+    sqrt(n p (1 - p)), which even random routing varies by: one step in some hundreds lacks room then. A thirty-second
+    besides was 3 % of each step that waits for its link, on H200, mostly for nothing. Later agreements come after steps
+    that lacked room: they add a part of the rows that grows where the routing goes on to vary more.
     """
     varies = sqrt(most * (1 - most / of)) if of else sqrt(most)
     part = min(2 ** (times - 1) / _FIRST_SPARE, 1 / _MOST_SPARE) if times else 0.0

@@ -16,6 +16,7 @@ room sufficed; where it did not, what the forward changed is put back and the la
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
@@ -34,8 +35,9 @@ WARM_UP = 3
 _IN_ROOM = 2
 #: Calls before any layer is recorded, with room or not.
 MOST_WARM_UP = WARM_UP + _IN_ROOM - 1
-#: So many replays without enough room, and the layer is recorded anew.
-_TOO_OFTEN = 3
+#: So many of the last so many replays without enough room, and the layer is recorded anew: a few cost less than the
+#: spare rows that would have spared them.
+_TOO_OFTEN, _OF_LAST = 3, 100
 
 #: The parts of a signature, for messages.
 _GIVEN = (
@@ -99,7 +101,8 @@ class GraphedLayer:
         self._make_recorder, self._name, self._outside = recorder, name, outside
         self._warm_up = warm_up + (0 if room is None else _IN_ROOM - 1)
         self._agree, self._room = agree, room
-        self._without_room = 0
+        self._replays = 0
+        self._without_room: deque[int] = deque(maxlen=_TOO_OFTEN)
         self._recording: _Recording | None = None
         self._signature: Any = None
         self._calls = 0
@@ -125,6 +128,7 @@ class GraphedLayer:
             if not reason:
                 recording = self._recording
                 assert recording is not None, "recorded just now, or before"
+                self._replays += 1
                 if recording.forward(x):
                     return _Replay.apply(recording, x, *recording.parameters)
                 reason, lacks_room = self._lacked_room(), True
@@ -154,15 +158,17 @@ class GraphedLayer:
 
     def _lacked_room(self) -> str:
         """Why the call runs as ever; the same on all ranks."""
-        self._without_room += 1
-        if self._without_room == _TOO_OFTEN:
-            Choice("anew", f"{_TOO_OFTEN} steps needed more room than was recorded").announce(f"graph of {self._name}")
+        self._without_room.append(self._replays)
+        if len(self._without_room) == _TOO_OFTEN and self._replays - self._without_room[0] < _OF_LAST:
+            reason = f"{_TOO_OFTEN} of the last {_OF_LAST} steps needed more room than was recorded"
+            Choice("anew", reason).announce(f"graph of {self._name}")
             self._forget()
         return "some rank has more rows for another than there is room for in what was recorded"
 
     def _forget(self) -> None:
         """Nothing is recorded, and the warm-up begins again."""
-        self._recording, self._signature, self._without_room = None, None, 0
+        self._recording, self._signature = None, None
+        self._without_room.clear()
         if self._room is not None:
             self._room.forget()
 

@@ -27,7 +27,7 @@ def agreed() -> list[Any]:
     found.append(room.sufficed())  # nothing kept to it yet
     blocks = [[0, 0, 0], [int(rank == 1), 0, 0]]
     # What rank 1 receives in the second chunk is as much as there is room for, and then one more.
-    full, over = ([[0, 1320, 1320], [0, 0, 232 + rank * more]] for more in (0, 1))
+    full, over = ([[0, 1328, 1328], [0, 0, 232 + rank * more]] for more in (0, 1))
     for numbers in (blocks, full, over):
         for replay in (False, True):
             room.ask(replay)
@@ -56,17 +56,17 @@ def test_all_ranks_keep_to_the_same_rows_and_know_whether_they_suffice(run_ranks
     assert first == second
     failed, before, kept, of_other_tokens, unasked, lacks, lacks_in_replay, *rest = first
     assert failed == "" and before is None and of_other_tokens is None and unasked
-    # 400 + 2.5 * 15.5 in units of 16; 990 + 2.5 * 3.1, of 1,000; 900 + 2.5 * 9.5; no fewer than a unit.
-    assert kept.rows[0] == [[448, 1000], [928, 16]]
-    assert kept.rows[1] == [[176, 16], [128, 16]], "140 + 2.5 * 11.4; 100 + 2.5 * 9.7; 7 + 2.5 * 2.6"
-    assert kept.pairs == [2640, 464], "2500 + 125 in units of 16; 400 + 50: of experts, of any rank"
+    # 400 + 3 * 15.5 in units of 16; 990 + 3 * 3.1, of 1,000; 900 + 3 * 9.5; no fewer than a unit.
+    assert kept.rows[0] == [[816, 1000], [944, 16]], "not 400 but the mean of three, 764"
+    assert kept.rows[1] == [[176, 96], [144, 96]], "140 + 3 * 11.4; 100 + 3 * 9.7; not 7 but the mean, 64"
+    assert kept.pairs == [2656, 464], "2500 + 150 in units of 16; 400 + 60: of experts, of any rank"
     assert not lacks and not lacks_in_replay, "one rank without room is enough"
     fits, fits_in_replay, over, over_in_replay, forgotten, *anew, uneven, of_three_chunks = rest
     assert not over and not over_in_replay, "one row more than the experts of a rank have room for"
     firsts, seconds = zip(*((each.rows[0][0][1], each.rows[1][1][0]) for each in anew), strict=True)
-    # 400 + 39 and then a 32nd, a 16th, an 8th and a quarter, which is the most; 140 + 29 likewise; in units of 16.
-    assert firsts == (464, 464, 496, 544, 544, 544)
-    assert seconds == (176, 192, 192, 208, 208, 208)
+    # 400 + 47 and then a 32nd, a 16th, an 8th and a quarter, which is the most; 140 + 35 likewise; in units of 16.
+    assert firsts == (464, 480, 512, 560, 560, 560)
+    assert seconds == (192, 192, 192, 224, 224, 224)
     assert forgotten is None and uneven == "ranks have different numbers of tokens: rank 0 [10], rank 1 [11]"
     assert fits and fits_in_replay and of_three_chunks
 
