@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -244,3 +245,39 @@ def test_a_replay_counts_what_the_recording_would_have() -> None:
         scheduler.count_again(tally)
     stats = scheduler.get_stats()
     assert (stats["a2a_count"], stats["a2a_bytes"], stats["a2a_plain_bytes"]) == (2, 200, 600)
+
+
+class _Room:
+    """A room that some replays lack."""
+
+    def __init__(self, lacking: set[int]) -> None:
+        self._lacking, self._replays, self._replay = lacking, 0, False
+        self.settled = 0
+
+    def settle(self, x: Tensor) -> str:
+        self.settled += 1
+        return ""
+
+    def forget(self) -> None: ...
+
+    def kept_to(self) -> Any:
+        return nullcontext()
+
+    def ask(self, replay: bool) -> None:
+        self._replay = replay
+        self._replays += replay
+
+    def sufficed(self) -> bool:
+        return not (self._replay and self._replays in self._lacking)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "agreements"), [({1, 2, 3}, 2), ({1, 50, 100}, 2), ({1, 50, 101}, 1), ({1, 90, 180, 189}, 2)]
+)
+def test_a_layer_that_seldom_lacks_room_keeps_its_recording(lacking: set[int], agreements: int) -> None:
+    bench, room = Bench(), _Room(lacking)
+    made = lambda: bench.recorder
+    layer = GraphedLayer(bench.module, bench.module.compute, lambda: bench.scheduler, made, room=room)
+    for number in range(200):
+        layer(torch.full((5, 4), float(number), requires_grad=True)).sum().backward()
+    assert room.settled == agreements and layer.recorded
