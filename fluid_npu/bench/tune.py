@@ -92,6 +92,10 @@ CANDIDATES: tuple[tuple[str, dict[str, Any]], ...] = tuple(
             )
             for name, chunks in (("tokens", _OF_TOKENS), ("experts", _OF_EXPERTS))
         ),
+        (
+            "tokens once per rank, local rows first, 2 chunks of tokens, recorded, high priority on 8 CTAs",
+            {**_ONCE, **_OWN_FIRST, **_AHEAD, **_OF_TOKENS, "moe_cuda_graph": True, "a2a_ctas": 8},
+        ),
         ("dW beside dispatch and combine, exchanges at high priority", {**_BOTH, **_AHEAD}),
         ("tokens once per rank, dW beside both", {**_BOTH, **_ONCE}),
     )

@@ -41,6 +41,8 @@ class Costs:
     """A gain that is not larger than this is none."""
     join_ms: float = 0.0
     """What more than one chunk adds to dW where chunks share their experts: the rows of all are put together."""
+    rows_of_chunks: tuple[tuple[int, float], ...] = ()
+    """Numbers of chunks that share no experts, though ``join_ms`` is there, and how many times the rows they send."""
     local_share: float = 0.0
     """Of the experts' rows those whose token is on the same rank; 0: local rows first is not considered."""
     local_join_ms: float = 0.0
@@ -55,8 +57,13 @@ class Costs:
 
     def weights_ms(self, plan: Plan) -> float:
         """All weight gradients of a layer."""
-        joined = (self.join_ms if plan.chunks > 1 else 0.0, self.local_join_ms if plan.local_first else 0.0)
+        share = plan.chunks > 1 and plan.chunks not in dict(self.rows_of_chunks)
+        joined = (self.join_ms if share else 0.0, self.local_join_ms if plan.local_first else 0.0)
         return self.dw_ms + max(joined)
+
+    def rows(self, chunks: int) -> float:
+        """How many times the rows of one piece."""
+        return dict(self.rows_of_chunks).get(chunks, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,14 +137,19 @@ def _plans(chunk_numbers: Sequence[int], carry_over: bool, local: bool, halves: 
 
 def _serial_ms(costs: Costs, plan: Plan) -> float:
     exchanges = 2 if plan.interleave_batches else plan.chunks
-    there, back = _transfers(costs, exchanges)
+    there, back = _transfers(costs, 2) if plan.interleave_batches else _of_chunks(costs, plan.chunks)
     compute = costs.forward_ms + costs.dx_ms + costs.weights_ms(plan)
     return 2 * exchanges * (there + back) + compute + 2 * (plan.pieces - 1) * costs.chunk_ms
 
 
-def _transfers(costs: Costs, exchanges: int) -> tuple[float, float]:
-    """Of one dispatch and one combine of so many."""
-    return costs.transfer_ms(costs.dispatch_mib / exchanges), costs.transfer_ms(costs.combine_mib / exchanges)
+def _transfers(costs: Costs, exchanges: int, rows: float = 1.0) -> tuple[float, float]:
+    """Of one dispatch and one combine of so many, with so many times the rows in all."""
+    part = rows / exchanges
+    return costs.transfer_ms(costs.dispatch_mib * part), costs.transfer_ms(costs.combine_mib * part)
+
+
+def _of_chunks(costs: Costs, chunks: int) -> tuple[float, float]:
+    return _transfers(costs, chunks, costs.rows(chunks))
 
 
 def _each(costs: Costs, plan: Plan, compute_ms: float) -> tuple[float, float]:
@@ -149,7 +161,7 @@ def _each(costs: Costs, plan: Plan, compute_ms: float) -> tuple[float, float]:
 
 def _forward_ms(costs: Costs, plan: Plan) -> float:
     """FC1 of local rows comes before the chunks, their FC2 after them, beside the last combine."""
-    there, back = _transfers(costs, plan.chunks)
+    there, back = _of_chunks(costs, plan.chunks)
     local, compute = _each(costs, plan, costs.forward_ms)
     computed, landed = _pipeline(there, back, compute, plan.chunks, busy_ms=(1.0 - _FC2) * local)
     return max(landed, computed + _FC2 * local)
@@ -159,7 +171,7 @@ def _backward_ms(costs: Costs, plan: Plan) -> float:
     """With carry-over half of dW (FC2's) comes from the layer above, beside the first exchange."""
     weights = costs.weights_ms(plan)
     carried = weights / 2 if plan.carry_over else 0.0
-    there, back = _transfers(costs, plan.chunks)
+    there, back = _of_chunks(costs, plan.chunks)
     local, compute = _each(costs, plan, costs.dx_ms)
     computed, landed = _pipeline(back, there, compute, plan.chunks, busy_ms=carried + local)
     return max(computed + weights - carried, landed)

@@ -8,7 +8,7 @@ H hidden, F ffn, L local experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from fluid_npu.device.kernels.beside import beside_exchange
 from fluid_npu.device.kernels.fused import AttentionCall
 from fluid_npu.device.kernels.groups import GroupRows
 from fluid_npu.device.kernels.pieces import DWPart, PieceRows
-from fluid_npu.mcore.dispatch_choice import expected_factor, form_by_rows
+from fluid_npu.mcore.chunk_choice import AUTO, choose_chunks_of, divisors
+from fluid_npu.mcore.dispatch_choice import expected_factor, extra_rows_of_chunks, form_by_rows
 from fluid_npu.ops.attention import fused_attention, fuses_attention
 from fluid_npu.ops.expert_mlp import ExpertMLP, mlp_backward, mlp_forward
 from fluid_npu.schedule.planner import Costs
@@ -35,7 +36,7 @@ from fluid_npu.train.parallel import Place
 
 def dispatch_form(config: TrainConfig, place: Place) -> str:
     """What a layer of this run sends, as ``mcore.dispatch_choice``: 'plain', whose chunks are of experts,
-    'once-per-rank', whose are of tokens, or 'once-per-node' or 'static', which have none."""
+    'once-per-rank', whose are of tokens or of experts, or 'once-per-node' or 'static', which have none."""
     preset = config.model()
     if config.ep == 1:
         return "plain"
@@ -92,11 +93,19 @@ def _costs(
         hiding=link.hiding,
         spread_ms=spread,
         join_ms=join if layer.once else 0.0,
+        rows_of_chunks=layer.rows_of_chunks,
         local_share=1.0 / layer.ranks,
         local_join_ms=join,
         around_forward_ms=around_forward,
         around_backward_ms=around_backward,
     )
+
+
+def _chunks_of_experts(experts: int, topk: int, ranks: int) -> Iterator[tuple[int, float]]:
+    """Numbers of chunks, and how many times the rows of one piece they have."""
+    for chunks in divisors(experts // ranks)[1:]:
+        if choose_chunks_of(AUTO, chunks, "once-per-rank", experts, topk, ranks).value == "experts":
+            yield chunks, extra_rows_of_chunks(experts, topk, ranks, chunks)
 
 
 class _Layer:
@@ -110,6 +119,8 @@ class _Layer:
         each = max(config.ep * FEWER, tokens * preset.topk // local // (config.ep * FEWER) * config.ep * FEWER)
         self._counts, rows = [each] * local, each * local
         self.once, self.ranks = dispatch_form(config, place) == "once-per-rank", config.ep
+        #: Of chunks that 'auto' makes of experts though tokens are sent once per rank.
+        self.rows_of_chunks = tuple(_chunks_of_experts(preset.experts, preset.topk, config.ep)) if self.once else ()
         #: Chunks of one layer: two, or one where a rank has a single expert, which is not split.
         self.parts = 2 if self.once or local % 2 == 0 else 1
         made: dict[str, Any] = {

@@ -34,6 +34,18 @@ def test_each_plan_takes_what_its_timeline_says() -> None:
     assert expected_ms(COSTS, Plan(overlap="full", chunks=2)) == forward + backward
 
 
+def test_chunks_of_experts_send_more_rows_and_join_none() -> None:
+    """Of tokens that are sent once per rank: two chunks are of experts here, four of tokens."""
+    costs = replace(COSTS, join_ms=2.0, rows_of_chunks=((2, 1.5),))
+    two, four = (Plan(overlap="full", chunks=number) for number in (2, 4))
+    more = replace(COSTS, dispatch_mib=1.5 * COSTS.dispatch_mib, combine_mib=1.5 * COSTS.combine_mib)
+    assert expected_ms(costs, two) == expected_ms(more, two) > expected_ms(COSTS, two)
+    assert expected_ms(costs, four) == expected_ms(replace(COSTS, join_ms=2.0), four)
+    halves = Plan(overlap="dw", interleave_batches=True)
+    assert expected_ms(costs, halves) == expected_ms(COSTS, halves)
+    assert costs.weights_ms(two) == costs.dw_ms and costs.weights_ms(four) == costs.dw_ms + 2.0
+
+
 def test_joining_rows_is_part_of_the_weight_gradients_of_chunks_alone() -> None:
     joined = replace(COSTS, join_ms=2.0)
     for plan in (PLAIN, Plan(overlap="dw"), Plan(overlap="dw", carry_over=True)):
