@@ -24,11 +24,7 @@ from fluid_npu.ops.permute import PermuteLayout
 
 
 def bounded_groups(
-    map_TE: Tensor,
-    topk: int,
-    room_G: Sequence[int | None],
-    experts: slice = slice(None),
-    told: Tensor | None = None,
+    map_TE: Tensor, topk: int, room_G: Sequence[int | None], told: Tensor | None = None
 ) -> tuple[OnceLayout, Tensor]:
     """(``room_G[g]`` rows for each group, by group; what other ranks must be told, int32 [1 + G] on the device).
 
@@ -39,23 +35,20 @@ def bounded_groups(
     Args:
         map_TE: bool; a token has at most ``topk`` experts (not checked).
         topk: K.
-        room_G: at most T each; None for a group that nothing is sent to, whose experts are not looked at.
-        experts: of each group's L, those that this is about; neighbours. Slots still are those of all L.
+        room_G: at most T each; None for a closed group: nothing is sent to it, and its experts are not looked at.
         told: where to write that, contiguous; None for a tensor of its own.
     """
     (tokens, num_experts), groups = map_TE.shape, len(room_G)
-    blocks = _blocks(tuple(room_G), range(num_experts // groups)[experts], num_experts // groups, map_TE.device)
+    blocks = _blocks(tuple(room_G), num_experts // groups, map_TE.device)
     if told is None:
         told = torch.empty(1 + groups, dtype=torch.int32, device=map_TE.device)
     found = None
     if tokens:
-        found = kernels_of(map_TE).bounded_rows(
-            map_TE, blocks.room_G, blocks.rows, blocks.experts, told, blocks.some_are_left_out
-        )
+        found = kernels_of(map_TE).bounded_rows(map_TE, blocks.room_G, blocks.rows, told, blocks.some_are_closed)
     every = all(room == tokens for room in room_G) or not tokens
     if found is None:
-        # Sums over a token's rows read the map too: of a group without rows they must find nothing there.
-        seen_TE = map_TE & blocks.looked_at_E if blocks.some_are_left_out else map_TE
+        # Sums over a token's rows read the map too: of a closed group they must find nothing there.
+        seen_TE = map_TE & blocks.open_E if blocks.some_are_closed else map_TE
         rows = None if every else _plain_rows(seen_TE, blocks)
         _tell(seen_TE, blocks, told)
     else:
@@ -81,8 +74,6 @@ class _Blocks:
     """The blocks of one dispatch: numbers on the host and, as they are needed, on the device."""
 
     rooms: tuple[int | None, ...]
-    experts: range
-    """Of each group's L, those that are looked at."""
     local: int
     """L."""
     device: torch.device
@@ -93,13 +84,13 @@ class _Blocks:
         return sum(room or 0 for room in self.rooms)
 
     @property
-    def some_are_left_out(self) -> bool:
-        """Whether there are experts that nobody looks at."""
-        return None in self.rooms or len(self.experts) < self.local
+    def some_are_closed(self) -> bool:
+        """Whether there are groups whose experts are not looked at."""
+        return None in self.rooms
 
     @cached_property
     def room_G(self) -> Tensor:
-        """int64 [G]: rows of each block, -1 for a group that is not looked at."""
+        """int64 [G]: rows of each block, -1 for a closed group."""
         return torch.tensor([-1 if room is None else room for room in self.rooms], device=self.device)
 
     @cached_property
@@ -111,23 +102,20 @@ class _Blocks:
         return room_G1, first_G1
 
     @cached_property
-    def looked_at_E(self) -> Tensor:
-        """bool [E]."""
-        return torch.tensor(
-            [room is not None and expert in self.experts for room in self.rooms for expert in range(self.local)],
-            device=self.device,
-        )
+    def open_E(self) -> Tensor:
+        """bool [E]: experts of groups that are not closed."""
+        return torch.tensor([room is not None for room in self.rooms for _ in range(self.local)], device=self.device)
 
 
 @cache
-def _blocks(rooms: tuple[int | None, ...], experts: range, local: int, device: torch.device) -> _Blocks:
+def _blocks(rooms: tuple[int | None, ...], local: int, device: torch.device) -> _Blocks:
     """Made once, since a recording copies nothing from the host, and kept for good, since it reads these tensors at
     every replay; nothing writes into them."""
-    return _Blocks(rooms, experts, local, device)
+    return _Blocks(rooms, local, device)
 
 
 def _plain_rows(seen_TE: Tensor, blocks: _Blocks) -> RoutedRows:
-    """In plain torch. Of experts that are left out the map says no."""
+    """In plain torch. Of experts of closed groups the map says no."""
     tokens, groups, rows = seen_TE.shape[0], len(blocks.rooms), blocks.rows
     room_G1, first_G1 = blocks.of_G1
     number_T, pair_GT = _numbers(groups, tokens, seen_TE.device)
@@ -151,7 +139,7 @@ def _plain_rows(seen_TE: Tensor, blocks: _Blocks) -> RoutedRows:
 
 
 def _tell(seen_TE: Tensor, blocks: _Blocks, told: Tensor) -> None:
-    """In plain torch; groups that are left out want nothing of a room of 0."""
+    """In plain torch; closed groups want nothing of a room of 0."""
     seen_TGL = seen_TE.view(seen_TE.shape[0], len(blocks.rooms), blocks.local)
     told[0] = (seen_TGL.any(2).sum(0) > blocks.of_G1[0].view(-1)).any()
     told[1:] = seen_TGL.sum((0, 2))

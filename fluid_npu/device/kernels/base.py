@@ -163,7 +163,7 @@ class Kernels(ABC):
         return None
 
     def bounded_rows(
-        self, map_TE: Tensor, room_G: Tensor, rows: int, experts: range, told: Tensor, masked: bool
+        self, map_TE: Tensor, room_G: Tensor, rows: int, told: Tensor, masked: bool
     ) -> tuple[RoutedRows, Tensor] | None:
         """Such rows in blocks of a fixed number for each group (``triton_bounded``); None and untold: plain torch."""
         return None

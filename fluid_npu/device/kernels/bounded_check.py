@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fluid_npu.device.kernels.triton_support import load
 
-_TOKENS, _LOCAL, _EXPERTS = 19, 3, range(1, 3)
-#: Of four groups: more rows than are wanted, too few, a group that nothing is sent to, and none.
+_TOKENS, _LOCAL = 19, 3
+#: Of four groups: more rows than are wanted, too few, a closed group, and none.
 _ROOMS = (17, 4, -1, 0)
 
 
@@ -18,12 +18,12 @@ def pairs_of_bounded(device: torch.device) -> list[tuple[Tensor, Tensor]]:
     chosen = torch.sin(torch.arange(_TOKENS * groups * _LOCAL) * 0.7).view(_TOKENS, -1) > 0.6
     told = torch.full((1 + groups,), -1, dtype=torch.int32, device=device)
     room_G, total = torch.tensor(_ROOMS, device=device), sum(max(room, 0) for room in _ROOMS)
-    rows, seen = module.bounded_rows(chosen.to(device), room_G, total, _EXPERTS, told, True)
-    _, whole = module.bounded_rows(chosen.to(device), room_G.clamp(min=0), total, range(_LOCAL), told.clone(), False)
-    kept = torch.zeros_like(chosen)
+    rows, seen = module.bounded_rows(chosen.to(device), room_G, total, told, True)
+    _, whole = module.bounded_rows(chosen.to(device), room_G.clamp(min=0), total, told.clone(), False)
+    kept = chosen.clone()
     for group, room in enumerate(_ROOMS):
-        for expert in _EXPERTS if room >= 0 else ():
-            kept[:, group * _LOCAL + expert] = chosen[:, group * _LOCAL + expert]
+        if room < 0:
+            kept[:, group * _LOCAL : (group + 1) * _LOCAL] = False
     wanted = kept.view(_TOKENS, groups, _LOCAL).any(2).tolist()
     found: list[tuple[int, int]] = []
     for group, room in enumerate(_ROOMS):

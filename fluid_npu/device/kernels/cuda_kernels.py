@@ -141,12 +141,12 @@ class CudaKernels(TorchKernels):
         return rows
 
     def bounded_rows(
-        self, map_TE: Tensor, room_G: Tensor, rows: int, experts: range, told: Tensor, masked: bool
+        self, map_TE: Tensor, room_G: Tensor, rows: int, told: Tensor, masked: bool
     ) -> tuple[RoutedRows, Tensor] | None:
         if not self._rows.bounds(map_TE):
             return None
         found: tuple[RoutedRows, Tensor]
-        found = load("triton_bounded").bounded_rows(map_TE, room_G, rows, experts, told, masked)
+        found = load("triton_bounded").bounded_rows(map_TE, room_G, rows, told, masked)
         return found
 
     def once(self, x: Tensor, slots: Slots) -> OnceKernels | None:

@@ -18,18 +18,15 @@ from fluid_npu.device.kernels.routed import RoutedRows
 from fluid_npu.device.kernels.triton_routing import blocks_of
 
 
-def bounded_rows(
-    map_TE: Tensor, room_G: Tensor, rows: int, experts: range, told: Tensor, masked: bool
-) -> tuple[RoutedRows, Tensor]:
-    """(Rows by group, those that were asked for first in their block; the map of what was looked at).
+def bounded_rows(map_TE: Tensor, room_G: Tensor, rows: int, told: Tensor, masked: bool) -> tuple[RoutedRows, Tensor]:
+    """(Rows by group, those that were asked for first in their block; the map without experts of closed groups).
 
     Args:
         map_TE: bool, contiguous, of at least one token.
-        room_G: int64 rows of each group's block, at most T; -1 for a group that is not looked at.
+        room_G: int64 rows of each group's block, at most T; -1 for a closed group.
         rows: N, their sum.
-        experts: which of each group's L experts are looked at, neighbours.
         told: int32 [1 + G], contiguous: gets whether some group lacks room, and (token, expert) pairs of each group.
-        masked: the second result is a map with nothing else than what is looked at; without it the given one.
+        masked: whether some group is closed; without one the second result is the given map.
     """
     tokens, number = map_TE.shape
     groups = room_G.shape[0]
@@ -40,7 +37,7 @@ def bounded_rows(
     block, step = blocks_of(tokens, wide * deep)
     _bounded_rows[(triton.cdiv(tokens, block),)](
         map_TE.view(torch.uint8), room_G, indices, starts_T, told, seen_TE.view(torch.uint8),
-        tokens, groups, number // groups, rows, experts.start, experts.stop,
+        tokens, groups, number // groups, rows,
         GROUPS=wide, LOCAL=deep, MASKED=masked, BLOCK=block, STEP=step, num_warps=8,
     )  # fmt: skip
     token_of_row, pair_index, row_of_pair = indices.unbind(0)
@@ -49,7 +46,7 @@ def bounded_rows(
 
 @triton.jit
 def _bounded_rows(
-    chosen, rooms, indices, starts, told, seen, tokens, groups, local, rows, low, high,
+    chosen, rooms, indices, starts, told, seen, tokens, groups, local, rows,
     GROUPS: tl.constexpr, LOCAL: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * BLOCK
@@ -57,7 +54,7 @@ def _bounded_rows(
     given = tl.load(rooms + g, mask=g < groups, other=-1).to(tl.int32)
     room = tl.maximum(given, 0)
     expert = g[:, None] * local + member[None, :]
-    looked_at = (given >= 0)[:, None] & ((member >= low) & (member < high))[None, :]
+    looked_at = (given >= 0)[:, None] & (member < local)[None, :]
     before_2d = tl.zeros((STEP, GROUPS), dtype=tl.int32)
     after_2d = tl.zeros((STEP, GROUPS), dtype=tl.int32)
     pairs_2d = tl.zeros((STEP, GROUPS), dtype=tl.int32)
