@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fluid_npu.comm.all_to_all import Route
+from fluid_npu.comm.all_to_all import AllToAllHandle, Route, start_exchange
 from fluid_npu.comm.legs import LegBytes, NodeLeg
+from fluid_npu.comm.sink import OverlapSink
 from fluid_npu.comm.transports.nodes import Nodes
 from fluid_npu.device.kernels.groups import GroupRows
 from fluid_npu.mcore.dispatch_plan import DispatchPlan, ExpertGroups, InsideLeg, PlainCounts, ToldCounts
@@ -96,6 +97,33 @@ def inside_route(plan: DispatchPlan, groups: ExpertGroups, label: str, back: boo
         leg=NodeLeg(inside=True),
     )
     return there.reversed(INSIDE) if back else there
+
+
+def go_on(
+    arriving: AllToAllHandle,
+    plan: DispatchPlan,
+    groups: ExpertGroups,
+    label: str,
+    wire: torch.dtype,
+    sink: OverlapSink | None,
+) -> tuple[Tensor, Tensor]:
+    """Inside the node, from the rank that rows came to: ``[R, H]`` tokens by local expert and their probabilities."""
+    rows, hidden = plan.rows, plan.tokens_shape[-1]
+    assert isinstance(rows, NodeRows), "a dispatch by nodes"
+    return start_exchange(
+        inside_route(plan, groups, label),
+        [arriving.wait()],
+        loading=rows.relay(hidden, wire),
+        unloading=rows.unpack(hidden, wire),
+        sink=sink,
+    ).wait()
+
+
+def come_back(out_RH: Tensor, plan: DispatchPlan, groups: ExpertGroups, label: str, sink: OverlapSink | None) -> Tensor:
+    """The experts' outputs inside the node, back at the rank that the rows came to."""
+    assert isinstance(plan.rows, NodeRows), "a dispatch by nodes"
+    route, loading = inside_route(plan, groups, label, back=True), plan.rows.collect()
+    return start_exchange(route, [out_RH], loading=loading, unloading=plan.rows.gather(), sink=sink).wait()
 
 
 #: Kind of exchange of the leg inside.

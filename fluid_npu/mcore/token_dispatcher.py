@@ -41,7 +41,7 @@ from fluid_npu.mcore.dispatch_plan import (
 )
 from fluid_npu.mcore.dispatch_rows import NodeRows
 from fluid_npu.mcore.lines.groups import ProcessGroups, default_groups
-from fluid_npu.mcore.node_plan import inside_route, leg_of, make_node_plan, node_counts
+from fluid_npu.mcore.node_plan import come_back, go_on, leg_of, make_node_plan, node_counts
 from fluid_npu.mcore.once_chunk_plan import counts_of_chunks, make_once_chunked_plan
 from fluid_npu.mcore.same_tokens import check_same_tokens
 from fluid_npu.mcore.static_chunk_plan import make_static_own_first
@@ -291,7 +291,7 @@ class FluidTokenDispatcher(MoETokenDispatcher):
         uneven sizes.
         """
         if isinstance(plan.rows, NodeRows):
-            return self._go_on(handle.wait(), plan, plan.rows, wire)
+            return go_on(handle, plan, self.groups, self.label, wire, self.sink)
         if self.groups.etp_size == 1:
             return handle.wait()
         hidden, payload = plan.tokens_shape[-1], handle.wait()
@@ -300,17 +300,6 @@ class FluidTokenDispatcher(MoETokenDispatcher):
             [payload],
             loading=plan.rows.replicate(self.groups.etp_size, hidden, wire),
             unloading=plan.rows.unpack(hidden, wire),
-            sink=self.sink,
-        ).wait()
-
-    def _go_on(self, payload: Tensor, plan: DispatchPlan, rows: NodeRows, wire: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Inside the node, from the rank that rows came to."""
-        hidden = plan.tokens_shape[-1]
-        return start_exchange(
-            inside_route(plan, self.groups, self.label),
-            [payload],
-            loading=rows.relay(hidden, wire),
-            unloading=rows.unpack(hidden, wire),
             sink=self.sink,
         ).wait()
 
@@ -327,9 +316,7 @@ class FluidTokenDispatcher(MoETokenDispatcher):
             ).wait()
             loading = AS_IS
         if isinstance(plan.rows, NodeRows):
-            route, gather = inside_route(plan, self.groups, self.label, back=True), plan.rows.gather()
-            out_RH = start_exchange(route, [out_RH], loading=loading, unloading=gather, sink=self.sink).wait()
-            loading = AS_IS
+            out_RH, loading = come_back(out_RH, plan, self.groups, self.label, self.sink), AS_IS
         return start_exchange(
             self._route(plan, "moe_combine", row_bytes),
             [out_RH],

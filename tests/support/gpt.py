@@ -230,15 +230,15 @@ def train(run: Run) -> dict[str, Any]:
         norms.append(float(norm))
     if run.ddp.get("overlap_param_gather"):
         ddp.start_param_sync(force_sync=True)
+    records = scheduler.recorder.take() if scheduler else []
     return {
         "losses": losses,
         "norm": float(norm),
         "norms": norms,
         "grads": grads,
         "weights": {name: value.clone() for name, value in weights_by_name(ddp).items()},
-        "regions": {r.name: r.detail["region"] for r in scheduler.recorder.take() if r.kind == "dw"}
-        if scheduler
-        else {},
+        "regions": {r.name: r.detail["region"] for r in records if r.kind == "dw"},
+        "order": [f"{r.kind} {r.name}" for r in records],
         "stats": scheduler.get_stats() if scheduler else {},
         "rank": dist.get_rank(),
     }

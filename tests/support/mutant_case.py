@@ -15,6 +15,9 @@ from typing import Any
 from tests.support.mutation import Mutant, install
 
 START_MS, DELAY_MS, DW_MS = 2.0, 4.0, 2.0
+RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+#: Tokens once per rank, rows that stay here before the others.
+IN_CHUNKS: dict[str, Any] = {"overlap": "full", "chunks": 2, "local_first": True, "dispatch": "once-per-rank"}
 
 
 def run(mutant: Mutant | None) -> tuple[dict[str, Any], list[Any]]:
@@ -35,12 +38,19 @@ def run(mutant: Mutant | None) -> tuple[dict[str, Any], list[Any]]:
     results: dict[str, Any] = {}
     parts = {
         "training": lambda recorder: training(recorder),
+        "recomputed": lambda recorder: training(recorder, config={"moe_router_topk": 3, **RECOMPUTED}),
+        "training in chunks": lambda recorder: training(recorder, overlap="full", chunks=2, local_first=True),
         "twin": lambda recorder: layer(recorder, twin=True),
         "off": lambda recorder: layer(recorder, overlap="off"),
+        "chunks": lambda recorder: layer(recorder, overlap="full", chunks=2),
+        "twin in chunks": lambda recorder: layer(recorder, twin=True, overlap="full", chunks=2),
+        "chunks of tokens": lambda recorder: layer(recorder, **IN_CHUNKS, chunks_of="tokens"),
+        "chunks of experts": lambda recorder: layer(recorder, **IN_CHUNKS, chunks_of="experts"),
         "expert tensor parallel": lambda recorder: layer(recorder, etp=2),
         "dispatcher": lambda recorder: plain_dispatcher(),
         "exchange": lambda recorder: plain_exchange(),
         "queue": lambda recorder: left_over(),
+        "grouped matmul": lambda recorder: fused_gmm(),
     }
     with OrderRecorder(dist.get_rank(), lambda: watch.current.name if watch.current else "") as recorder:
         for name, part in parts.items():
@@ -72,17 +82,20 @@ def transport(recorder: Any) -> Any:
     return delayed
 
 
-def training(recorder: Any) -> dict[str, Any]:
+def training(recorder: Any, config: dict[str, Any] | None = None, **engine: Any) -> dict[str, Any]:
     """Two steps of two micro-batches of a small GPT; FC2 and router carried over, gradients reduced as they come."""
     from tests.support import gpt
 
     late = {"delay_wgrad_compute": True, "overlap_grad_reduce": True}
-    spec = {"carry_over": True, "transport": transport(recorder)}
+    spec = {"carry_over": True, "transport": transport(recorder), **engine}
     slow_tasks()
-    run = gpt.Run(steps=2, micro_batches=2, spec=spec, ddp=late)
+    run = gpt.Run(steps=2, micro_batches=2, spec=spec, ddp=late, config=config or {})
     done = gpt.train(run)
     values = {"losses": done["losses"], "norms": done["norms"], "grads": digests(done["grads"])}
-    return {**values, "regions": done["regions"], **planted(done["stats"])}
+    times = planted(done["stats"])
+    if config or engine:
+        times = _without_waits(times)
+    return {**values, "regions": done["regions"], "order": done["order"], **times}
 
 
 def slow_tasks() -> None:
@@ -123,10 +136,10 @@ def layer(recorder: Any, twin: bool = False, **changes: Any) -> dict[str, Any]:
     from fluid_npu.mcore.layer_spec import get_fluid_moe_layer_spec
     from tests.support import moe
 
-    etp = changes.get("etp", 1)
+    etp = changes.pop("etp", 1)
     case = moe.Case(fuse=False, ep=2 // etp, etp=etp, experts=4)
     config = moe.make_config(case)
-    spec = get_fluid_moe_layer_spec(config, overlap=changes.get("overlap", "dw"), transport=transport(recorder))
+    spec = get_fluid_moe_layer_spec(config, transport=transport(recorder), **changes)
     mlp = moe._built(spec.submodules.mlp, config)
     mlp.set_layer_number(1)
     weights = moe.all_weights(case)
@@ -144,10 +157,20 @@ def layer(recorder: Any, twin: bool = False, **changes: Any) -> dict[str, Any]:
         out = mlp(x)[0]
         (out * g).sum().backward()
     grads = {name: parameter.grad for name, parameter in mlp.named_parameters()}
-    tasks = [(record.name, record.detail["region"]) for record in scheduler.recorder.take() if record.kind == "dw"]
+    records = scheduler.recorder.take()
+    tasks = [(record.name, record.detail["region"]) for record in records if record.kind == "dw"]
+    order = [(record.kind, record.name) for record in records]
     found = {"out": out.detach(), "dx": x.grad, **grads}
     del torch
-    return {"values": digests(found), "tasks": tasks, "left": scheduler.pending, **planted(scheduler.get_stats())}
+    times = planted(scheduler.get_stats())
+    if changes.get("overlap") == "full" and not twin:
+        times = _without_waits(times)
+    return {"values": digests(found), "tasks": tasks, "order": order, "left": scheduler.pending, **times}
+
+
+def _without_waits(times: dict[str, Any]) -> dict[str, Any]:
+    """Where much runs beside an exchange it is chance how much is left to wait for."""
+    return {name: value for name, value in times.items() if "wait" not in name}
 
 
 def plain_dispatcher() -> dict[str, Any]:
@@ -186,15 +209,38 @@ def plain_exchange() -> dict[str, Any]:
     return digests({"received": received.detach(), "out": out.detach(), "grad": x.grad})
 
 
+def fused_gmm() -> dict[str, Any]:
+    """``npu_gmm`` of a user, whose weight gradient goes into main_grad."""
+    import torch
+
+    from fluid_npu.ops.grouped_matmul import npu_gmm
+
+    weight: Any = torch.nn.Parameter(torch.arange(12.0).view(2, 2, 3))
+    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(2, 2, 3), False
+    x = torch.arange(8.0).view(4, 2).requires_grad_()
+    out = npu_gmm(x, weight, group_list=torch.tensor([1, 4]), gemm_fusion=True, original_weight=weight)
+    out.sum().backward()
+    found = digests({"out": out.detach(), "dx": x.grad, "main_grad": weight.main_grad})
+    return {**found, "told": weight.grad_added_to_main_grad}
+
+
 def left_over() -> dict[str, Any]:
-    """Two tasks for which no flight comes: they run when backward() ends, the oldest first."""
+    """Two tasks for which no flight comes: they run when backward() ends, the oldest first, or where too many wait."""
+    found = {}
+    for limit in (1, 8):
+        found |= {f"{name} of {limit}": value for name, value in _two_tasks(limit).items()}
+    return found
+
+
+def _two_tasks(limit: int) -> dict[str, Any]:
+    """Where at most so many may wait: what ran in which order, how many waited, and how many are left."""
     import torch
 
     from fluid_npu.device import device_of
     from fluid_npu.schedule.scheduler import BackwardScheduler
     from fluid_npu.schedule.task import DWTask
 
-    scheduler, ran = BackwardScheduler(), []
+    scheduler, ran, waited = BackwardScheduler(queue_limit=limit), [], []
 
     class Linear(torch.autograd.Function):
         @staticmethod
@@ -206,10 +252,11 @@ def left_over() -> dict[str, Any]:
             for name in ("older", "newer"):
                 run = lambda name=name: ran.append(name)
                 scheduler.submit(DWTask(name=name, run=run, shape=(1, 1, 1), device=device_of(dy)))
+                waited.append(scheduler.pending)
             return dy * 2
 
     Linear.apply(torch.ones(2, requires_grad=True)).sum().backward()
-    return {"ran": ran, "left": scheduler.pending}
+    return {"ran": ran, "waited": waited, "left": scheduler.pending}
 
 
 def digests(tensors: dict[str, Any]) -> dict[str, str]:

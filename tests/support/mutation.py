@@ -33,6 +33,29 @@ LEFT_OUT = {
         )
     },
     "fluid_npu/schedule/lanes.py": "measures a schedule from outside; the engine runs without it",
+    **{
+        f"fluid_npu/{name}.py": f"not in tests/support/mutant_case.py: {where}"
+        for where, names in {
+            "tests/device/test_device_splits.py, on CUDA": ("comm/device_splits",),
+            "tests/comm/test_two_level.py": ("comm/transports/two_level",),
+            "tests/ops/test_parallel_linear.py, tests/mcore/test_linear.py, tests/schedule/test_late_weight.py": (
+                *("comm/tensor_parallel", "ops/parallel_linear", "ops/linear_parts", "ops/dense_linear"),
+                *("mcore/linear", "schedule/late_weight"),
+            ),
+            "tests/comm/test_ulysses.py, tests/mcore/test_attention_overlap.py, tests/ops/test_ring_attention.py": (
+                *("comm/ulysses", "mcore/attention_chunks", "mcore/context", "ops/ring_fused"),
+            ),
+            "tests/schedule/test_graphed.py, tests/mcore/test_graph.py, tests/mcore/test_agreed_room.py": (
+                *("schedule/graphed", "mcore/agreed_room", "mcore/store_round"),
+            ),
+            "tests/mcore/test_once_per_node.py, on four ranks": ("mcore/node_plan",),
+            "no schedule: what kernels are measured by, and what they agree on": (
+                *("device/kernels/agreement", "device/kernels/gemm_beside", "device/kernels/gemm_timing"),
+                "device/kernels/groups",
+            ),
+        }.items()
+        for name in names
+    },
 }
 
 #: Calls that are statements of their own; without them nothing waits, is marked, handed over or told.
