@@ -103,30 +103,27 @@ class Joined:
 
     def __init__(self, cuts: Sequence[ChunkCut], ranks: int | None = None) -> None:
         self._cuts, self._ranks, self._next = cuts, ranks, 0
-        alone = not cuts[0].here
-        of_all_tokens = alone and not cuts[0].whole and len(cuts) > 1
-        self._columns = of_all_tokens and ranks is not None
-        #: Whether the first is of all tokens and columns, and the others are added to it.
-        self._adds = not alone or len(cuts) == 1 or (of_all_tokens and ranks is None)
+        #: Whether each has tokens or columns of its own; else the first is of all, and the others are added to it.
+        self._apart = len(cuts) > 1 and not cuts[0].here and (cuts[0].whole or ranks is not None)
         self._whole: Tensor | None = None
 
     def add(self, part: Tensor) -> None:
         """Takes the next chunk's; its memory is used up."""
         cut, self._next = self._cuts[self._next], self._next + 1
-        if self._whole is None and self._adds:
+        if self._whole is None and not self._apart:
             self._whole = part
             return
         if self._whole is None:
-            width = (part.shape[1] * len(self._cuts),) if self._columns else part.shape[1:]
+            width = part.shape[1:] if self._ranks is None else (self._ranks * cut.local,)
             self._whole = part.new_empty(self._cuts[-1].tokens.stop, *width)
         target = self._whole[cut.tokens]
         if self._ranks is not None:
             target = target.view(target.shape[0], self._ranks, cut.local)[:, :, cut.experts]
             part = part.view(target.shape)
-        if self._adds:
-            target.add_(part)
-        else:
+        if self._apart:
             target.copy_(part)
+        else:
+            target.add_(part)
 
     @property
     def whole(self) -> Tensor:

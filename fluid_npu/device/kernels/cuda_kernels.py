@@ -104,9 +104,8 @@ class CudaKernels(TorchKernels):
     ) -> tuple[Tensor | None, Tensor | None]:
         """As ``wide_mm``: fp32 is the sum of three bf16, so three products of bf16 stand for one of fp32."""
         half = x_RK.dtype
-        if dy_RN.dtype != torch.float32 or half != torch.bfloat16 or w_NK.dtype != half:
-            return super().wide_mm_backward(dy_RN, x_RK, w_NK, wanted)
-        if not fuses_wide_mm(half).value:
+        of_bf16 = half == w_NK.dtype == torch.bfloat16
+        if dy_RN.dtype != torch.float32 or not of_bf16 or not fuses_wide_mm(half).value:
             return super().wide_mm_backward(dy_RN, x_RK, w_NK, wanted)
         terms_R3N = bf16_terms(dy_RN).view(dy_RN.shape[0], -1)
         dx = torch.mm(terms_R3N, w_NK.repeat(3, 1)) if wanted[0] else None
