@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fluid_npu.device.kernels.routed import RoutedRows
-from fluid_npu.device.kernels.triton_routing import blocks_of
+from fluid_npu.device.kernels.triton_routing import blocks_of, entries_of_groups, tokens_of_groups
 
 
 def bounded_rows(map_TE: Tensor, room_G: Tensor, rows: int, told: Tensor, masked: bool) -> tuple[RoutedRows, Tensor]:
@@ -55,27 +55,12 @@ def _bounded_rows(
     room = tl.maximum(given, 0)
     expert = g[:, None] * local + member[None, :]
     looked_at = (given >= 0)[:, None] & (member < local)[None, :]
-    before_2d = tl.zeros((STEP, GROUPS), dtype=tl.int32)
-    after_2d = tl.zeros((STEP, GROUPS), dtype=tl.int32)
-    pairs_2d = tl.zeros((STEP, GROUPS), dtype=tl.int32)
-    for start in range(0, tokens, STEP):
-        at = start + tl.arange(0, STEP)
-        inside = (at < tokens)[:, None, None] & looked_at[None, :, :]
-        place = at[:, None, None] * (groups * local) + expert[None, :, :]
-        entry = tl.load(chosen + place, mask=inside, other=0).to(tl.int32)
-        wanted = tl.max(entry, 2)
-        earlier = (at < first)[:, None]
-        before_2d += tl.where(earlier, wanted, 0)
-        after_2d += tl.where(earlier, 0, wanted)
-        pairs_2d += tl.sum(entry, 2)
-    before = tl.sum(before_2d, 0)
-    total = before + tl.sum(after_2d, 0)
+    experts = groups * local
+    before, total, pairs_2d = tokens_of_groups(chosen, first, tokens, experts, expert, looked_at, STEP, OVER=2)
     kept = tl.minimum(total, room)  # rows of a group that were asked for and have a place; the filling is behind them
 
     at = first + tl.arange(0, BLOCK)
-    inside = (at < tokens)[:, None, None] & looked_at[None, :, :]
-    place = at[:, None, None] * (groups * local) + expert[None, :, :]
-    entry = tl.load(chosen + place, mask=inside, other=0)
+    place, entry = entries_of_groups(chosen, at, tokens, experts, expert, looked_at)
     if MASKED:
         there = (at < tokens)[:, None, None] & ((g < groups)[:, None] & (member < local)[None, :])[None, :, :]
         tl.store(seen + place, entry, mask=there)

@@ -19,7 +19,7 @@ from torch import Tensor
 from fluid_npu.device.kernels.routed import RoutedRows, RowIndices, Slots
 from fluid_npu.device.kernels.triton_payload import _copy_row, bits, block_of
 from fluid_npu.device.kernels.triton_permute import MAX_UNROLLED, sum_of_rows
-from fluid_npu.device.kernels.triton_routing import blocks_of, routed_rows
+from fluid_npu.device.kernels.triton_routing import blocks_of, entries_of_groups, routed_rows, tokens_of_groups
 
 _ROWS = 32  # of received slots that a program reads
 
@@ -145,26 +145,12 @@ def _once_rows(
     g, member = tl.arange(0, GROUPS), tl.arange(0, LOCAL)
     expert = g[:, None] * local + member[None, :]
     known = (g < groups)[:, None] & (member < local)[None, :]
-    before_2d = tl.zeros((STEP, GROUPS), dtype=tl.int32)
-    after_2d = tl.zeros((STEP, GROUPS), dtype=tl.int32)
-    of_experts = tl.zeros((GROUPS, LOCAL), dtype=tl.int32)
-    for start in range(0, tokens, STEP):
-        at = start + tl.arange(0, STEP)
-        inside = (at < tokens)[:, None, None] & known[None, :, :]
-        place = at[:, None, None] * (groups * local) + expert[None, :, :]
-        entry = tl.load(chosen + place, mask=inside, other=0).to(tl.int32)
-        wanted = tl.max(entry, 2)
-        earlier = (at < first)[:, None]
-        before_2d += tl.where(earlier, wanted, 0)
-        after_2d += tl.where(earlier, 0, wanted)
-        of_experts += tl.sum(entry, 0)
-    before = tl.sum(before_2d, 0)
-    total = before + tl.sum(after_2d, 0)
+    experts = groups * local
+    before, total, of_experts = tokens_of_groups(chosen, first, tokens, experts, expert, known, STEP, OVER=0)
     first_row = tl.cumsum(total, 0) - total
     at = first + tl.arange(0, BLOCK)
-    inside = (at < tokens)[:, None, None] & known[None, :, :]
-    place = at[:, None, None] * (groups * local) + expert[None, :, :]
-    wanted = tl.max(tl.load(chosen + place, mask=inside, other=0).to(tl.int32), 2)
+    entry = entries_of_groups(chosen, at, tokens, experts, expert, known)[1]
+    wanted = tl.max(entry.to(tl.int32), 2)
     row = (first_row + before)[None, :] + tl.cumsum(wanted, 0) - wanted
     of_token = tl.sum(wanted, 1)
     start_of_token = tl.sum(before) + tl.cumsum(of_token, 0) - of_token

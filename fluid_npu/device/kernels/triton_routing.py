@@ -92,6 +92,37 @@ def rows_of_block(
 
 
 @triton.jit
+def entries_of_groups(chosen, at, tokens, experts, expert, known):
+    """Of the tokens ``at`` and the experts ``expert`` [G, L]: places in the map, and its entries, zero where an expert
+    is not ``known``; both [tokens, G, L]."""
+    inside = (at < tokens)[:, None, None] & known[None, :, :]
+    place = at[:, None, None] * experts + expert[None, :, :]
+    return place, tl.load(chosen + place, mask=inside, other=0)
+
+
+@triton.jit
+def tokens_of_groups(chosen, first, tokens, experts, expert, known, STEP: tl.constexpr, OVER: tl.constexpr):
+    """Of groups of experts ``expert`` [G, L], where ``known``: int32 [G] tokens before ``first`` that want a group, and
+    of all tokens; and the entries of the map, of all steps, summed over tokens (OVER 0: [G, L]) or over the experts of
+    a group (OVER 2: [STEP, G], which is no sum across threads in the loop)."""
+    GROUPS: tl.constexpr = expert.shape[0]
+    LOCAL: tl.constexpr = expert.shape[1]
+    before_2d = tl.zeros((STEP, GROUPS), dtype=tl.int32)
+    after_2d = tl.zeros((STEP, GROUPS), dtype=tl.int32)
+    sums = tl.zeros((GROUPS, LOCAL) if OVER == 0 else (STEP, GROUPS), dtype=tl.int32)
+    for start in range(0, tokens, STEP):
+        at = start + tl.arange(0, STEP)
+        entry = entries_of_groups(chosen, at, tokens, experts, expert, known)[1].to(tl.int32)
+        wanted = tl.max(entry, 2)
+        earlier = (at < first)[:, None]
+        before_2d += tl.where(earlier, wanted, 0)
+        after_2d += tl.where(earlier, 0, wanted)
+        sums += tl.sum(entry, OVER)
+    before = tl.sum(before_2d, 0)
+    return before, before + tl.sum(after_2d, 0), sums
+
+
+@triton.jit
 def _routed_rows(
     chosen, indices, starts, counts, tokens, experts, num_rows,
     EXPERTS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, FILL: tl.constexpr,
