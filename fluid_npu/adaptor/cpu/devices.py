@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -91,27 +90,6 @@ class _HostTorch(ModuleType):
 
 
 host_torch = _HostTorch()
-
-
-def typed_as_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps ``Tensor.type``: Megatron's optimizers compare it with ``'torch.cuda.FloatTensor'``.
-
-    Only they are answered so; every other caller gets the true type.
-    """
-
-    def caller() -> str:
-        frame = sys._getframe(2)  # above this function and type_name
-        if frame.f_globals.get("__name__") == "fluid_npu.adaptor.hits" and frame.f_back is not None:
-            frame = frame.f_back  # the registry's counter lies between
-        return frame.f_globals.get("__name__", "")
-
-    def type_name(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        name = original(tensor, *args, **kwargs)
-        if args or kwargs or not caller().startswith("megatron.core.optimizer"):
-            return name
-        return name.replace("torch.", "torch.cuda.", 1) if "cuda" not in name else name
-
-    return type_name
 
 
 def eager() -> contextlib.AbstractContextManager[Any]:

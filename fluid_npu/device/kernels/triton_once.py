@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fluid_npu.device.kernels.routed import RoutedRows, RowIndices, Slots
 from fluid_npu.device.kernels.triton_payload import _copy_row, bits, block_of
-from fluid_npu.device.kernels.triton_permute import MAX_UNROLLED, sum_of_rows
+from fluid_npu.device.kernels.triton_permute import MAX_UNROLLED, rows_of_token, store_sum_of_rows
 from fluid_npu.device.kernels.triton_routing import blocks_of, entries_of_groups, routed_rows, tokens_of_groups
 
 _ROWS = 32  # of received slots that a program reads
@@ -204,13 +204,8 @@ def _sum_once(
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     stride = units * ALIGN
-    first = tl.load(starts + token)
-    last = tl.load(starts + token + 1, mask=token + 1 < tokens, other=rows)
-    for start in range(0, hidden, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        inside = columns < hidden
-        total = sum_of_rows(payload, row_of_pair, first, last, columns, inside, stride, UNROLLED, False, BLOCK)
-        tl.store(dx + token * hidden + columns, total.to(dx.dtype.element_ty), mask=inside)
+    first, last = rows_of_token(starts, token, tokens, rows)
+    store_sum_of_rows(payload, row_of_pair, first, last, dx + token * hidden, hidden, stride, UNROLLED, False, BLOCK)
     member = tl.arange(0, LOCAL)
     seen = first
     for group in range(0, groups):
@@ -265,14 +260,9 @@ def _reduce(
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0).to(tl.int64)
-    first = tl.load(starts + number)
-    last = tl.load(starts + number + 1, mask=number + 1 < received, other=rows)
+    first, last = rows_of_token(starts, number, received, rows)
     target = number * (out_units * OUT)
-    for start in range(0, hidden, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        inside = columns < hidden
-        total = sum_of_rows(dx, row_of_pair, first, last, columns, inside, units * ALIGN, UNROLLED, False, BLOCK)
-        tl.store(payload + target + columns, total.to(payload.dtype.element_ty), mask=inside)
+    store_sum_of_rows(dx, row_of_pair, first, last, payload + target, hidden, units * ALIGN, UNROLLED, False, BLOCK)
     # A received row's slots ascend by expert, and so do its rows: slot s belongs to its s-th row.
     column = tl.arange(0, COLUMNS)
     filled = column < last - first

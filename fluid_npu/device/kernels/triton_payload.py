@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fluid_npu.device.kernels.payload_tail import TAIL_BYTES, payload_width
-from fluid_npu.device.kernels.triton_permute import MAX_UNROLLED, sum_of_rows
+from fluid_npu.device.kernels.triton_permute import MAX_UNROLLED, rows_of_token, store_sum_of_rows
 
 _BLOCK = 2048  # elements at a time: 16 a thread
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -165,13 +165,8 @@ def _sum_payload(
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     stride = units * ALIGN
-    first = tl.load(starts + token)
-    last = tl.load(starts + token + 1, mask=token + 1 < tokens, other=rows)
-    for start in range(0, hidden, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        inside = columns < hidden
-        total = sum_of_rows(payload, row_of_pair, first, last, columns, inside, stride, UNROLLED, True, BLOCK)
-        tl.store(dx + token * hidden + columns, total.to(dx.dtype.element_ty), mask=inside)
+    first, last = rows_of_token(starts, token, tokens, rows)
+    store_sum_of_rows(payload, row_of_pair, first, last, dx + token * hidden, hidden, stride, UNROLLED, True, BLOCK)
     numbers = tl.arange(0, EXPERTS)
     probs = tl.zeros((EXPERTS,), dtype=dp.dtype.element_ty)
     for pair in range(first, last):

@@ -70,29 +70,39 @@ def _gather(x, rows, y, hidden, units, ALIGN: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def sum_of_rows(
-    x, row_of_pair, first, last, columns, inside, stride,
+def rows_of_token(starts, token, tokens, rows):
+    """Where the rows of ``token`` begin and end in ``row_of_pair``, which has ``rows``."""
+    first = tl.load(starts + token)
+    return first, tl.load(starts + token + 1, mask=token + 1 < tokens, other=rows)
+
+
+@triton.jit
+def store_sum_of_rows(
+    x, row_of_pair, first, last, target, hidden, stride,
     UNROLLED: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """fp32 [BLOCK]: the rows ``row_of_pair[first:last]`` of x in ascending order.
+    """At ``target`` [hidden] the fp32 sum of the rows ``row_of_pair[first:last]`` of x in ascending order.
 
     There are UNROLLED of them, or without EXACT at most as many; 0: any number.
     """
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    if UNROLLED > 0:
-        for pair in tl.static_range(UNROLLED):  # all loads in flight at once
-            if EXACT:
-                row = tl.load(row_of_pair + first + pair).to(tl.int64)
+    for start in range(0, hidden, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < hidden
+        total = tl.zeros((BLOCK,), dtype=tl.float32)
+        if UNROLLED > 0:
+            for pair in tl.static_range(UNROLLED):  # all loads in flight at once
+                if EXACT:
+                    row = tl.load(row_of_pair + first + pair).to(tl.int64)
+                    total += tl.load(x + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
+                else:
+                    row = tl.load(row_of_pair + first + pair, mask=first + pair < last, other=0).to(tl.int64)
+                    there = inside & (first + pair + columns * 0 < last)
+                    total += tl.load(x + row * stride + columns, mask=there, other=0.0).to(tl.float32)
+        else:
+            for pair in range(first, last):
+                row = tl.load(row_of_pair + pair).to(tl.int64)
                 total += tl.load(x + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
-            else:
-                row = tl.load(row_of_pair + first + pair, mask=first + pair < last, other=0).to(tl.int64)
-                there = inside & (first + pair + columns * 0 < last)
-                total += tl.load(x + row * stride + columns, mask=there, other=0.0).to(tl.float32)
-    else:
-        for pair in range(first, last):
-            row = tl.load(row_of_pair + pair).to(tl.int64)
-            total += tl.load(x + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
-    return total
+        tl.store(target + columns, total.to(target.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -102,10 +112,5 @@ def _sum(
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     stride = units * ALIGN
-    first = tl.load(starts + token)
-    last = tl.load(starts + token + 1, mask=token + 1 < tokens, other=rows)
-    for start in range(0, hidden, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        inside = columns < hidden
-        total = sum_of_rows(x, row_of_pair, first, last, columns, inside, stride, UNROLLED, EXACT, BLOCK)
-        tl.store(y + token * hidden + columns, total.to(y.dtype.element_ty), mask=inside)
+    first, last = rows_of_token(starts, token, tokens, rows)
+    store_sum_of_rows(x, row_of_pair, first, last, y + token * hidden, hidden, stride, UNROLLED, EXACT, BLOCK)

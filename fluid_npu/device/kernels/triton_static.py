@@ -22,7 +22,7 @@ from torch import Tensor
 from fluid_npu.device.kernels.routed import Slots
 from fluid_npu.device.kernels.triton_once import slots_to_map
 from fluid_npu.device.kernels.triton_payload import bits, block_of
-from fluid_npu.device.kernels.triton_permute import MAX_UNROLLED, sum_of_rows
+from fluid_npu.device.kernels.triton_permute import MAX_UNROLLED, store_sum_of_rows
 from fluid_npu.device.kernels.triton_routing import blocks_of, rows_of_block
 
 
@@ -154,11 +154,9 @@ def _sum(
     slot = tl.arange(0, WIDE)
     filled = tl.sum((tl.load(place + first + slot, mask=slot < slots, other=-1) >= 0).to(tl.int32), 0)
     start_of_row = number * (out_units * OUT)
-    for start in range(0, hidden, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        inside = columns < hidden
-        total = sum_of_rows(x, place, first, first + filled, columns, inside, units * ALIGN, UNROLLED, False, BLOCK)
-        tl.store(target + start_of_row + columns, total.to(target.dtype.element_ty), mask=inside)
+    store_sum_of_rows(
+        x, place, first, first + filled, target + start_of_row, hidden, units * ALIGN, UNROLLED, False, BLOCK
+    )
     if TAIL > 0:
         column = tl.arange(0, COLUMNS)
         row = tl.load(place + first + column, mask=column < slots, other=-1).to(tl.int64)
