@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fluid_npu.report.build import write_report
+from fluid_npu.report.build import markdown_of, write_report
 from fluid_npu.report.sources import collect
 from tests.support import results
 
@@ -87,8 +87,18 @@ def test_a_path_that_is_not_there_is_an_error(tmp_path: Path) -> None:
         collect([tmp_path, tmp_path / "nowhere"])
 
 
-def test_every_recorded_bench_of_the_repository_is_shown(tmp_path: Path) -> None:
-    recorded = sorted((ROOT / "benchmarks").rglob("*.json"))
-    written = write_report(recorded, tmp_path)
-    assert not written.unread
-    assert len(written.results) == len(recorded) > 0
+RECORDED = sorted((ROOT / "benchmarks").rglob("*.json"))
+
+
+def test_every_recorded_bench_of_the_repository_is_shown() -> None:
+    shown, unread = markdown_of(RECORDED)
+    assert not unread
+    assert sum(line.startswith("## ") for line in shown.splitlines()) == len(RECORDED) > 0
+
+
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["newest", "every"])
+def test_plots_of_recorded_benches_can_be_drawn(every: bool, tmp_path: Path) -> None:
+    newest = {json.loads(path.read_text()).get("bench"): path for path in RECORDED}  # folders' names end in their date
+    drawn = RECORDED if every else list(newest.values())
+    written = write_report(drawn, tmp_path)
+    assert len(written.results) == len(drawn) and len(written.plots) >= len(newest)
