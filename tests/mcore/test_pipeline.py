@@ -17,7 +17,7 @@ import pytest
 
 from tests.support.device import NAME
 from tests.support.gpt import far_apart, same_bits
-from tests.support.pipeline import EXPERTS, Run, train_all, whole
+from tests.support.pipeline import EXPERTS, Run, same_routing, train_all, whole
 
 Ranks = Callable[..., list[Any]]
 LATE = {"delay_wgrad_compute": True, "overlap_grad_reduce": True}
@@ -52,24 +52,28 @@ def reference() -> list[list[dict[str, Any]]]:
     return run_ranks(2, train_all, [replace(BASE, impl="stock"), BASE], sizes={}, timeout=600)
 
 
-#: Steps after which a rounding may have sent a token to another expert: which, depends on the machine.
+#: Steps in which no token may go to another expert; later a rounding may send one: when, depends on the machine.
 SURE = 3
+#: Tokens, of 512 choices of a layer and step, that roundings may send elsewhere at once.
+FEW = 2
 
 
 def check(results: list[list[dict[str, Any]]], reference: list[list[dict[str, Any]]]) -> None:
-    """Losses of all runs within 1e-4 of those without a pipeline, by the same implementation; in the first steps also
-    of stock's. Gradients of the first step once."""
-    stock, ours = (reference[0][number]["losses"] for number in range(2))
+    """Losses of all runs within 1e-4 of those without a pipeline, as long as tokens go to the same experts: by the same
+    implementation, and by stock. Gradients of the first step once."""
+    stock, ours = reference[0][:2]
+    figures = []
     for runs in results:
         for run in runs:
-            assert run["losses"] == pytest.approx(stock if run["impl"] == "stock" else ours, abs=1e-4)
-            assert run["losses"][:SURE] == pytest.approx(stock[:SURE], abs=1e-4)
-    own = [stock if run["impl"] == "stock" else ours for run in results[0]]
-    apart = [
-        max(abs(a - b) for a, b in zip(run["losses"], to, strict=True)) for run, to in zip(results[0], own, strict=True)
-    ]
-    figures = ", ".join(f"{difference:.1e}" for difference in apart)
-    print(f"megatron-core {results[0][0]['megatron']}: largest loss differences of the runs: {figures}")
+            for to in (stock if run["impl"] == "stock" else ours, stock):
+                steps, moved = same_routing(run, to)
+                assert steps >= SURE and moved <= FEW
+                assert run["losses"][:steps] == pytest.approx(to["losses"][:steps], abs=1e-4)
+                apart = max(abs(a - b) for a, b in zip(run["losses"][:steps], to["losses"], strict=False))
+                figures.append(f"{apart:.1e} in {steps} steps")
+    per_rank = 2 * len(results[0])
+    figures = figures[:per_rank:2]  # of the first rank, against the same implementation
+    print(f"megatron-core {results[0][0]['megatron']}: largest loss differences of the runs: {', '.join(figures)}")
     gradients = whole([runs[0] for runs in reference], "grads")
     for number in range(len(results[0])):
         assert not far_apart(whole([runs[number] for runs in results], "grads"), gradients, 1e-5)

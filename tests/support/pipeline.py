@@ -183,6 +183,7 @@ def train(run: Run, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     scheduler = None if run.impl == "stock" else get_backward_scheduler(ddps)
     if scheduler is not None:
         scheduler.recorder.enabled = True
+    routed = Routed(chunks)
     losses, grads = [], {}
     for step in range(run.steps):
         for ddp in ddps:
@@ -203,10 +204,12 @@ def train(run: Run, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
             grads = {name: grad.clone() for name, grad in gradients_by_name(ddps).items()}
         assert optimizer.step()[0]
         losses.append(mean_loss(outputs))
+        routed.end_step()
     return {
         "megatron": megatron.core.__version__,
         "impl": run.impl,
         "losses": losses,
+        "routed": routed.steps,
         "grads": grads,
         "weights": {name: value.clone() for name, value in weights_by_name(ddps).items()},
         "start": weights,
@@ -215,6 +218,45 @@ def train(run: Run, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
         else {},
         "stats": scheduler.get_stats() if scheduler else {},
     }
+
+
+class Routed:
+    """How many tokens each layer sent to each of its experts in each step, over all ranks and micro-batches."""
+
+    def __init__(self, chunks: list[Any]) -> None:
+        self.steps: list[dict[int, list[int]]] = []
+        self._counts: dict[int, torch.Tensor] = {}
+        from megatron.core.transformer.moe.router import TopKRouter
+
+        for module in (module for chunk in chunks for module in chunk.modules() if isinstance(module, TopKRouter)):
+            module.register_forward_hook(self._count)
+
+    def _count(self, router: Any, inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        if torch.is_grad_enabled():  # recomputation runs a forward twice, the first time without
+            counts = output[1].sum(0).cpu()
+            self._counts[router.layer_number] = self._counts.get(router.layer_number, 0) + counts
+
+    def end_step(self) -> None:
+        """Collective."""
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, self._counts)
+        layers = sorted({layer for mine in found for layer in mine})
+        self.steps.append({layer: sum(mine[layer] for mine in found if layer in mine).tolist() for layer in layers})
+        self._counts = {}
+
+
+def same_routing(one: dict[str, Any], other: dict[str, Any]) -> tuple[int, int]:
+    """(In how many first steps of two runs every layer sent as many tokens to each expert; tokens of the first layer
+    after them that went elsewhere, at least). From there on the two are different models: a choice has no gradient."""
+    for step, (mine, theirs) in enumerate(zip(one["routed"], other["routed"], strict=True)):
+        assert mine.keys() == theirs.keys() and len(mine) > 0
+        for layer in mine:
+            apart = sum(abs(a - b) for a, b in zip(mine[layer], theirs[layer], strict=True))
+            if apart:
+                return step, apart // 2
+    return len(one["routed"]), 0
 
 
 def ddp_settings(run: Run) -> dict[str, Any]:
