@@ -71,7 +71,7 @@ part() {
     fi
     note "" "$name: $verdict after $((SECONDS - start)) s"
     # The record travels with the repository: no paths of this machine in it.
-    tail -n "${TAIL:-3}" "$work/output" | sed -e "s|${HOME:-/nonexistent}/|~/|g" -e "s|$work/||g" -e "s|$PWD/||g" | sed 's/^/    /' | tee -a "$record"
+    tail -n "${TAIL:-3}" "$work/output" | sed -e "s|${HOME:-/nonexistent}/|~/|g" -e "s|$work/||g" -e "s|$PWD/||g" -e "s|${VIRTUAL_ENV:-/nonexistent}/||g" | sed 's/^/    /' | tee -a "$record"
 }
 
 other_python() {
