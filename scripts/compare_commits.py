@@ -4,12 +4,10 @@
     python3 scripts/compare_commits.py COMMIT [--pairs 6] [--cases h64 h256] [--rounds 12] [--out FILE]
     python3 scripts/compare_commits.py COMMIT --bits cpu|npu [--out FILE]
 
-The first runs ``bench train-step`` of both, in turns.
-
-Each pair runs the bench of COMMIT (unpacked into a scratch folder, same Python) and of this tree, one after the other,
-in alternating order. What is compared is each implementation's median over stock's of the same run, so that the speed
-of the machine at that moment cancels. Prints, for each case and implementation, this tree's time over the other's:
-median over the pairs and 95 % interval (bootstrap). Exit code 1 when an interval lies above 1.
+Each pair runs ``bench train-step`` of COMMIT (unpacked into a scratch folder, same Python) and of this tree, one after
+the other, in alternating order. What is compared is each implementation's median over stock's of the same run, so that
+the speed of the machine at that moment cancels. Prints, for each case and implementation, this tree's time over the
+other's: median over the pairs and 95 % interval (bootstrap). Exit code 1 when an interval lies above 1.
 
 ``--bits`` trains both for three steps on a CPU or on the simulated NPU, with each of a few settings that both know, and
 names the tensors of the checkpoints (weights and Adam's moments) that differ. Exit code 1 when some do.
@@ -48,18 +46,25 @@ _SETTINGS = (
     "--dtype bf16 --overlap dw --carry-over",
     "--dtype bf16 --overlap dw --dispatch once-per-rank",
 )
+#: Of the timing alone.
+_DEFAULTS: dict[str, Any] = {"pairs": 6, "cases": ["h64", "h256"], "rounds": 12}
 
 
 def main() -> int:
-    """Runs the pairs and prints the ratios."""
+    """Runs both and prints the ratios, or what differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commit")
-    parser.add_argument("--pairs", type=int, default=6)
-    parser.add_argument("--cases", nargs="+", default=["h64", "h256"])
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--pairs", type=int)
+    parser.add_argument("--cases", nargs="+")
+    parser.add_argument("--rounds", type=int)
     parser.add_argument("--bits", choices=("cpu", "npu"), help="compare what is trained, on a CPU or the simulated NPU")
     parser.add_argument("--out", type=Path, help="append the text to this file")
     a = parser.parse_args()
+    for name, default in _DEFAULTS.items():
+        if a.bits and getattr(a, name) is not None:
+            parser.error(f"--{name} with --bits {a.bits}: nothing is timed; leave one of them out")
+        if getattr(a, name) is None:
+            setattr(a, name, default)
     if a.pairs < 2:
         parser.error(f"--pairs {a.pairs}: an interval needs at least 2")
     with tempfile.TemporaryDirectory(prefix="compare-") as folder:
@@ -105,11 +110,11 @@ def _medians(tree: Path, cases: list[str], rounds: int) -> dict[tuple[str, str],
     return {(row["case"], row["impl"]): row["median_ms"] / stock[row["case"]] for row in rows if row["impl"] != _STOCK}
 
 
-def _fluid_npu(tree: Path, words: list[str]) -> str:
-    """What a tree's ``fluid-npu`` prints."""
+def _fluid_npu(tree: Path, words: list[str], simulated: bool = False) -> str:
+    """What a tree's ``fluid-npu`` prints, on the simulated NPU or as the words say."""
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-P", "-c", _RUN]
-    if words[:3] == ["train", "--device", "npu"]:
+    if simulated:
         command += ["sim", "exec", "--", *command]
     done = subprocess.run([*command, *words], cwd=tree, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -127,16 +132,14 @@ def _compared_bits(other: Path, folder: Path, a: argparse.Namespace) -> tuple[st
         for name, tree in (("other", other), ("this", ROOT)):
             out = folder / f"{name}{number}"
             words = ["train", "--device", a.bits, *_MODEL.split(), *settings.split(), "--out", str(out)]
-            _fluid_npu(tree, words)
+            _fluid_npu(tree, words, simulated=a.bits == "npu")
             trained.append(_tensors(out))
         one, two = trained
-        apart = sorted(one.keys() ^ two.keys()) + [
-            k for k in one.keys() & two.keys() if not torch.equal(one[k], two[k])
-        ]
+        both = one.keys() & two.keys()
+        apart = sorted((one.keys() ^ two.keys()) | {name for name in both if not torch.equal(one[name], two[name])})
         differ |= bool(apart)
-        lines.append(
-            f"{settings}: {len(one)} tensors, {', '.join(sorted(apart)) + ' differ' if apart else 'all equal'}"
-        )
+        verdict = f"{', '.join(apart)} differ" if apart else "all equal"
+        lines.append(f"{settings}: {len(one)} tensors, {verdict}")
     return "\n".join(lines), differ
 
 
@@ -144,9 +147,10 @@ def _tensors(run: Path) -> dict[str, torch.Tensor]:
     """Those of a run's only checkpoint, by name."""
     (metadata,) = (run / "checkpoints").rglob(".metadata")
     reader = FileSystemReader(metadata.parent)
-    entries = reader.read_metadata().state_dict_metadata.items()
     tensors = {
-        k: torch.empty(v.size, dtype=v.properties.dtype) for k, v in entries if isinstance(v, TensorStorageMetadata)
+        name: torch.empty(kind.size, dtype=kind.properties.dtype)
+        for name, kind in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(kind, TensorStorageMetadata)
     }
     dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors

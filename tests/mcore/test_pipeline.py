@@ -58,22 +58,26 @@ SURE = 3
 FEW = 2
 
 
+def agree(run: dict[str, Any], to: dict[str, Any]) -> str:
+    """Checks the losses of two runs as long as tokens go to the same experts; says how far apart they are."""
+    steps, moved = same_routing(run, to)
+    assert steps >= SURE and moved <= FEW
+    losses, others = run["losses"][:steps], to["losses"][:steps]
+    assert losses == pytest.approx(others, abs=1e-4)
+    return f"{max(abs(a - b) for a, b in zip(losses, others, strict=True)):.1e} in {steps} steps"
+
+
 def check(results: list[list[dict[str, Any]]], reference: list[list[dict[str, Any]]]) -> None:
     """Losses of all runs within 1e-4 of those without a pipeline, as long as tokens go to the same experts: by the same
     implementation, and by stock. Gradients of the first step once."""
     stock, ours = reference[0][:2]
-    figures = []
+    own = lambda run: stock if run["impl"] == "stock" else ours
     for runs in results:
         for run in runs:
-            for to in (stock if run["impl"] == "stock" else ours, stock):
-                steps, moved = same_routing(run, to)
-                assert steps >= SURE and moved <= FEW
-                assert run["losses"][:steps] == pytest.approx(to["losses"][:steps], abs=1e-4)
-                apart = max(abs(a - b) for a, b in zip(run["losses"][:steps], to["losses"], strict=False))
-                figures.append(f"{apart:.1e} in {steps} steps")
-    per_rank = 2 * len(results[0])
-    figures = figures[:per_rank:2]  # of the first rank, against the same implementation
-    print(f"megatron-core {results[0][0]['megatron']}: largest loss differences of the runs: {', '.join(figures)}")
+            agree(run, stock)
+            agree(run, own(run))
+    figures = ", ".join(agree(run, own(run)) for run in results[0])
+    print(f"megatron-core {results[0][0]['megatron']}: largest loss differences of the runs: {figures}")
     gradients = whole([runs[0] for runs in reference], "grads")
     for number in range(len(results[0])):
         assert not far_apart(whole([runs[number] for runs in results], "grads"), gradients, 1e-5)
